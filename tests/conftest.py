@@ -1,0 +1,18 @@
+"""Makes the checkout importable without installing it, and quietens TensorFlow."""
+
+import os
+import pathlib
+import sys
+
+import hypothesis
+import pytest
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
+
+# Runners are slow at times; that is not a failure.
+hypothesis.settings.register_profile("graphswap", deadline=None)
+hypothesis.settings.load_profile("graphswap")
+
+if __name__ == "__main__":  # BUILD runs each test file through here
+    sys.exit(pytest.main(sys.argv[1:]))
