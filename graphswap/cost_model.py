@@ -1,0 +1,199 @@
+"""What things cost: seconds and bytes of nodes and copies, measured where possible. Never decides."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+
+from graphswap import ir
+
+_MIB = 1 << 20
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Link:
+    """The way between the device and a far tier.
+
+    Attributes:
+        out_bytes_per_second: Speed of copies off the device.
+        in_bytes_per_second: Speed of copies back.
+        latency_seconds: Added to every copy.
+        overlaps: Whether copies run beside compute. On a CPU they take the same cores.
+    """
+
+    out_bytes_per_second: float = 1e9
+    in_bytes_per_second: float = 1.5e9
+    latency_seconds: float = 20e-6
+    overlaps: bool = False
+
+    def out_seconds(self, nbytes: int) -> float:
+        return self.latency_seconds + nbytes / self.out_bytes_per_second
+
+    def in_seconds(self, nbytes: int) -> float:
+        return self.latency_seconds + nbytes / self.in_bytes_per_second
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class DeviceSpec:
+    """A device as the cost model sees it.
+
+    Attributes:
+        name: For reports and cache keys.
+        memory_bytes: Size of its memory; None if nothing limits it.
+        reserves_memory: Whether its allocator takes all memory as one region at the start.
+        flops_per_second: For the analytic estimate of matrix products and convolutions.
+        memory_bytes_per_second: For the analytic estimate of everything else.
+        launch_seconds: Added to every node.
+        links: Tier name to `Link`.
+    """
+
+    name: str = "cpu"
+    memory_bytes: int | None = None
+    reserves_memory: bool = True
+    flops_per_second: float = 5e10
+    memory_bytes_per_second: float = 8e9
+    launch_seconds: float = 10e-6
+    links: Mapping[str, Link] = dataclasses.field(
+        default_factory=lambda: {"host": Link(), "disk": Link(0.7e9, 0.9e9, 100e-6)}
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Profile:
+    """Measured costs of one graph on one device.
+
+    Attributes:
+        fingerprint: `Graph.fingerprint` of the measured graph.
+        seconds: Node name to seconds; nodes that never showed up are missing.
+        workspace_bytes: Node name to the bytes it allocates while it runs, beyond its outputs.
+        links: Tier name to the measured `Link`.
+    """
+
+    fingerprint: str
+    seconds: Mapping[str, float]
+    workspace_bytes: Mapping[str, int]
+    links: Mapping[str, Link] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, value in (*self.seconds.items(), *self.workspace_bytes.items()):
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"expected a finite cost >= 0 for node '{name}', received {value!r}. Measure again.")
+
+    def to_json(self) -> str:
+        fields = {**vars(self), "links": {k: dataclasses.asdict(v) for k, v in self.links.items()}}
+        return json.dumps(fields)
+
+    @classmethod
+    def from_json(cls, text: str) -> Profile:
+        fields = json.loads(text)
+        return cls(**{**fields, "links": {k: Link(**v) for k, v in fields["links"].items()}})
+
+
+@dataclasses.dataclass(frozen=True)
+class CostModel:
+    """Answers for one graph on one device.
+
+    Attributes:
+        device: The device.
+        profile: Measured costs, or None for analytic ones.
+        resident_bytes: Device bytes in use before the step that the graph does not show.
+    """
+
+    device: DeviceSpec = DeviceSpec()
+    profile: Profile | None = None
+    resident_bytes: int = 0
+
+    def seconds(self, graph: ir.Graph, node: ir.Node) -> float:
+        """Seconds that the node computes. A repeated node costs what the first one costs."""
+        if self.profile is not None:
+            measured = self.profile.seconds.get(node.like or node.name)
+            return self.device.launch_seconds if measured is None else measured
+        if not any(value.nbytes for value in node.outputs) or node.op in NO_COMPUTE:
+            return self.device.launch_seconds
+        moved = sum(graph.value(r).nbytes for r in node.inputs) + sum(v.nbytes for v in node.outputs)
+        return (
+            self.device.launch_seconds
+            + flops(graph, node) / self.device.flops_per_second
+            + moved / self.device.memory_bytes_per_second
+        )
+
+    def workspace_bytes(self, graph: ir.Graph, node: ir.Node) -> int:
+        """Device bytes that the node holds only while it runs, beyond its outputs."""
+        if self.profile is not None:
+            measured = self.profile.workspace_bytes.get(node.like or node.name)
+            if measured is not None:
+                return measured
+        for name, value in node.attrs:
+            if name == "workspace_bytes":
+                return int(value)  # pyright: ignore[reportArgumentType]
+        return _convolution_workspace(graph, node)
+
+    def link(self, tier: str) -> Link:
+        if self.profile is not None and tier in self.profile.links:
+            return self.profile.links[tier]
+        return self.device.links[tier]
+
+
+NO_COMPUTE = frozenset({"Const", "Placeholder", "Identity", "IdentityN", "NoOp", "Reshape", "Squeeze", "ExpandDims"}) | {
+    "ReadVariableOp",
+    "StopGradient",
+    "PreventGradient",
+    "Shape",
+    "ShapeN",
+    "Size",
+    "Rank",
+}
+"""Ops that move no data."""
+
+_CONVOLUTIONS = {"Conv2D": (1, -1), "Conv2DBackpropInput": (1, 2), "Conv2DBackpropFilter": (-1, 2)}
+"""Where the filter and the array on the output's side are: an input's index, or -1 for the output."""
+
+
+def flops(graph: ir.Graph, node: ir.Node) -> float:
+    """Floating point operations of matrix products and convolutions, from shapes alone; 0 for others.
+
+    For C = A B with sizes mk, kn, mn the product of the three sizes is (mkn)^2, whichever operand is
+    transposed; with a batch of b it is b^3 (mkn)^2. An Einsum is taken for a matrix product, which
+    overestimates batched ones.
+    """
+    shapes = [graph.value(r).shape or () for r in node.inputs]
+    sizes = [math.prod(d or 1 for d in shape) for shape in shapes]
+    if not node.outputs:
+        return 0.0
+    out_shape = node.outputs[0].shape or ()
+    out = math.prod(d or 1 for d in out_shape)
+    if node.op in ("MatMul", "BatchMatMulV2", "BatchMatMul", "Einsum", "_FusedMatMul") and len(sizes) >= 2:
+        batch = math.prod(d or 1 for d in out_shape[:-2]) if node.op.startswith("Batch") else 1
+        return 2.0 * math.sqrt(sizes[0] * sizes[1] * out / batch)
+    if node.op in _CONVOLUTIONS:
+        filter_at, image_at = _CONVOLUTIONS[node.op]
+        filter_shape = out_shape if filter_at < 0 else shapes[filter_at]
+        image = out if image_at < 0 else sizes[image_at]
+        return 2.0 * image * math.prod(d or 1 for d in filter_shape[:-1])
+    if node.op.startswith("DepthwiseConv2d"):
+        return 2.0 * max(out, *sizes) * 9
+    return 0.0
+
+
+def _convolution_workspace(graph: ir.Graph, node: ir.Node) -> int:
+    """The im2col buffer of TensorFlow's CPU kernels for convolution gradients.
+
+    The kernels (conv_grad_input_ops.h, conv_grad_filter_ops.cc) size it so that a shard of the batch
+    fills 30 MiB.
+    """
+    if node.op not in ("Conv2DBackpropInput", "Conv2DBackpropFilter"):
+        return 0
+    filter_at, image_at = _CONVOLUTIONS[node.op]
+    filter_shape = node.outputs[0].shape if filter_at < 0 else graph.value(node.inputs[filter_at]).shape
+    image = graph.value(node.inputs[image_at])
+    if not filter_shape or not image.shape or None in filter_shape or None in image.shape:
+        return 0
+    pixels = math.prod(d or 1 for d in image.shape[1:3])
+    taps = math.prod(d or 1 for d in filter_shape[:3])
+    depth = filter_shape[3] or 1
+    unit = pixels * depth + taps * depth + pixels * taps
+    item = ir.ITEM_BYTES.get(image.dtype, 4)
+    shard = -(-(30 * _MIB // item) // unit)
+    return shard * pixels * taps * item

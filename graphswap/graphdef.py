@@ -1,0 +1,480 @@
+"""The door to TensorFlow's graphs: FuncGraph to ir.Graph and back, and the hook at trace time.
+
+Private TensorFlow used here (2.21): FuncGraph and its captures, `transform.FUNC_GRAPH_TRANSFORMS`,
+`Operation._update_input` / `_add_control_inputs`, `Graph._get_function`, the graph importer and resource
+handle data. No other module but `profiler` uses any.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import tensorflow as tf
+from tensorflow.core.framework import graph_pb2
+from tensorflow.python.eager.polymorphic_function import concrete_function as concrete_function_lib
+from tensorflow.python.eager.polymorphic_function import transform
+from tensorflow.python.framework import func_graph as func_graph_lib
+from tensorflow.python.framework import importer
+from tensorflow.python.ops import handle_data_util
+
+from graphswap import allocator, ir, tiers
+
+FuncGraph = func_graph_lib.FuncGraph
+Shape = tuple[int | None, ...] | None
+
+_CALLS = frozenset({"PartitionedCall", "StatefulPartitionedCall"})
+_LOOPS = frozenset({"While", "StatelessWhile"})
+_BRANCHES = frozenset({"If", "StatelessIf", "Case", "StatelessCase"})
+_COPIES = frozenset({"Identity", "IdentityN"})
+
+
+class UnsupportedGraphError(ValueError):
+    """The graph holds something that graphswap can't plan. The message names the node."""
+
+
+# --- import -----------------------------------------------------------------------------------------------------
+
+
+def import_function(func_graph: FuncGraph, argument_shapes: Sequence[Shape] | None = None) -> ir.Graph:
+    """Turns a traced function into a Graph.
+
+    Nodes that nothing needs are left out. Copies (Identity, IdentityN) are looked through: their readers
+    read the source. Nested function calls must have been inlined (`inline_calls`).
+
+    Args:
+        func_graph: The traced function.
+        argument_shapes: Shapes of the arguments (not the captures) in the coming step; needed where the
+            trace left dimensions open.
+
+    Raises:
+        UnsupportedGraphError: If the size of a value stays unknown.
+    """
+    operations = func_graph.get_operations()
+    shapes = _resolved_shapes(func_graph, operations, argument_shapes)
+    source: dict[str, str] = {}  # reference to a copy -> reference to what it copies
+    nodes = []
+    for operation in operations:
+        inputs = []
+        for tensor in operation.inputs:
+            reference = _ref(tensor)
+            inputs.append(source.get(reference, reference))
+        controls = tuple(control.name for control in operation.control_inputs)
+        if operation.type in _COPIES and not controls:
+            for tensor, original in zip(operation.outputs, inputs, strict=True):
+                source[_ref(tensor)] = original
+        outputs = tuple(ir.Value(tensor.dtype.name, shapes(tensor)) for tensor in operation.outputs)
+        nodes.append(
+            ir.Node(
+                name=operation.name,
+                op=operation.type,
+                inputs=tuple(inputs),
+                control_inputs=controls,
+                outputs=outputs,
+                device=operation.device,
+                stateful=bool(operation.op_def.is_stateful),
+            )
+        )
+    graph = ir.Graph(
+        name=func_graph.name,
+        nodes=_topological(_live(nodes, func_graph)),
+        inputs=tuple(tensor.op.name for tensor in func_graph.inputs),
+        outputs=tuple(_ref(tensor) for tensor in func_graph.outputs),
+        control_outputs=tuple(operation.name for operation in func_graph.control_outputs),
+    )
+    graph = _with_hidden_bytes(graph, func_graph)
+    for node in graph.nodes:
+        for value in node.outputs:
+            if not value.is_resolved and node.op not in _SMALL:
+                raise UnsupportedGraphError(
+                    f"expected known shapes in '{graph.name}', received {value} from node '{node.name}' ({node.op}), "
+                    "so its bytes can't be planned. Feed batches of one shape, or set "
+                    "graphswap.Options(on_unsupported='run_unchanged')."
+                )
+    return ir.verify(graph)
+
+
+_SMALL = frozenset(
+    "Shape ShapeN Where Unique UniqueV2 BroadcastGradientArgs Range StridedSlice Squeeze Reshape Cast Prod".split()
+)
+"""Ops whose unknown outputs are taken for small: index arithmetic on shapes."""
+
+
+def _live(nodes: Sequence[ir.Node], func_graph: FuncGraph) -> list[ir.Node]:
+    """The nodes that run: what leads to a result or changes state, copies that were looked through left out."""
+    by_name = {node.name: node for node in nodes}
+    pending = [tensor.op.name for tensor in (*func_graph.outputs, *func_graph.inputs)]
+    pending += [operation.name for operation in func_graph.control_outputs]
+    pending += [node.name for node in nodes if node.stateful and node.op not in ("ReadVariableOp", "VarHandleOp")]
+    live: set[str] = set()
+    while pending:
+        name = pending.pop()
+        if name not in live:
+            live.add(name)
+            node = by_name[name]
+            pending += [*map(ir.producer, node.inputs), *node.control_inputs]
+    return [node for node in nodes if node.name in live]
+
+
+def _topological(nodes: Sequence[ir.Node]) -> tuple[ir.Node, ...]:
+    """The nodes in trace order as far as inputs and control inputs allow."""
+    by_name = {node.name: node for node in nodes}
+    done: set[str] = set()
+    ordered = []
+    for root in nodes:
+        pending = [root]
+        while pending:
+            node = pending[-1]
+            if node.name in done:
+                pending.pop()
+                continue
+            before = [*map(ir.producer, node.inputs), *node.control_inputs]
+            missing = [by_name[name] for name in before if name not in done]
+            if missing:
+                pending += reversed(missing)
+            else:
+                done.add(node.name)
+                ordered.append(node)
+    return tuple(ordered)
+
+
+def _resolved_shapes(
+    func_graph: FuncGraph, operations: Sequence[Any], argument_shapes: Sequence[Shape] | None
+) -> Callable[[tf.Tensor], Shape]:
+    """A function from tensor to shape; runs TensorFlow's shape inference again where the trace left dimensions open."""
+    opened = any(
+        not tensor.shape.is_fully_defined() and tensor.dtype.name in ir.ITEM_BYTES
+        for operation in operations
+        for tensor in operation.outputs
+    )
+    if not opened or argument_shapes is None:
+        return lambda tensor: _shape(tensor)
+    definition = func_graph.as_graph_def()
+    known = {tensor.op.name: shape for tensor, shape in zip(func_graph.inputs, argument_shapes, strict=False)}
+    for node in definition.node:
+        node.attr.pop("_output_shapes", None)
+        shape = known.get(node.name)
+        if shape is not None:
+            node.attr["shape"].shape.CopyFrom(tf.TensorShape(shape).as_proto())
+    scratch = FuncGraph("shapes")
+    with scratch.as_default():
+        placeholders = {}
+        for tensor in func_graph.inputs:
+            if tensor.dtype == tf.resource:
+                placeholder = tf.compat.v1.placeholder(tf.resource, [])
+                handle_data_util.copy_handle_data(tensor, placeholder)
+                placeholders[tensor.name] = placeholder
+        importer.import_graph_def(definition, input_map=placeholders, name="shapes")
+
+    def resolve(tensor: tf.Tensor) -> Shape:
+        if tensor.shape.is_fully_defined() or tensor.dtype.name not in ir.ITEM_BYTES:
+            return _shape(tensor)
+        return _shape(scratch.get_tensor_by_name(f"shapes/{tensor.name}"))
+
+    return resolve
+
+
+def _with_hidden_bytes(graph: ir.Graph, func_graph: FuncGraph) -> ir.Graph:
+    """Writes down the bytes that types don't show: of variables, and of the lists that loops pile up."""
+    handles = {internal.op.name: _variable_bytes(internal) for _, internal in func_graph.captures if internal.dtype == tf.resource}
+    nodes = []
+    for node in graph.nodes:
+        facts: list[tuple[str, ir.Attr]] = []
+        if node.outputs and node.outputs[0].dtype == "resource":
+            nbytes = handles.get(node.name, 0)
+            if node.op == "VarHandleOp":
+                nbytes = _variable_bytes(func_graph.get_operation_by_name(node.name).outputs[0])
+            if nbytes:
+                facts = [("held_bytes", (allocator.rounded(nbytes),))]
+        elif node.op in _LOOPS:
+            facts = _loop_bytes(graph, node, func_graph)
+        elif node.op in _BRANCHES:
+            facts = _branch_bytes(node, func_graph)
+        nodes.append(ir.Node(**{**_fields(node), "attrs": tuple(sorted(facts))}) if facts else node)
+    return graph.replace(nodes=tuple(nodes))
+
+
+def _variable_bytes(handle: Any) -> int:
+    data = handle_data_util.get_resource_handle_data(handle)
+    if data is None or not data.is_set or not data.shape_and_type:
+        return 0
+    entry = data.shape_and_type[0]
+    shape = tf.TensorShape(entry.shape)
+    if not shape.is_fully_defined():
+        return 0
+    return (shape.num_elements() or 0) * ir.ITEM_BYTES.get(tf.dtypes.as_dtype(entry.dtype).name, 0)
+
+
+def _loop_bytes(graph: ir.Graph, node: ir.Node, func_graph: FuncGraph) -> list[tuple[str, ir.Attr]]:
+    """Bytes of a While: what the lists it returns hold, and what its body needs beside them.
+
+    A list that the body pushes to grows by one element per trip; a list that it only reads shrinks
+    with its reader and is counted where it came from.
+    """
+    operation = func_graph.get_operation_by_name(node.name)
+    body = _body(func_graph, operation.get_attr("body").name)
+    if body is None:
+        return []
+    trips = _trips(graph, node)
+    held = []
+    for index, tensor in enumerate(body.outputs):
+        value = node.outputs[index]
+        if value.dtype != "variant":
+            held.append(allocator.rounded(value.nbytes))
+            continue
+        pushed = tensor.op
+        while pushed.type in _COPIES:
+            pushed = pushed.inputs[0].op
+        if pushed.type in ("TensorListPushBack", "TensorListSetItem"):
+            element = pushed.inputs[1 if pushed.type == "TensorListPushBack" else 2]
+            source = element.op
+            while source.type in _COPIES:
+                source = source.inputs[0].op
+            # A pushed argument of the loop is the same buffer on every trip.
+            grows = source.type != "Placeholder" or not _is_invariant(body, source)
+            held.append(trips * allocator.rounded(_nbytes(element)) if grows else 0)
+        else:
+            held.append(0)
+    workspace = sum(
+        allocator.rounded(_nbytes(tensor)) for operation in body.get_operations() for tensor in operation.outputs
+    )
+    return [("held_bytes", tuple(held)), ("workspace_bytes", workspace)]
+
+
+def _branch_bytes(node: ir.Node, func_graph: FuncGraph) -> list[tuple[str, ir.Attr]]:
+    """Workspace of an If or Case: the larger branch with nothing freed in it, an upper estimate."""
+    operation = func_graph.get_operation_by_name(node.name)
+    names = (
+        [function.name for function in operation.get_attr("branches")]
+        if node.op in ("Case", "StatelessCase")
+        else [operation.get_attr("then_branch").name, operation.get_attr("else_branch").name]
+    )
+    largest = 0
+    for body in (_body(func_graph, name) for name in names):
+        if body is not None:
+            outputs = (t for op in body.get_operations() if op.type not in _VIEWS for t in op.outputs)
+            largest = max(largest, sum(allocator.rounded(_nbytes(tensor)) for tensor in outputs))
+    return [("workspace_bytes", largest)] if largest else []
+
+
+_VIEWS = frozenset({"Placeholder", "Const", "Identity", "IdentityN", "ReadVariableOp", "Reshape"})
+
+
+def _trips(graph: ir.Graph, node: ir.Node) -> int:
+    """How often a While runs: its maximum, the leading dimension of a list it fills, or 1 if nothing tells."""
+    for reference in node.inputs[:4]:
+        producer = graph.by_name[ir.producer(reference)]
+        if producer.op == "Const" and producer.outputs[0] == ir.Value("int32"):
+            trips = _constants.get(producer.name)
+            if trips:
+                return trips
+    return 1
+
+
+_constants: dict[str, int] = {}
+
+
+def _is_invariant(body: FuncGraph, placeholder: Any) -> bool:
+    for argument, result in zip(body.inputs, body.outputs, strict=False):
+        if argument.op is placeholder:
+            source = result.op
+            while source.type in _COPIES:
+                source = source.inputs[0].op
+            return source is placeholder
+    return False
+
+
+def _body(func_graph: FuncGraph, name: str) -> FuncGraph | None:
+    graph: Any = func_graph
+    while graph is not None:
+        function = graph._get_function(name)
+        if function is not None:
+            return getattr(function, "graph", None)
+        graph = getattr(graph, "outer_graph", None)
+    return None
+
+
+def _nbytes(tensor: tf.Tensor) -> int:
+    shape = _shape(tensor)
+    if shape is None or None in shape:
+        return 0
+    return ir.ITEM_BYTES.get(tensor.dtype.name, 0) * math.prod(d or 0 for d in shape)
+
+
+def _shape(tensor: tf.Tensor) -> Shape:
+    return None if tensor.shape.rank is None else tuple(tensor.shape.as_list())
+
+
+def _ref(tensor: tf.Tensor) -> str:
+    return ir.ref(tensor.op.name, tensor.value_index)
+
+
+def _fields(node: ir.Node) -> dict[str, Any]:
+    return {name: getattr(node, name) for name in node.__slots__}
+
+
+# --- export -----------------------------------------------------------------------------------------------------
+
+
+def export_function(func_graph: FuncGraph, graph: ir.Graph, far_tiers: tiers.Tiers) -> None:
+    """Makes a traced function compute `graph`, in place: adds the new nodes, rewires and orders the old ones.
+
+    Args:
+        func_graph: The function that the graph was imported from.
+        graph: The rewritten graph.
+        far_tiers: Where swapped values go.
+    """
+    exporter = _Exporter(func_graph, func_graph, far_tiers)
+    for node in graph.nodes:
+        exporter.add(node)
+
+
+def build_function(
+    func_graph: FuncGraph, graph: ir.Graph, far_tiers: tiers.Tiers
+) -> concrete_function_lib.ConcreteFunction:
+    """Builds a new function that computes `graph` with the arguments and captures of `func_graph`.
+
+    Args:
+        func_graph: The function that the graph was imported from; it stays as it is.
+        graph: The graph; its nodes are those of `func_graph` or inserted ones.
+        far_tiers: Where swapped values go.
+
+    Returns:
+        A function of `func_graph.inputs`, captures passed by the caller like arguments, flat.
+    """
+    target = FuncGraph(f"{func_graph.name}_measured")
+    exporter = _Exporter(func_graph, target, far_tiers)
+    for node in graph.nodes:
+        exporter.add(node)
+    target.inputs = [exporter.tensor(name) for name in graph.inputs]
+    target.outputs = [exporter.tensor(reference) for reference in graph.outputs]
+    target.structured_outputs = list(target.outputs)
+    target.control_outputs = [op for name in graph.control_outputs for op in exporter.done[name]]
+    signature = [tf.TensorSpec.from_tensor(tensor) for tensor in target.inputs]
+    target.structured_input_signature = (tuple(signature), {})
+    return concrete_function_lib.ConcreteFunction.from_func_graph(target, None, {})
+
+
+class _Exporter:
+    """Adds nodes of a Graph to `target`, in execution order."""
+
+    def __init__(self, source: FuncGraph, target: FuncGraph, far_tiers: tiers.Tiers):
+        self.source = source
+        self.target = target
+        self.tiers = far_tiers
+        self.tensors: dict[str, tf.Tensor] = {}
+        self.copies: dict[str, Any] = {}  # SwapOut node -> what its tier keeps
+        self.done: dict[str, list[Any]] = {}  # node -> operations to wait for
+
+    def tensor(self, reference: str) -> tf.Tensor:
+        found = self.tensors.get(reference)
+        if found is None:
+            raise KeyError(reference)
+        return found
+
+    def add(self, node: ir.Node) -> None:
+        if node.op in (ir.SWAP_OUT, ir.SWAP_IN):
+            self._add_swap(node)
+        elif node.like or self.target is not self.source:
+            self._add_copy(node)
+        else:
+            self._rewire(node)
+
+    def _bind(self, node: ir.Node, operation: Any) -> None:
+        self.done[node.name] = [operation]
+        for reference, tensor in zip(node.refs(), operation.outputs, strict=True):
+            self.tensors[reference] = tensor
+
+    def _controls(self, node: ir.Node) -> list[Any]:
+        return [operation for name in node.control_inputs for operation in self.done[name]]
+
+    def _rewire(self, node: ir.Node) -> None:
+        operation = self.target.get_operation_by_name(node.name)
+        for index, (reference, tensor) in enumerate(zip(node.inputs, operation.inputs, strict=True)):
+            wanted = self.tensor(reference)
+            if wanted is not tensor:
+                operation._update_input(index, wanted)
+        present = {control.name for control in operation.control_inputs}
+        missing = [control for control in self._controls(node) if control.name not in present]
+        if missing:
+            operation._add_control_inputs(missing)
+        self._bind(node, operation)
+
+    def _add_copy(self, node: ir.Node) -> None:
+        original = self.source.get_operation_by_name(node.like or node.name)
+        attrs = {name: value for name, value in original.node_def.attr.items() if name != "_class"}
+        with self.target.as_default(), tf.control_dependencies(None), tf.control_dependencies(self._controls(node)):
+            operation = self.target.create_op(
+                node.op,
+                [self.tensor(reference) for reference in node.inputs],
+                [tensor.dtype for tensor in original.outputs],
+                name=node.name,
+                attrs=attrs,
+                op_def=original.op_def,
+                compute_device=False,
+            )
+        for tensor, counterpart in zip(operation.outputs, original.outputs, strict=True):
+            tensor.set_shape(counterpart.shape)
+            if tensor.dtype == tf.resource:
+                handle_data_util.copy_handle_data(counterpart, tensor)
+        if node.device:
+            operation._set_device(node.device)
+        self._bind(node, operation)
+
+    def _add_swap(self, node: ir.Node) -> None:
+        attrs = dict(node.attrs)
+        with (
+            self.target.as_default(),
+            tf.control_dependencies(None),
+            tf.control_dependencies(self._controls(node)),
+            tf.device(node.device or None),
+            tf.name_scope(node.name + "/"),
+        ):
+            if node.op == ir.SWAP_OUT:
+                copy = self.tiers.swap_out(self.tensor(node.inputs[0]), str(attrs["tier"]))
+                self.copies[node.name] = copy
+                self.done[node.name] = copy.operations
+                # The handle has no tensor of its own: readers find the copy by the node's name.
+                return
+            copy = self.copies[ir.producer(node.inputs[0])]
+            value = node.outputs[0]
+            tensor = self.tiers.swap_in(copy, value.dtype, value.shape)
+        self.tensors[node.name] = tensor
+        self.done[node.name] = [tensor.op]
+
+
+# --- trace time -------------------------------------------------------------------------------------------------
+
+_MARK = "_graphswap_step"
+
+
+def mark_current_graph(mark: object) -> bool:
+    """Marks the function being traced, so that `on_traced` callbacks see it. False outside of any trace."""
+    if tf.executing_eagerly():
+        return False
+    graph = tf.compat.v1.get_default_graph()
+    setattr(graph, _MARK, mark)
+    return True
+
+
+def on_traced(callback: Callable[[FuncGraph, Any], None]) -> None:
+    """Calls `callback(func_graph, mark)` for every marked function, after its trace and before it is made runnable."""
+    if not any(isinstance(known, _Transform) for known in transform.FUNC_GRAPH_TRANSFORMS):
+        transform.FUNC_GRAPH_TRANSFORMS.append(_Transform(callback))
+
+
+def off_traced() -> None:
+    """Undoes `on_traced`."""
+    transform.FUNC_GRAPH_TRANSFORMS[:] = [t for t in transform.FUNC_GRAPH_TRANSFORMS if not isinstance(t, _Transform)]
+
+
+class _Transform:
+    def __init__(self, callback: Callable[[FuncGraph, Any], None]):
+        self.callback = callback
+
+    def __call__(self, func_graph: FuncGraph) -> None:
+        mark = getattr(func_graph, _MARK, None)
+        if mark is not None:
+            self.callback(func_graph, mark)

@@ -1,0 +1,146 @@
+"""Which values share a buffer, and when each buffer is born, used and free.
+
+A *storage* is one device buffer with all the values that alias it. Positions are indices into
+`graph.nodes`, the execution order.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+
+from graphswap import allocator, ir
+
+ALIASES: Mapping[str, int] = dict.fromkeys(
+    (
+        "Identity",
+        "Reshape",
+        "Squeeze",
+        "ExpandDims",
+        "StopGradient",
+        "PreventGradient",
+        "CheckNumerics",
+        "Snapshot",
+        "Bitcast",
+        "EnsureShape",
+        "ReadVariableOp",
+        "PlaceholderWithDefault",
+    ),
+    0,
+)
+"""Ops whose first output is the buffer of the given input. IdentityN aliases each to each."""
+
+IN_PLACE: Mapping[str, tuple[int, ...]] = {
+    **dict.fromkeys(
+        "Abs Acos Asin Atan Ceil Cos Cosh Erf Erfc Exp Expm1 Floor Inv IsFinite Log Log1p LogicalNot Neg Reciprocal Relu "
+        "Relu6 LeakyRelu Elu Selu Rint Round Rsqrt Sigmoid Sign Sin Sinh Softplus Softsign Sqrt Square Tan Tanh "
+        "Softmax LogSoftmax BiasAdd FusedBatchNormV3 FusedBatchNorm Cumsum".split(),
+        (0,),
+    ),
+    **dict.fromkeys(
+        "Add AddV2 Sub Mul MulNoNan Div DivNoNan RealDiv FloorDiv FloorMod Maximum Minimum Pow SquaredDifference Xdivy "
+        "Xlogy LogicalAnd LogicalOr ReluGrad Relu6Grad LeakyReluGrad EluGrad SeluGrad SigmoidGrad TanhGrad RsqrtGrad "
+        "SqrtGrad SoftplusGrad SoftsignGrad ReciprocalGrad InvGrad".split(),
+        (0, 1),
+    ),
+    "AddN": tuple(range(64)),
+    "Select": (1, 2),
+}
+"""Ops that write their first output over an input nobody else needs: the inputs, in the order tried."""
+
+ASSIGNS = frozenset({"AssignVariableOp"})
+"""Ops after which the variable owns the buffer of the assigned value."""
+UPDATES = frozenset({"AssignAddVariableOp", "AssignSubVariableOp"})
+"""Ops that change a variable in place, or a fresh copy of it while somebody still reads the old one."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Storage:
+    """One buffer.
+
+    Attributes:
+        root: Reference to the value that allocates it.
+        values: All values that live in it, the root first.
+        nbytes: Device bytes, rounded as the allocator does.
+        born: Position of the root's node.
+        uses: Positions of the nodes that read it, rising. Nodes that only alias it are not uses.
+        is_held: Whether it outlives the step or was there before: variables, arguments, constants, results.
+    """
+
+    root: str
+    values: tuple[str, ...]
+    nbytes: int
+    born: int
+    uses: tuple[int, ...]
+    is_held: bool
+
+
+def alias_of(node: ir.Node, index: int) -> int | None:
+    """Number of the input whose buffer output `index` of the node is, or None if it has its own."""
+    if node.op == "IdentityN":
+        return index
+    return ALIASES.get(node.op) if index == 0 else None
+
+
+@functools.lru_cache(maxsize=8)
+def roots(graph: ir.Graph) -> Mapping[str, str]:
+    """For every value the value whose buffer it lives in. Resource handles are followed to their variable."""
+    found: dict[str, str] = {}
+    for node in graph.nodes:
+        for index, reference in enumerate(node.refs()):
+            source = alias_of(node, index)
+            found[reference] = reference if source is None else found[node.inputs[source]]
+    return found
+
+
+def storages(graph: ir.Graph) -> tuple[Storage, ...]:
+    """All storages that hold device bytes, in the order of birth."""
+    root_of = roots(graph)
+    results = {root_of[reference] for reference in graph.outputs}
+    members: dict[str, list[str]] = {}
+    uses: dict[str, list[int]] = {}
+    for position, node in enumerate(graph.nodes):
+        for index, reference in enumerate(node.refs()):
+            members.setdefault(root_of[reference], []).append(reference)
+            del index
+        aliased = {alias_of(node, index) for index in range(len(node.outputs))}
+        for slot, reference in enumerate(node.inputs):
+            if slot not in aliased:
+                positions = uses.setdefault(root_of[reference], [])
+                if not positions or positions[-1] != position:
+                    positions.append(position)
+    found = []
+    for root, values in members.items():
+        node = graph.by_name[ir.producer(root)]
+        nbytes = output_bytes(node)[ir.split_ref(root)[1]]
+        if not nbytes:
+            continue
+        held = root in results or node.op in HELD_OPS or node.outputs[0].dtype == "resource"
+        found.append(
+            Storage(
+                root=root,
+                values=tuple(values),
+                nbytes=nbytes,
+                born=graph.position[node.name],
+                uses=tuple(uses.get(root, ())),
+                is_held=held,
+            )
+        )
+    return tuple(sorted(found, key=lambda storage: storage.born))
+
+
+HELD_OPS = frozenset({"Placeholder", "Const", "VarHandleOp"})
+"""Ops whose outputs are in memory before the step starts and stay there."""
+
+
+def output_bytes(node: ir.Node) -> Sequence[int]:
+    """Device bytes behind each output, rounded as the allocator does.
+
+    A variant such as a TensorList and a resource hold bytes that their type does not show; the import
+    writes them into the attribute `held_bytes`.
+    """
+    for name, value in node.attrs:
+        if name == "held_bytes":
+            return value  # pyright: ignore[reportReturnType]
+    return [allocator.rounded(value.nbytes) for value in node.outputs]

@@ -1,0 +1,217 @@
+"""A Plan: what to swap, what to recompute, in which order to run. Data only: JSON, text, and a check.
+
+Positions are named by nodes of the user's graph. Every value has one *current* copy at each position;
+a decision replaces the current copy for all consumers from its position on:
+
+* `Swap`: SwapOut starts right after `out_after`; `freed_before` waits until the copy is complete, and the
+  device bytes are free from there on; SwapIn starts right after `in_after`; `in_before` is the first
+  consumer that reads the copy. A later Swap of the same value uses the far copy that is already there.
+* `Recompute`: the nodes are repeated, in this order, right before `before`; they read current copies.
+
+Between two nodes of the order stand first the SwapOuts and the SwapIns started by the earlier one, then
+the repeated nodes of the later one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from graphswap import ir
+
+TIERS = ("host", "disk")
+
+
+class PlanError(ValueError):
+    """A plan that does not fit its graph, or a plan file that can't be read."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Swap:
+    """Moves a value to the far tier over one gap between its uses.
+
+    Attributes:
+        value: Reference to the value.
+        out_after: The last node before the gap that uses the value, or its producer.
+        freed_before: The node that waits for the copy to the far tier.
+        in_after: The node after which the copy back starts.
+        in_before: The first node after the gap that uses the value.
+        tier: "host" or "disk".
+        reason: Why, for people.
+    """
+
+    value: str
+    out_after: str
+    freed_before: str
+    in_after: str
+    in_before: str
+    tier: str = "host"
+    reason: str = ""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Recompute:
+    """Runs nodes again right before a consumer, so that their values need not be kept until then.
+
+    Attributes:
+        nodes: The nodes to repeat, in execution order.
+        before: The first consumer that reads the repeated values.
+        reason: Why, for people.
+    """
+
+    nodes: tuple[str, ...]
+    before: str
+    reason: str = ""
+
+
+Decision = Swap | Recompute
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Declined:
+    """A candidate that the strategy did not take, and why."""
+
+    value: str
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Decisions for one graph.
+
+    Attributes:
+        order: Names of all nodes in the order to run them; empty keeps the graph's own.
+        decisions: In no particular order.
+        declined: Candidates left alone, each with a reason.
+        strategy: Name of the strategy that made it.
+        memory_budget: Bytes it was made for; None without a budget.
+        fingerprint: `Graph.fingerprint` of the graph it was made for; "" fits any.
+    """
+
+    order: tuple[str, ...] = ()
+    decisions: tuple[Decision, ...] = ()
+    declined: tuple[Declined, ...] = ()
+    strategy: str = ""
+    memory_budget: int | None = None
+    fingerprint: str = ""
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether applying the plan changes nothing."""
+        return not self.order and not self.decisions
+
+    @property
+    def swaps(self) -> tuple[Swap, ...]:
+        return tuple(d for d in self.decisions if isinstance(d, Swap))
+
+    @property
+    def recomputes(self) -> tuple[Recompute, ...]:
+        return tuple(d for d in self.decisions if isinstance(d, Recompute))
+
+    def replace(self, **changes: Any) -> Plan:
+        return dataclasses.replace(self, **changes)
+
+    def to_json(self) -> str:
+        """The plan as JSON text; `from_json` reads it back."""
+        fields = {**vars(self)}
+        fields["decisions"] = [{"kind": type(d).__name__, **_fields(d)} for d in self.decisions]
+        fields["declined"] = [_fields(d) for d in self.declined]
+        return json.dumps(fields, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """Reads what `to_json` wrote.
+
+        Raises:
+            PlanError: If the text is no plan.
+        """
+        kinds = {"Swap": Swap, "Recompute": Recompute}
+        try:
+            fields = json.loads(text)
+            decisions = []
+            for entry in fields.pop("decisions"):
+                kind = kinds[entry.pop("kind")]
+                decisions.append(kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in entry.items()}))
+            return cls(
+                order=tuple(fields.pop("order")),
+                decisions=tuple(decisions),
+                declined=tuple(Declined(**entry) for entry in fields.pop("declined")),
+                **fields,
+            )
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise PlanError(f"expected a plan as written by Plan.to_json, received something else: {error!r}.") from error
+
+    def check(self, graph: ir.Graph) -> Plan:
+        """Returns the plan if it fits the graph.
+
+        Raises:
+            PlanError: Naming the first decision that does not fit, and why.
+        """
+        if self.fingerprint and self.fingerprint != graph.fingerprint:
+            raise PlanError(
+                f"this plan was made for the graph with fingerprint {self.fingerprint}, "
+                f"but graph '{graph.name}' has {graph.fingerprint}. Plan again for this graph."
+            )
+        position = graph.position
+        if self.order:
+            if len(self.order) != len(graph.nodes) or set(self.order) != set(position):
+                odd = sorted(set(self.order) ^ set(position))[:3]
+                raise PlanError(f"the plan's order must name every node of '{graph.name}' once; look at {odd}.")
+            position = {name: i for i, name in enumerate(self.order)}
+        for decision in self.decisions:
+            _check_decision(decision, graph, position)
+        return self
+
+    def __str__(self) -> str:
+        budget = "none" if self.memory_budget is None else f"{self.memory_budget / 2**20:.1f}MiB"
+        lines = [f"plan {self.strategy or '-'}, budget {budget}"]
+        for decision in self.decisions:
+            if isinstance(decision, Swap):
+                lines.append(
+                    f"  swap       {decision.value}  out after {decision.out_after}, "
+                    f"in before {decision.in_before}, {decision.tier}{_because(decision.reason)}"
+                )
+            else:
+                lines.append(
+                    f"  recompute  {', '.join(decision.nodes)}  before {decision.before}{_because(decision.reason)}"
+                )
+        lines += [f"  keep       {d.value}  {d.reason}" for d in self.declined]
+        return "\n".join(lines)
+
+
+def _check_decision(decision: Decision, graph: ir.Graph, position: Mapping[str, int]) -> None:
+    def fail(message: str) -> PlanError:
+        return PlanError(f"{decision} does not fit graph '{graph.name}': {message}")
+
+    if isinstance(decision, Swap):
+        anchors = (decision.out_after, decision.freed_before, decision.in_after, decision.in_before)
+        names: Iterable[str] = (ir.producer(decision.value), *anchors)
+    else:
+        anchors = ()
+        names = (*decision.nodes, decision.before)
+    for name in names:
+        if name not in position:
+            raise fail(f"there is no node '{name}'.")
+    if isinstance(decision, Swap):
+        if decision.tier not in TIERS:
+            raise fail(f"expected a tier out of {TIERS}, received {decision.tier!r}.")
+        born, out, freed, start, use = (position[name] for name in names)
+        if not (born <= out < freed <= use and out <= start < use):
+            raise fail("expected producer <= out_after < freed_before, in_after < in_before in execution order.")
+    else:
+        for name in decision.nodes:
+            node = graph.by_name[name]
+            if node.stateful:
+                raise fail(f"'{name}' ({node.op}) is stateful and must not run twice.")
+            if position[name] >= position[decision.before]:
+                raise fail(f"'{name}' runs only after '{decision.before}'.")
+
+
+def _fields(data: Any) -> dict[str, Any]:
+    return {field.name: getattr(data, field.name) for field in dataclasses.fields(data)}
+
+
+def _because(reason: str) -> str:
+    return f"  ({reason})" if reason else ""

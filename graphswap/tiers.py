@@ -1,0 +1,134 @@
+"""The far tiers: how a swapped value leaves the device and comes back, as stock TensorFlow ops.
+
+* host: a string tensor per piece. Strings live outside the device allocator.
+* disk: a file per piece in a private directory, removed at exit, or by the next process after a crash.
+
+A value above 16 MiB travels in pieces of 8 MiB: glibc then serves the strings from memory it already
+has, and neither protobuf's 2 GiB limit nor a second full copy gets in the way. The bits do not change.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import dataclasses
+import fcntl
+import itertools
+import math
+import os
+import pathlib
+import shutil
+import tempfile
+from typing import Any
+
+import tensorflow as tf
+
+PIECE_BYTES = 8 << 20
+_WHOLE_BYTES = 16 << 20
+_PREFIX = "graphswap-"
+
+
+@dataclasses.dataclass(frozen=True)
+class FarCopy:
+    """A value in a far tier.
+
+    Attributes:
+        pieces: String tensors: the bytes (host) or the names of the files that hold them (disk).
+        operations: Whoever waits for these may rely on the copy.
+        is_file: Whether the pieces are names of files.
+    """
+
+    pieces: list[Any]
+    operations: list[Any]
+    is_file: bool
+
+
+class Tiers:
+    """Builds the ops of swaps; owns the swap directory, which is made when first needed.
+
+    Args:
+        directory: Where the disk tier makes its private directory; None for the system's temporary one.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str] | None = None):
+        self._parent = pathlib.Path(directory) if directory is not None else pathlib.Path(tempfile.gettempdir())
+        self._files: pathlib.Path | None = None
+        self._numbers = itertools.count()
+
+    def swap_out(self, tensor: tf.Tensor, tier: str) -> FarCopy:
+        """Adds the ops that copy `tensor` (static shape) to the tier."""
+        count = piece_count(tuple(tensor.shape.as_list()), tensor.dtype.size)
+        parts = [tensor] if count == 1 else _split(tensor, count)
+        strings = [tf.io.serialize_tensor(part) for part in parts]
+        if tier == "host":
+            return FarCopy(strings, [string.op for string in strings], is_file=False)
+        names, writes = [], []
+        for string in strings:
+            path = self.directory() / str(next(self._numbers))
+            write = tf.raw_ops.WriteFile(filename=str(path), contents=string)
+            with tf.control_dependencies([write]):
+                # The name hangs on the data: a constant one would let Grappler read the file too early.
+                names.append(tf.strings.join([tf.strings.substr(string, 0, 0), str(path)]))
+            writes.append(write)
+        return FarCopy(names, [name.op for name in names], is_file=True)
+
+    def swap_in(self, copy: FarCopy, dtype: str, shape: tuple[int | None, ...] | None) -> tf.Tensor:
+        """Adds the ops that bring the copy back to the device, under the current control dependencies."""
+        element = tf.dtypes.as_dtype(dtype)
+        if len(copy.pieces) == 1:
+            tensor = _parse(copy.pieces[0], element, copy.is_file)
+            tensor.set_shape(shape)
+            return tensor
+        count = len(copy.pieces)
+        width = math.prod(d or 0 for d in shape or ()) // count
+        target = tf.raw_ops.Empty(shape=(count, width), dtype=element, init=False)
+        for index, piece in enumerate(copy.pieces):
+            # One after the other: beside the target only one piece is on the device.
+            with tf.control_dependencies([target]):
+                part = _parse(piece, element, copy.is_file)
+            target = tf.raw_ops.InplaceUpdate(x=target, i=[index], v=part)
+        return tf.reshape(target, shape)
+
+    def directory(self) -> pathlib.Path:
+        """The private directory of this process, made on the first call.
+
+        Raises:
+            OSError: If it can't be made.
+        """
+        if self._files is None:
+            remove_stale(self._parent)
+            path = pathlib.Path(tempfile.mkdtemp(prefix=_PREFIX, dir=self._parent))
+            lock = open(path / "lock", "w")  # noqa: SIM115 (held until exit: it tells the living from the dead)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            atexit.register(shutil.rmtree, path, ignore_errors=True)
+            self._files, self._lock = path, lock
+        return self._files
+
+
+def remove_stale(parent: pathlib.Path) -> None:
+    """Removes swap directories in `parent` whose process is gone."""
+    for path in parent.glob(f"{_PREFIX}*"):
+        with contextlib.suppress(OSError), open(path / "lock") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def piece_count(shape: tuple[int | None, ...], item_bytes: int) -> int:
+    """In how many equal pieces a value travels: 1 up to 16 MiB, else the first fitting divisor."""
+    elements = math.prod(d or 0 for d in shape)
+    if elements * item_bytes <= _WHOLE_BYTES:
+        return 1
+    least = -(-elements * item_bytes // PIECE_BYTES)
+    return next(count for count in range(least, elements + 1) if elements % count == 0)
+
+
+def _split(tensor: tf.Tensor, count: int) -> list[tf.Tensor]:
+    """The rows of the tensor seen as a matrix of `count` rows; no copies where rows are whole 64 bytes."""
+    matrix = tf.reshape(tensor, (count, -1))
+    return [tf.slice(matrix, (index, 0), (1, -1)) for index in range(count)]
+
+
+def _parse(piece: tf.Tensor, dtype: tf.DType, is_file: bool) -> tf.Tensor:
+    # The identity carries the control dependencies: a parse without inputs of its own could be moved.
+    string = tf.identity(piece)
+    return tf.io.parse_tensor(tf.io.read_file(string) if is_file else string, dtype)

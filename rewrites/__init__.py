@@ -1,0 +1,25 @@
+"""How to do it: passes from (graph, plan) to graph. They obey, and never decide."""
+
+from graphswap import ir
+from graphswap.plan import Plan
+from graphswap.rewrites import pass_manager
+from graphswap.rewrites.ordering import ordering
+from graphswap.rewrites.recompute import recompute
+from graphswap.rewrites.schedule import schedule
+from graphswap.rewrites.swap import swap
+
+PASSES: tuple[pass_manager.RewritePass, ...] = (
+    schedule,  # positions in the plan mean the planned order
+    recompute,
+    swap,  # after recompute: repeated nodes read what came back, too
+    ordering,  # last: chains whatever was inserted
+)
+
+
+def rewrite(graph: ir.Graph, plan: Plan) -> ir.Graph:
+    """Carries out the plan. An empty plan returns the same object.
+
+    Raises:
+        ir.GraphError: If a pass leaves a broken graph.
+    """
+    return pass_manager.run_passes(graph, plan, PASSES)

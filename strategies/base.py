@@ -1,0 +1,45 @@
+"""What a strategy is, and what it raises when no plan fits."""
+
+from __future__ import annotations
+
+from typing import Protocol, runtime_checkable
+
+from graphswap import ir
+from graphswap.cost_model import CostModel
+from graphswap.plan import Plan
+
+
+@runtime_checkable
+class Strategy(Protocol):
+    """Decides what to do. Never touches a graph."""
+
+    def plan(self, graph: ir.Graph, cost_model: CostModel, memory_budget: int) -> Plan:
+        """Returns a plan whose simulated peak is at most `memory_budget` bytes.
+
+        Raises:
+            InfeasibleBudgetError: If it finds none.
+        """
+        ...
+
+
+class InfeasibleBudgetError(ValueError):
+    """No plan keeps the budget.
+
+    Attributes:
+        memory_budget: What was asked for, in bytes.
+        smallest_bytes: The smallest budget that a plan was found for.
+        node: Name of the node that sets it.
+    """
+
+    def __init__(self, memory_budget: int, smallest_bytes: int, node: str):
+        self.memory_budget = memory_budget
+        self.smallest_bytes = smallest_bytes
+        self.node = node
+        super().__init__(
+            f"memory_budget={_mib(memory_budget)} is below the smallest reachable peak, {_mib(smallest_bytes)}, set by "
+            f"node '{node}'. Raise memory_budget to at least {_mib(smallest_bytes)} or reduce the batch size."
+        )
+
+
+def _mib(nbytes: int) -> str:
+    return f"{-(-nbytes * 10 // 2**20) / 10:.1f}MiB"

@@ -1,0 +1,335 @@
+"""The common ground of the strategies: which buffers sit idle between uses, and plans that evict them.
+
+A *gap* is the stretch between two consecutive uses of a storage. Evicting a storage over a gap frees
+its bytes there; it comes back by a swap or by being recomputed, right before its next use or earlier if
+another recompute needs it. Following every storage and every gap, not layers, covers skip connections.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Collection, Mapping
+
+import numpy as np
+
+from graphswap import allocator as allocator_lib
+from graphswap import ir, liveness
+from graphswap.cost_model import CostModel
+from graphswap.plan import Decision, Plan, Recompute, Swap
+from graphswap.simulator import Timeline, simulate
+
+SMALL_BYTES = 64 << 10
+"""Storages up to this size stay on the device: moving them costs more than it frees."""
+
+_NEVER_REPEATED = frozenset({"While", "StatelessWhile", "If", "StatelessIf", "Case", "StatelessCase"})
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Gap:
+    """A stretch in which a storage is idle.
+
+    Attributes:
+        storage: Index into `Gaps.storages`.
+        start: Position of the use before (or of the birth).
+        end: Position of the use after.
+        nbytes: What evicting frees at the positions between.
+    """
+
+    storage: int
+    start: int
+    end: int
+    nbytes: int
+
+
+class Gaps:
+    """One graph in one order, ready for planning.
+
+    Attributes:
+        graph: The graph, its nodes in `order`.
+        order: Node names.
+        storages: All storages.
+        gaps: All gaps worth a look.
+        live: Bytes in use at each position, resident ones included, when nothing is evicted.
+        seconds: Seconds of each node, by position.
+    """
+
+    def __init__(self, graph: ir.Graph, order: tuple[str, ...], cost_model: CostModel):
+        self.cost_model = cost_model
+        self.fingerprint = graph.fingerprint
+        self.graph = graph.replace(nodes=tuple(graph.by_name[name] for name in order))
+        self.order = order
+        self.storages = liveness.storages(self.graph)
+        self.root_of = liveness.roots(self.graph)
+        self.storage_of = {storage.root: index for index, storage in enumerate(self.storages)}
+        self.seconds = np.array([cost_model.seconds(self.graph, node) for node in self.graph.nodes])
+        self.clock = np.concatenate([[0.0], np.cumsum(self.seconds)])
+        self.gaps = tuple(self._find_gaps())
+        self.by_storage: dict[int, list[int]] = {}
+        for index, gap in enumerate(self.gaps):
+            self.by_storage.setdefault(gap.storage, []).append(index)
+        timeline = simulate(self.graph, Plan(), cost_model)
+        self.live = self.live_by_position(timeline)
+
+    def _find_gaps(self):
+        for index, storage in enumerate(self.storages):
+            if storage.is_held or storage.nbytes <= SMALL_BYTES:
+                continue
+            points = (storage.born, *storage.uses)
+            for start, end in zip(points, points[1:], strict=False):
+                if end - start > 2:
+                    yield Gap(index, start, end, storage.nbytes)
+
+    def live_by_position(self, timeline: Timeline) -> np.ndarray:
+        """Bytes in use at each position; what is inserted counts for the user's node after it."""
+        live = np.zeros(len(self.order))
+        position = 0
+        most = 0
+        for step in timeline.steps:
+            most = max(most, step.live_bytes)
+            if step.kind == "run":
+                live[position] = most
+                position, most = position + 1, 0
+        return live
+
+    # --- recompute ---------------------------------------------------------------------------------------------
+
+    def can_repeat(self, node: ir.Node) -> bool:
+        """Whether running the node again gives the same values and changes nothing."""
+        if node.stateful or node.op in _NEVER_REPEATED or node.op in liveness.HELD_OPS:
+            return False
+        return all(value.dtype in ir.ITEM_BYTES for value in node.outputs)
+
+    @functools.cached_property
+    def long_gap(self) -> dict[int, int]:
+        """Storage to its longest gap: what lies before is its time in the forward pass."""
+        return {
+            storage: max(gaps, key=lambda g: self.gaps[g].end - self.gaps[g].start)
+            for storage, gaps in self.by_storage.items()
+        }
+
+    def anchors(self, segments: int) -> frozenset[int]:
+        """Storages to keep so that what is recomputed falls into about `segments` parts of equal bytes.
+
+        At a segment's border the storages that are still to be used by the forward pass are anchors. The
+        border is put where their bytes are fewest. The forward pass of a storage ends where its longest
+        gap starts, so no names are needed to tell the passes apart.
+        """
+        length = len(self.order)
+        alive = np.zeros(length + 1)
+        saved = np.zeros(length)
+        last_early: dict[int, int] = {}
+        turn = int(np.argmax(self.live))
+        for index, storage in enumerate(self.storages):
+            if storage.is_held or storage.nbytes <= SMALL_BYTES or storage.born > turn:
+                continue
+            long = self.long_gap.get(index)
+            gap = self.gaps[long] if long is not None else None
+            if gap is not None and gap.start <= turn < gap.end:
+                saved[storage.born] += storage.nbytes
+                last = gap.start
+            else:
+                last = max((use for use in storage.uses if use <= turn), default=storage.born)
+            last_early[index] = last
+            alive[storage.born] += storage.nbytes
+            alive[last] -= storage.nbytes
+        alive = np.cumsum(alive)[:length]
+        total = np.cumsum(saved)
+        if not total[-1] or segments < 2:
+            return frozenset()
+        borders = []
+        width = total[-1] / segments
+        for number in range(1, segments):
+            low, high = np.searchsorted(total, [(number - 0.5) * width, (number + 0.5) * width])
+            high = min(int(high), turn)
+            if low < high:
+                borders.append(int(low) + int(np.argmin(alive[low:high])))
+        return frozenset(
+            index for index, last in last_early.items() for t in borders if self.storages[index].born <= t < last
+        )
+
+    # --- plans -------------------------------------------------------------------------------------------------
+
+    def decide(
+        self, evicted: Mapping[int, str], anchors: Collection[int] = (), reuse: int = 40, tier: str = "host"
+    ) -> tuple[Decision, ...]:
+        """Turns evictions into decisions.
+
+        Args:
+            evicted: Gap to "swap" or "recompute".
+            anchors: Storages that recomputing may rely on even after their last use.
+            reuse: For how many positions a repeated value that nobody else needs is kept for the next
+                recompute that reads it.
+            tier: Where swaps go.
+
+        Raises:
+            CantRecompute: If a gap says "recompute" and the value depends on something that can't be repeated.
+        """
+        return _Restorer(self, evicted, anchors, reuse, tier).decisions()
+
+    def recompute_seconds(self, gap: int, evicted: Mapping[int, str], anchors: Collection[int]) -> float:
+        """Seconds to recompute the gap's storage at its end while `evicted` is evicted; infinite if it can't be."""
+        restorer = _Restorer(self, {**evicted, gap: "recompute"}, anchors, 0, "host")
+        try:
+            nodes = restorer.closure(self.gaps[gap])
+        except CantRecompute:
+            return float("inf")
+        position = self.graph.position
+        return float(sum(self.seconds[position[name]] for name in nodes))
+
+    def swap_seconds(self, gap: int, tier: str = "host") -> float:
+        """Seconds that swapping adds to the step: the copies, less what hides behind compute."""
+        item, link = self.gaps[gap], self.cost_model.link(tier)
+        copies = link.out_seconds(item.nbytes) + link.in_seconds(item.nbytes)
+        if not link.overlaps:
+            return copies
+        return max(0.0, copies - float(self.clock[item.end] - self.clock[item.start + 1]))
+
+    def plan(self, decisions: tuple[Decision, ...], strategy: str, memory_budget: int) -> Plan:
+        return Plan(
+            order=self.order,
+            decisions=decisions,
+            strategy=strategy,
+            memory_budget=memory_budget,
+            fingerprint=self.fingerprint,
+        )
+
+    def simulate(self, decisions: tuple[Decision, ...]) -> Timeline:
+        return simulate(self.graph, Plan(decisions=decisions), self.cost_model)
+
+    def place(self, decisions: tuple[Decision, ...], limit_bytes: int) -> Timeline:
+        """Simulates with the device's allocator of `limit_bytes`, over several steps.
+
+        Raises:
+            allocator.OutOfMemory: If it runs out.
+        """
+        allocator = allocator_lib.Allocator(limit_bytes, self.cost_model.device.reserves_memory)
+        return simulate(
+            self.graph, Plan(decisions=decisions), self.cost_model, allocator=allocator, repetitions=3
+        )
+
+
+class CantRecompute(Exception):
+    """A value depends on something that can't be repeated; the text says on what."""
+
+
+class _Restorer:
+    """Walks through the step and brings every evicted storage back when it is due or needed earlier."""
+
+    def __init__(self, gaps: Gaps, evicted: Mapping[int, str], anchors: Collection[int], reuse: int, tier: str):
+        self.gaps = gaps
+        self.graph = gaps.graph
+        self.evicted = evicted
+        self.anchors = anchors
+        self.reuse = reuse
+        self.tier = tier
+        self.absent: dict[int, int] = {}  # storage -> gap
+        self.kept_until: dict[int, int] = {}  # storage of a repeated value -> last position that reads it
+        self.restored: set[int] = set()
+        self.found: list[Decision] = []
+
+    def decisions(self) -> tuple[Decision, ...]:
+        events = []
+        for gap in self.evicted:
+            item = self.gaps.gaps[gap]
+            events.append((item.start, 1, gap))
+            events.append((item.end, 0, gap))
+        for position, is_start, gap in sorted(events):
+            storage = self.gaps.gaps[gap].storage
+            if is_start:
+                self.absent[storage] = gap
+            elif self.absent.get(storage) == gap:
+                nodes = self._restore(storage, position)
+                if nodes:
+                    self.found.append(Recompute(tuple(nodes), self.gaps.order[position]))
+        return tuple(self.found)
+
+    def closure(self, gap: Gap) -> list[str]:
+        """Nodes to repeat for one gap, everything evicted so far at its end being absent."""
+        for index, action in self.evicted.items():
+            other = self.gaps.gaps[index]
+            if other.start < gap.end <= other.end and action:
+                self.absent[other.storage] = index
+        return self._restore(gap.storage, gap.end)
+
+    def _restore(self, storage: int, position: int) -> list[str]:
+        """Decides how the storage comes back before `position`; returns the nodes to repeat, in order."""
+        nodes: list[str] = []
+        self._bring_back(storage, position, nodes, set())
+        graph_position = self.graph.position
+        return sorted(dict.fromkeys(nodes), key=graph_position.__getitem__)
+
+    def _bring_back(self, storage: int, position: int, nodes: list[str], visiting: set[str]) -> None:
+        gap = self.absent.pop(storage, None)
+        self.restored.add(storage)
+        details = self.gaps.storages[storage]
+        if gap is not None and self.evicted[gap] == "swap":
+            self._swap(gap, position)
+            wanted = details.values[1:]
+        else:
+            wanted = details.values
+            self._repeat(ir.producer(details.root), position, nodes, visiting)
+            if gap is None:
+                self.kept_until[storage] = position
+        for value in wanted:
+            if value != details.root and self._is_read_across(value, position):
+                self._repeat(ir.producer(value), position, nodes, visiting)
+
+    def _repeat(self, name: str, position: int, nodes: list[str], visiting: set[str]) -> None:
+        if name in visiting:
+            return
+        visiting.add(name)
+        node = self.graph.by_name[name]
+        if not self.gaps.can_repeat(node):
+            raise CantRecompute(f"'{name}' ({node.op}) can't be repeated")
+        for reference in node.inputs:
+            self._need(reference, position, nodes, visiting)
+        nodes.append(name)
+
+    def _need(self, reference: str, position: int, nodes: list[str], visiting: set[str]) -> None:
+        """Makes the value readable right before `position`."""
+        root = self.gaps.root_of[reference]
+        storage = self.gaps.storage_of.get(root)
+        if storage is None:  # no device bytes: it is still there
+            return
+        details = self.gaps.storages[storage]
+        if details.is_held or details.nbytes <= SMALL_BYTES:
+            return
+        if storage in self.absent:
+            self._bring_back(storage, position, nodes, visiting)
+        elif storage in self.anchors or (details.uses and details.uses[-1] >= position):
+            pass
+        elif position - self.kept_until.get(storage, -self.reuse - 1) <= self.reuse:
+            self.kept_until[storage] = position
+        else:
+            self._bring_back(storage, position, nodes, visiting)
+        # An alias that was made before its storage went away still names the first buffer.
+        if reference != root and storage in self.restored:
+            self._repeat(ir.producer(reference), position, nodes, visiting)
+
+    def _is_read_across(self, value: str, position: int) -> bool:
+        """Whether the value is made before the position and read at or after it."""
+        places = self.graph.position
+        return places[ir.producer(value)] < position and any(
+            places[consumer] >= position for consumer in self.graph.consumers.get(value, ())
+        )
+
+    def _swap(self, gap: int, position: int) -> None:
+        item = self.gaps.gaps[gap]
+        order, clock = self.gaps.order, self.gaps.clock
+        link = self.gaps.cost_model.link(self.tier)
+        freed, start = item.start + 1, position - 1
+        if link.overlaps:
+            out, back = link.out_seconds(item.nbytes), link.in_seconds(item.nbytes)
+            freed = min(int(np.searchsorted(clock, clock[item.start + 1] + out)), position - 1)
+            start = max(int(np.searchsorted(clock, clock[position] - back)) - 1, freed)
+        self.found.append(
+            Swap(
+                value=self.gaps.storages[item.storage].root,
+                out_after=order[item.start],
+                freed_before=order[max(freed, item.start + 1)],
+                in_after=order[max(start, item.start)],
+                in_before=order[position],
+                tier=self.tier,
+            )
+        )
