@@ -1,0 +1,143 @@
+"""Random training steps, and comparisons of graphs."""
+
+from __future__ import annotations
+
+import random
+
+from hypothesis import strategies as st
+
+from graphswap import ir, parser
+
+_BATCH = 8
+_WIDTHS = (8, 40, 64)
+
+
+def assert_graph_text(graph: ir.Graph, text: str) -> None:
+    """Compares a graph with a text, whose white space and comments do not matter, line by line."""
+    assert str(graph).splitlines() == str(parser.parse(text)).splitlines()
+
+
+def random_graphs(max_layers: int = 8) -> st.SearchStrategy[ir.Graph]:
+    """A hypothesis strategy for training steps."""
+    return st.builds(random_graph, st.randoms(use_true_random=False), st.integers(1, max_layers))
+
+
+def random_graph(rng: random.Random, layers: int = 8) -> ir.Graph:
+    """A step of gradient descent on a chain of random layers, with skips.
+
+    Layers are matrix products, activations, sums with an earlier value, dropout (a stateful op),
+    normalisations (several outputs) and ops that alias. The shapes agree.
+    """
+    return _Step(rng).build(layers)
+
+
+class _Step:
+    """A step that is being built: nodes, and what the backward pass has to know."""
+
+    def __init__(self, rng: random.Random):
+        self.rng = rng
+        self.nodes: list[ir.Node] = []
+        self.layer = 0
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.gradients: dict[str, list[str]] = {}  # value -> its gradient's summands
+
+    def build(self, layers: int) -> ir.Graph:
+        kinds = (self.product, self.activation, self.skip, self.dropout, self.normalisation, self.alias)
+        value = self.add("x", "Placeholder", (), (_BATCH, self.rng.choice(_WIDTHS)))
+        values, backward = [value], []
+        for layer in range(layers):
+            self.layer = layer
+            value, step_back = self.rng.choice(kinds)(value, values)
+            values.append(value)
+            backward.append(step_back)
+        loss = self.add("loss", "L2Loss", (value,), ())
+        self.gradients[value] = [value]
+        updates = []
+        for layer, step_back in reversed(list(enumerate(backward))):
+            self.layer = layer
+            if update := step_back():
+                updates.append(update)
+        arguments = tuple(node.name for node in self.nodes if node.op == "Placeholder")
+        return ir.verify(ir.Graph("random_step", tuple(self.nodes), arguments, (loss,), tuple(updates)))
+
+    def add(self, name, op, inputs, *shapes, stateful=False, after=()):
+        outputs = tuple(ir.Value("float32", shape) for shape in shapes)
+        self.nodes.append(ir.Node(name, op, inputs, after, outputs, stateful=stateful))
+        self.shapes.update((ir.ref(name, index), shape) for index, shape in enumerate(shapes))
+        return name
+
+    def take_gradient(self, value):
+        summands = self.gradients.pop(value)
+        if len(summands) == 1:
+            return summands[0]
+        return self.add(f"sum_{self.layer}", "AddN", tuple(summands), self.shapes[value])
+
+    def give_gradient(self, value, summand):
+        self.gradients.setdefault(value, []).append(summand)
+
+    def product(self, x, _):
+        layer, (rows, columns), width = self.layer, self.shapes[x], self.rng.choice(_WIDTHS)
+        handle = f"w_{layer}"
+        held = (("held_bytes", (4 * columns * width + 255 & -256,)),)
+        self.nodes.append(ir.Node(handle, "Placeholder", outputs=(ir.Value("resource"),), attrs=held))
+        read = self.add(f"read_{layer}", "ReadVariableOp", (handle,), (columns, width), stateful=True)
+        y = self.add(f"product_{layer}", "MatMul", (x, read), (rows, width))
+
+        def backward():
+            grad = self.take_gradient(y)
+            grad_w = self.add(f"grad_w_{layer}", "MatMul", (x, grad), (columns, width))
+            self.give_gradient(x, self.add(f"grad_x_{layer}", "MatMul", (grad, read), (rows, columns)))
+            return self.add(f"update_{layer}", "AssignSubVariableOp", (handle, grad_w), stateful=True, after=(read,))
+
+        return y, backward
+
+    def activation(self, x, _):
+        layer, shape, op = self.layer, self.shapes[x], self.rng.choice(("Relu", "Tanh"))
+        y = self.add(f"activation_{layer}", op, (x,), shape)
+
+        def backward():
+            inputs = (self.take_gradient(y), y) if op == "Relu" else (y, self.take_gradient(y))
+            self.give_gradient(x, self.add(f"grad_activation_{layer}", f"{op}Grad", inputs, shape))
+
+        return y, backward
+
+    def skip(self, x, values):
+        other = self.rng.choice([value for value in values if self.shapes[value] == self.shapes[x]])
+        y = self.add(f"skip_{self.layer}", "AddV2", (x, other), self.shapes[x])
+
+        def backward():
+            grad = self.take_gradient(y)
+            self.give_gradient(x, grad)
+            self.give_gradient(other, grad)
+
+        return y, backward
+
+    def dropout(self, x, _):
+        layer, shape = self.layer, self.shapes[x]
+        mask = self.add(f"mask_{layer}", "RandomUniform", (), shape, stateful=True)
+        y = self.add(f"dropout_{layer}", "Mul", (x, mask), shape)
+
+        def backward():
+            self.give_gradient(x, self.add(f"grad_dropout_{layer}", "Mul", (self.take_gradient(y), mask), shape))
+
+        return y, backward
+
+    def normalisation(self, x, _):
+        layer, shape = self.layer, self.shapes[x]
+        y = self.add(f"norm_{layer}", "FusedBatchNormV3", (x,), shape, shape[1:], shape[1:])
+
+        def backward():
+            inputs = (self.take_gradient(y), x, ir.ref(y, 1), ir.ref(y, 2))
+            grad = self.add(f"grad_norm_{layer}", "FusedBatchNormGradV3", inputs, shape, shape[1:], shape[1:])
+            self.give_gradient(x, grad)
+
+        return y, backward
+
+    def alias(self, x, _):
+        layer, shape, op = self.layer, self.shapes[x], self.rng.choice(("Identity", "Reshape"))
+        y = self.add(f"alias_{layer}", op, (x,), shape)
+
+        def backward():
+            self.give_gradient(x, self.add(f"grad_alias_{layer}", op, (self.take_gradient(y),), shape))
+
+        return y, backward
