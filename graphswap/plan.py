@@ -197,6 +197,8 @@ def _check_decision(decision: Decision, graph: ir.Graph, position: Mapping[str, 
     if isinstance(decision, Swap):
         if decision.tier not in TIERS:
             raise fail(f"expected a tier out of {TIERS}, received {decision.tier!r}.")
+        if ir.split_ref(decision.value)[1] >= len(graph.by_name[ir.producer(decision.value)].outputs):
+            raise fail(f"there is no value '{decision.value}'.")
         born, out, freed, start, use = (position[name] for name in names)
         if not (born <= out < freed <= use and out <= start < use):
             raise fail("expected producer <= out_after < freed_before, in_after < in_before in execution order.")
@@ -207,6 +209,8 @@ def _check_decision(decision: Decision, graph: ir.Graph, position: Mapping[str, 
                 raise fail(f"'{name}' ({node.op}) is stateful and must not run twice.")
             if position[name] >= position[decision.before]:
                 raise fail(f"'{name}' runs only after '{decision.before}'.")
+        if list(decision.nodes) != sorted(set(decision.nodes), key=position.__getitem__):
+            raise fail("expected the nodes in execution order, each once.")
 
 
 def _fields(data: Any) -> dict[str, Any]:
