@@ -1,0 +1,125 @@
+import dataclasses
+import math
+
+import pytest
+
+from graphswap import parser
+from graphswap.cost_model import CostModel, DeviceSpec, Link, Profile, flops
+
+DEVICE = DeviceSpec(flops_per_second=1e9, memory_bytes_per_second=1e6, launch_seconds=1e-3)
+PROFILE = Profile("f", {"product": 2.0}, {"product": 512}, {"host": Link(1.0, 2.0)})
+GRAPH = parser.parse("""
+graph g() -> () {
+  %a = Placeholder() : (float32[10,20])
+  %b = Placeholder() : (float32[20,30])
+  %product = MatMul(%a, %b) : (float32[10,30])
+  %sum = AddV2(%product, %product) : (float32[10,30])
+  %other = Op(%sum) {"workspace_bytes": 768} : (float32[10,30])
+  %shape = Reshape(%sum) : (float32[300])
+  %nothing = NoOp(%sum) : ()
+  %unknown = Op() : (float32[?])
+  %again = MatMul(%a, %b) like(%product) : (float32[10,30])
+}
+""")
+
+
+def node(name):
+    return GRAPH.by_name[name]
+
+
+def test_link():
+    link = Link(out_bytes_per_second=10.0, in_bytes_per_second=20.0, latency_seconds=0.5)
+    assert link.out_seconds(100) == 10.5
+    assert link.in_seconds(100) == 5.5
+
+
+@pytest.mark.parametrize(
+    ("name", "seconds"),
+    [
+        ("product", 1e-3 + 2 * 10 * 20 * 30 / 1e9 + 4 * (200 + 600 + 300) / 1e6),
+        ("sum", 1e-3 + 4 * (300 + 300 + 300) / 1e6),
+        ("shape", 1e-3),
+        ("nothing", 1e-3),
+        ("unknown", 1e-3),
+        ("again", 1e-3 + 2 * 10 * 20 * 30 / 1e9 + 4 * (200 + 600 + 300) / 1e6),
+    ],
+)
+def test_analytic_seconds(name, seconds):
+    assert CostModel(DEVICE).seconds(GRAPH, node(name)) == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize(("name", "seconds"), [("product", 2.0), ("again", 2.0), ("sum", 1e-3)])
+def test_measured_seconds(name, seconds):
+    assert CostModel(DEVICE, PROFILE).seconds(GRAPH, node(name)) == seconds
+
+
+def test_workspace():
+    analytic, measured = CostModel(DEVICE), CostModel(DEVICE, PROFILE)
+    assert [analytic.workspace_bytes(GRAPH, node(name)) for name in ("product", "other")] == [0, 768]
+    assert [measured.workspace_bytes(GRAPH, node(name)) for name in ("product", "again", "other")] == [512, 512, 768]
+
+
+def test_a_measured_link_comes_before_the_device_s():
+    model = CostModel(DEVICE, PROFILE)
+    assert model.link("host") == PROFILE.links["host"]
+    assert model.link("disk") == DEVICE.links["disk"]
+    assert CostModel(DEVICE).link("host") == DEVICE.links["host"]
+
+
+CONVOLUTIONS = parser.parse("""
+graph g() -> () {
+  %image = Placeholder() : (float32[2,8,8,3])
+  %filter = Placeholder() : (float32[5,5,3,16])
+  %sizes = Const() : (int32[4])
+  %grad = Placeholder() : (float32[2,8,8,16])
+  %forward = Conv2D(%image, %filter) : (float32[2,8,8,16])
+  %to_image = Conv2DBackpropInput(%sizes, %filter, %grad) : (float32[2,8,8,3])
+  %to_filter = Conv2DBackpropFilter(%image, %sizes, %grad) : (float32[5,5,3,16])
+  %depthwise = DepthwiseConv2dNative(%image, %filter) : (float32[2,8,8,3])
+  %open = Conv2DBackpropInput(%sizes, %filter, %unresolved) : (float32[2,8,8,3])
+  %unresolved = Placeholder() : (float32[?,8,8,16])
+  %batched = BatchMatMulV2(%x, %y) : (float32[7,10,30])
+  %x = Placeholder() : (float32[7,10,20])
+  %y = Placeholder() : (float32[7,20,30])
+}
+""")
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("forward", 2 * (2 * 8 * 8 * 16) * (5 * 5 * 3)),
+        ("to_image", 2 * (2 * 8 * 8 * 16) * (5 * 5 * 3)),
+        ("to_filter", 2 * (2 * 8 * 8 * 16) * (5 * 5 * 3)),
+        ("depthwise", 2 * (5 * 5 * 3 * 16) * 9),
+        ("batched", 7 * 2 * 10 * 20 * 30),
+        ("image", 0),
+    ],
+)
+def test_flops(name, expected):
+    assert flops(CONVOLUTIONS, CONVOLUTIONS.by_name[name]) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("name", ["to_image", "to_filter"])
+def test_workspace_of_convolution_gradients_fills_30_mib(name):
+    pixels, taps, depth = 8 * 8, 5 * 5 * 3, 16
+    images = math.ceil((30 << 20) / 4 / (pixels * depth + taps * depth + pixels * taps))
+    found = CostModel(DEVICE).workspace_bytes(CONVOLUTIONS, CONVOLUTIONS.by_name[name])
+    assert found == images * pixels * taps * 4
+
+
+@pytest.mark.parametrize("name", ["forward", "open"])
+def test_no_workspace_without_a_gradient_or_a_shape(name):
+    assert CostModel(DEVICE).workspace_bytes(CONVOLUTIONS, CONVOLUTIONS.by_name[name]) == 0
+
+
+def test_a_profile_survives_json():
+    assert Profile.from_json(PROFILE.to_json()) == PROFILE
+
+
+@pytest.mark.parametrize("field", ["seconds", "workspace_bytes"])
+@pytest.mark.parametrize("cost", [-1, math.nan, math.inf])
+def test_a_profile_refuses_what_is_no_cost(field, cost):
+    with pytest.raises(ValueError) as error:
+        dataclasses.replace(PROFILE, **{field: {"n": cost}})
+    assert str(error.value) == f"expected a finite cost >= 0 for node 'n', received {cost!r}. Measure again."
