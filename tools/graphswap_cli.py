@@ -1,0 +1,98 @@
+"""The command line: `graphswap COMMAND ...`. `graphswap --help` lists the commands."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import sys
+from collections.abc import Callable, Sequence
+
+from absl import app, flags
+
+from graphswap import emulate, options
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """One command.
+
+    Attributes:
+        summary: What it does, in one line.
+        example: A call to copy.
+        main: Runs it on its arguments, the name of the program first, and returns the exit status.
+    """
+
+    summary: str
+    example: str
+    main: Callable[[Sequence[str]], int | None]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        argv: The command's name and its arguments; by default those of the process.
+
+    Returns:
+        The exit status: 2 if the command is unknown or its arguments are wrong, else the command's own.
+    """
+    name, *arguments = (sys.argv[1:] if argv is None else argv) or [""]
+    if name in ("", "help", "-h", "--help"):
+        print(_usage(COMMANDS), file=sys.stdout if name else sys.stderr)
+        return 0 if name else 2
+    if name not in COMMANDS:
+        close = difflib.get_close_matches(name, COMMANDS, n=1)
+        advice = f"Did you mean '{close[0]}'?" if close else "`graphswap --help` lists them."
+        return _refuse("graphswap", f"expected a command out of {', '.join(COMMANDS)}, received '{name}'. {advice}")
+    if arguments[:1] in (["-h"], ["--help"]):
+        print(_usage({name: COMMANDS[name]}))
+        return 0
+    try:
+        return COMMANDS[name].main([f"graphswap {name}", *arguments]) or 0
+    except (flags.Error, app.UsageError) as error:
+        return _refuse(f"graphswap {name}", f"{error}\nFor example: {COMMANDS[name].example}")
+
+
+def _run(argv: Sequence[str]) -> int:
+    values = flags.FlagValues()
+    values.set_gnu_getopt(False)  # flags after the script are the script's
+    memory = flags.DEFINE_string("memory", None, "Memory of the device.", flag_values=values)
+    _, *script = values(argv)
+    if memory.value is None:
+        raise app.UsageError("expected --memory=SIZE, received no --memory.")
+    try:
+        return emulate.run_script(options.parse_bytes(memory.value), script)
+    except ValueError as error:
+        raise app.UsageError(str(error)) from error
+
+
+def _demo(argv: Sequence[str]) -> int | None:
+    from graphswap.tools import demo
+
+    return demo.main(argv)
+
+
+COMMANDS = {
+    "run": Command(
+        "Runs a Python script on an emulated accelerator, a CPU device with little memory.",
+        "graphswap run --memory=300MiB -- train.py --epochs=2",
+        _run,
+    ),
+    "demo": Command(
+        "Trains a model in less memory than it needs, and shows that the losses are the same.",
+        "graphswap demo",
+        _demo,
+    ),
+}
+
+
+def _usage(commands: dict[str, Command]) -> str:
+    lines = ["usage: graphswap COMMAND [FLAGS]"]
+    for name, command in commands.items():
+        lines += ["", f"  {name:10}{command.summary}", f"  {'':10}$ {command.example}"]
+    return "\n".join(lines)
+
+
+def _refuse(program: str, message: str) -> int:
+    print(f"{program}: {message}", file=sys.stderr)
+    return 2
