@@ -141,7 +141,8 @@ class Plan:
                 **fields,
             )
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise PlanError(f"expected a plan as written by Plan.to_json, received something else: {error!r}.") from error
+            message = f"expected a plan as written by Plan.to_json, received something else: {error!r}."
+            raise PlanError(message) from error
 
     def check(self, graph: ir.Graph) -> Plan:
         """Returns the plan if it fits the graph.
