@@ -104,6 +104,11 @@ class Allocator:
         """Bytes of the chunk at `address`, slack included."""
         return self._used[address]
 
+    def layout(self) -> list[tuple[int, int, bool]]:
+        """All chunks as (address, bytes, whether in use), by address."""
+        used = [(address, size, True) for address, size in self._used.items()]
+        return sorted(used + [(address, size, False) for size, address in self._free])
+
     def _extend(self, wanted: int) -> None:
         available = (self._limit - self._pool) // ALIGNMENT_BYTES * ALIGNMENT_BYTES
         if wanted > available:

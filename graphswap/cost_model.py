@@ -91,7 +91,7 @@ class Profile:
         return cls(**{**fields, "links": {k: Link(**v) for k, v in fields["links"].items()}})
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class CostModel:
     """Answers for one graph on one device.
 
@@ -99,11 +99,13 @@ class CostModel:
         device: The device.
         profile: Measured costs, or None for analytic ones.
         resident_bytes: Device bytes in use before the step that the graph does not show.
+        far_tier: The tier that swaps go to.
     """
 
     device: DeviceSpec = DeviceSpec()
     profile: Profile | None = None
     resident_bytes: int = 0
+    far_tier: str = "host"
 
     def seconds(self, graph: ir.Graph, node: ir.Node) -> float:
         """Seconds that the node computes. A repeated node costs what the first one costs."""
@@ -131,6 +133,7 @@ class CostModel:
         return _convolution_workspace(graph, node)
 
     def link(self, tier: str) -> Link:
+        """The way to a far tier, as measured, else as the device spec has it."""
         if self.profile is not None and tier in self.profile.links:
             return self.profile.links[tier]
         return self.device.links[tier]

@@ -159,6 +159,10 @@ class Graph:
         """Hash of the printed form: equal for equal graphs, in any process."""
         return hashlib.sha256(str(self).encode()).hexdigest()[:16]
 
+    def __hash__(self) -> int:
+        # Equal graphs have equal hashes; hashing every node would cost more than the lookups it serves.
+        return hash((self.name, len(self.nodes), self.outputs))
+
     def value(self, reference: str) -> Value:
         name, index = split_ref(reference)
         return self.by_name[name].outputs[index]

@@ -13,7 +13,8 @@ change which elementwise op writes over which input.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Mapping, Sequence
 
 from graphswap import allocator as allocator_lib
 from graphswap import ir, liveness
@@ -67,6 +68,54 @@ class Timeline:
         return max(self.steps, key=lambda step: step.live_bytes)
 
 
+class NoRoom(Exception):
+    """The modelled allocator ran out during a step.
+
+    Attributes:
+        position: How many of the user's nodes had run.
+        nbytes: The request that failed.
+        layout: All chunks as (address, bytes, owner), by address; the owner is the value that lives there,
+            "" for other uses, None for a free chunk.
+    """
+
+    def __init__(self, position: int, nbytes: int, layout: Sequence[tuple[int, int, str | None]]):
+        super().__init__(f"no room for {nbytes} bytes after {position} nodes")
+        self.position = position
+        self.nbytes = nbytes
+        self.layout = layout
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Facts:
+    """What the simulation needs of a node, looked up once."""
+
+    seconds: float
+    workspace: int
+    sizes: Sequence[int]
+    aliases: Sequence[int | None]
+    overwrites: Sequence[int]  # inputs that the first output may be written over, if nobody else needs them
+
+
+@functools.lru_cache(maxsize=8)
+def _facts(graph: ir.Graph, cost_model: CostModel) -> Mapping[str, _Facts]:
+    found = {}
+    for node in graph.nodes:
+        sizes = liveness.output_bytes(node)
+        overwrites = []
+        for slot in liveness.IN_PLACE.get(node.op, ())[: len(node.inputs)]:
+            value = graph.value(node.inputs[slot])
+            if (value.dtype, value.nbytes) == (node.outputs[0].dtype, node.outputs[0].nbytes):
+                overwrites.append(slot)
+        found[node.name] = _Facts(
+            cost_model.seconds(graph, node),
+            allocator_lib.rounded(cost_model.workspace_bytes(graph, node)),
+            sizes,
+            [liveness.alias_of(node, index) for index in range(len(node.outputs))],
+            overwrites,
+        )
+    return found
+
+
 def simulate(
     graph: ir.Graph,
     plan: Plan,
@@ -86,7 +135,7 @@ def simulate(
             when they are assigned, so later steps meet another layout.
 
     Raises:
-        allocator.OutOfMemory: If the modelled allocator runs out.
+        NoRoom: If the modelled allocator runs out.
     """
     run = _Run(graph, _expand(graph, plan), cost_model, allocator)
     timeline = run.step()
@@ -204,6 +253,9 @@ class _Run:
         self.actions = actions
         self.cost = cost_model
         self.allocator = allocator
+        self.facts = _facts(graph, cost_model)
+        self.owners: dict[int, str] = {}
+        self.position = 0
         self.readers: dict[int, int] = {}
         for action in actions:
             for version in action.inputs:
@@ -211,18 +263,26 @@ class _Run:
         self.live = 0
         self.held: dict[str, _Buffer] = {}  # value before the step -> buffer: variables, arguments, constants
         if cost_model.resident_bytes:
-            self._allocate(cost_model.resident_bytes)
+            self._allocate(cost_model.resident_bytes, "")
         for action in actions:
             node = action.node
             if node.op in liveness.HELD_OPS:
                 for reference, nbytes in zip(node.refs(), liveness.output_bytes(node), strict=True):
                     if nbytes:
-                        self.held[reference] = self._allocate(nbytes)
+                        self.held[reference] = self._allocate(nbytes, reference)
                         self.held[reference].holders = 1
 
-    def _allocate(self, nbytes: int) -> _Buffer:
+    def _allocate(self, nbytes: int, owner: str) -> _Buffer:
         self.live += nbytes
-        return _Buffer(nbytes, self.allocator.allocate(nbytes) if self.allocator else 0)
+        if self.allocator is None:
+            return _Buffer(nbytes, 0)
+        try:
+            address = self.allocator.allocate(nbytes)
+        except allocator_lib.OutOfMemory:
+            layout = [(at, size, self.owners[at] if used else None) for at, size, used in self.allocator.layout()]
+            raise NoRoom(self.position, nbytes, layout) from None
+        self.owners[address] = owner
+        return _Buffer(nbytes, address)
 
     def _drop(self, buffer: _Buffer) -> None:
         if not (buffer.readers or buffer.holders or buffer.is_free):
@@ -230,10 +290,12 @@ class _Run:
             self.live -= buffer.nbytes
             if self.allocator:
                 self.allocator.free(buffer.address)
+                del self.owners[buffer.address]
 
     def step(self) -> Timeline:
-        cost, graph, readers = self.cost, self.graph, self.readers
-        root_of = liveness.roots(graph)
+        cost, readers = self.cost, self.readers
+        root_of = liveness.roots(self.graph)
+        self.position = 0
         buffers: dict[int, _Buffer | None] = {}
         ready: dict[int, float] = {}  # version in flight -> when its copy is complete
         releases: dict[int, _Buffer] = {}  # SwapOut's version -> source to release at the fence
@@ -278,7 +340,7 @@ class _Run:
                 if not link.overlaps:
                     now = end
                 ready[action.outputs[0]] = end
-                buffer = self._allocate(allocator_lib.rounded(action.nbytes))
+                buffer = self._allocate(allocator_lib.rounded(action.nbytes), node.name)
                 peak = max(peak, self.live)
                 add_output(action.outputs[0], buffer)
                 self._drop(buffer)
@@ -298,8 +360,8 @@ class _Run:
                     release(source)
             inputs = [buffers[version] for version in action.inputs]
             updated = self._run_node(action, inputs, root_of, add_output)
-            workspace = cost.workspace_bytes(graph, node)
-            scratch = self._allocate(allocator_lib.rounded(workspace)) if workspace else None
+            facts = self.facts[node.name]
+            scratch = self._allocate(facts.workspace, "") if facts.workspace else None
             peak = max(peak, self.live)
             live = self.live
             if scratch is not None:
@@ -313,10 +375,11 @@ class _Run:
                     self._drop(buffer)
             if updated is not None:
                 self._drop(updated)
-            seconds = cost.seconds(graph, node)
-            now = start + seconds
+            now = start + facts.seconds
             if kind == "recompute":
-                recomputed += seconds
+                recomputed += facts.seconds
+            else:
+                self.position += 1
             steps.append(Step(node.name, kind, start, now, live))
         for source in releases.values():
             release(source)
@@ -340,35 +403,19 @@ class _Run:
         gave_up = None
         if node.op in liveness.ASSIGNS or node.op in liveness.UPDATES:
             gave_up = self._assign(node, inputs, root_of[node.inputs[0]])
-        sizes = liveness.output_bytes(node)
+        facts = self.facts[node.name]
         for index, version in enumerate(action.outputs):
-            source = liveness.alias_of(node, index)
+            source = facts.aliases[index]
             if source is not None:
                 add_output(version, inputs[source])
-                continue
-            if not sizes[index]:
+            elif not facts.sizes[index]:
                 add_output(version, None)
-                continue
-            buffer = self._overwritten(node, inputs, sizes[0]) if index == 0 else None
-            add_output(version, buffer if buffer is not None else self._allocate(sizes[index]))
+            else:
+                buffer = _overwritten(inputs, facts) if index == 0 else None
+                if buffer is None:
+                    buffer = self._allocate(facts.sizes[index], ir.ref(node.like or node.name, index))
+                add_output(version, buffer)
         return gave_up
-
-    def _overwritten(self, node: ir.Node, inputs: Sequence[_Buffer | None], nbytes: int) -> _Buffer | None:
-        value = node.outputs[0]
-        for slot in liveness.IN_PLACE.get(node.op, ()):
-            if slot >= len(inputs):
-                break
-            buffer = inputs[slot]
-            if (
-                buffer is not None
-                and buffer.readers == 1
-                and not buffer.holders
-                and buffer.nbytes == nbytes
-                and self.graph.value(node.inputs[slot]).dtype == value.dtype
-                and self.graph.value(node.inputs[slot]).nbytes == value.nbytes
-            ):
-                return buffer
-        return None
 
     def _assign(self, node: ir.Node, inputs: Sequence[_Buffer | None], variable: str) -> _Buffer | None:
         old, new = self.held.get(variable), inputs[1]
@@ -377,7 +424,7 @@ class _Run:
         if node.op in liveness.UPDATES:
             if not old.readers:
                 return None
-            new = self._allocate(old.nbytes)
+            new = self._allocate(old.nbytes, variable)
         elif new is old:
             return None
         new.holders += 1
@@ -386,3 +433,9 @@ class _Run:
         return old
 
 
+def _overwritten(inputs: Sequence[_Buffer | None], facts: _Facts) -> _Buffer | None:
+    for slot in facts.overwrites:
+        buffer = inputs[slot]
+        if buffer is not None and buffer.readers == 1 and not buffer.holders:
+            return buffer
+    return None

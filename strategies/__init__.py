@@ -1,1 +1,18 @@
 """What to do: from (graph, cost_model, memory_budget) to a Plan. Strategies never touch a graph."""
+
+from collections.abc import Mapping
+
+from graphswap.strategies.auto import Auto
+from graphswap.strategies.base import Strategy
+from graphswap.strategies.chen import Chen
+from graphswap.strategies.greedy import Greedy
+from graphswap.strategies.karma import Karma
+from graphswap.strategies.swap_all import SwapAll
+
+STRATEGIES: Mapping[str, Strategy] = {
+    "auto": Auto(),
+    "greedy": Greedy(),
+    "karma": Karma(),
+    "chen": Chen(),
+    "swap_all": SwapAll(),
+}

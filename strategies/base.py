@@ -27,7 +27,8 @@ class InfeasibleBudgetError(ValueError):
 
     Attributes:
         memory_budget: What was asked for, in bytes.
-        smallest_bytes: The smallest budget that a plan was found for.
+        smallest_bytes: The smallest peak that was found; with the allocator's losses, a budget a little above
+            it may be needed. `pipeline` replaces it by a budget that a plan was found for.
         node: Name of the node that sets it.
     """
 

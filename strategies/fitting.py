@@ -1,50 +1,173 @@
-"""From attempts to a plan that fits the device's allocator, not only the sum of its buffers."""
+"""From evictions that fit by the sum of their buffers to a plan that fits the device's allocator."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
 
-from graphswap import allocator
 from graphswap.plan import Decision, Plan
-from graphswap.simulator import Timeline
+from graphswap.simulator import NoRoom, Timeline
 from graphswap.strategies import base, gaps
 
-Attempt = Callable[[float], tuple[tuple[Decision, ...], Timeline]]
-"""From a target in bytes to decisions and their timeline, whose peak may still lie above the target."""
+BOTH = ("swap", "recompute")
+_TIGHTENING = 0.96
+_TARGETS = 8
+_REPAIRS = 40
 
-_TIGHTENING = 0.97
-_TRIES = 12
+
+@dataclasses.dataclass(frozen=True)
+class Evictions:
+    """A state of the search.
+
+    Attributes:
+        evicted: Gap to "swap" or "recompute".
+        anchors: Storages that recomputing may rely on.
+        decisions: The same as decisions.
+        timeline: Simulated by the sum of buffers.
+    """
+
+    evicted: Mapping[int, str]
+    anchors: Collection[int]
+    decisions: tuple[Decision, ...]
+    timeline: Timeline
 
 
-def fit(problem: gaps.Gaps, attempts: Sequence[Attempt], memory_budget: int, strategy: str) -> Plan:
+def evictions(problem: gaps.Gaps, evicted: Mapping[int, str], anchors: Collection[int] = ()) -> Evictions:
+    """Works out decisions and timeline of a set of evictions.
+
+    Raises:
+        gaps.CantRecompute: If a value can't be recomputed.
+    """
+    decisions = problem.decide(evicted, anchors)
+    return Evictions(dict(evicted), anchors, decisions, problem.simulate(decisions))
+
+
+Attempt = Callable[[float], Evictions]
+"""From a target in bytes to evictions, whose peak may still lie above the target."""
+
+
+def fit(
+    problem: gaps.Gaps,
+    attempts: Sequence[Attempt],
+    memory_budget: int,
+    strategy: str,
+    actions: Collection[str] = BOTH,
+    planning_seconds: float = math.inf,
+) -> Plan:
     """The fastest of the attempts that the allocator model accepts at the budget.
 
-    The allocator wastes some bytes on slack and holes. An attempt that fits by the sum of its buffers but
-    not in the allocator is repeated with a smaller target.
+    The allocator loses bytes to slack and holes. Where a request finds no chunk though the sum fits, the
+    cheapest contiguous window is cleared (the idea of Coop, Zhang et al., NeurIPS 2023); if that is not
+    possible, the attempt is repeated with a smaller target.
+
+    Args:
+        problem: The gaps.
+        attempts: Ways to evict, the most promising first.
+        memory_budget: Bytes.
+        strategy: For the plan's record.
+        actions: What clearing a window may use.
+        planning_seconds: No further attempt is started after this time once a plan is found.
 
     Raises:
         InfeasibleBudgetError: If none fits.
     """
-    best: tuple[float, tuple[Decision, ...]] | None = None
+    deadline = time.monotonic() + planning_seconds
+    best: Evictions | None = None
     lowest: Timeline | None = None
     for attempt in attempts:
         target = float(memory_budget)
-        for _ in range(_TRIES):
-            decisions, timeline = attempt(target)
-            if lowest is None or timeline.peak_bytes < lowest.peak_bytes:
-                lowest = timeline
-            if timeline.peak_bytes > target or (best is not None and timeline.seconds >= best[0]):
+        for _ in range(_TARGETS):
+            if best is not None and time.monotonic() > deadline:
+                return problem.plan(best.decisions, strategy, memory_budget)
+            state = attempt(target)
+            if lowest is None or state.timeline.peak_bytes < lowest.peak_bytes:
+                lowest = state.timeline
+            limit = math.inf if best is None else best.timeline.seconds
+            if state.timeline.peak_bytes > target or state.timeline.seconds >= limit:
                 break
-            try:
-                placed = problem.place(decisions, memory_budget)
-            except allocator.OutOfMemory:
-                target *= _TIGHTENING
-                continue
-            if placed.allocated_peak_bytes <= memory_budget:
-                best = (timeline.seconds, decisions)
+            placed = _place(problem, state, memory_budget, limit, actions)
+            if placed is not None:
+                best = placed
                 break
             target *= _TIGHTENING
     if best is None:
         assert lowest is not None
         raise base.InfeasibleBudgetError(memory_budget, lowest.peak_bytes, lowest.peak_step.name)
-    return problem.plan(best[1], strategy, memory_budget)
+    return problem.plan(best.decisions, strategy, memory_budget)
+
+
+def _place(
+    problem: gaps.Gaps, state: Evictions, memory_budget: int, limit_seconds: float, actions: Collection[str]
+) -> Evictions | None:
+    """Clears windows until the allocator takes the step; None if it won't or if it gets too slow."""
+    for _ in range(_REPAIRS):
+        if state.timeline.seconds >= limit_seconds:
+            return None
+        try:
+            fits = problem.place(state.decisions, memory_budget).allocated_peak_bytes <= memory_budget
+            return state if fits else None
+        except NoRoom as error:
+            window = _window(problem, state, error, actions)
+        if not window:
+            return None
+        try:
+            state = evictions(problem, {**state.evicted, **window}, state.anchors)
+        except gaps.CantRecompute:
+            return None
+    return None
+
+
+def _window(problem: gaps.Gaps, state: Evictions, error: NoRoom, actions: Collection[str]) -> dict[int, str]:
+    """The cheapest run of neighbouring chunks that is large enough: which gaps to evict to clear it."""
+    prices: dict[str | None, tuple[float, int, str]] = {None: (0.0, -1, "")}
+
+    def price(owner: str | None) -> tuple[float, int, str]:
+        if owner is not None and owner not in prices:
+            prices[owner] = _price(problem, state, owner, error.position, actions)
+        return prices[owner]
+
+    best: tuple[float, list[str]] = (math.inf, [])
+    chunks = error.layout
+    first, size, cost = 0, 0, 0.0
+    for last, (address, nbytes, owner) in enumerate(chunks):
+        is_neighbour = last > 0 and chunks[last - 1][0] + chunks[last - 1][1] == address
+        own = price(owner)[0]
+        if not is_neighbour:
+            first, size, cost = last, 0, 0.0
+        if math.isinf(own):
+            first, size, cost = last + 1, 0, 0.0
+            continue
+        size, cost = size + nbytes, cost + own
+        while size - chunks[first][1] >= error.nbytes:
+            size -= chunks[first][1]
+            cost -= price(chunks[first][2])[0]
+            first += 1
+        if size >= error.nbytes and cost < best[0]:
+            best = (cost, [chunk[2] for chunk in chunks[first : last + 1] if chunk[2] is not None])
+    return {price(owner)[1]: price(owner)[2] for owner in best[1]}
+
+
+def _price(
+    problem: gaps.Gaps, state: Evictions, owner: str, position: int, actions: Collection[str]
+) -> tuple[float, int, str]:
+    """Seconds to evict what lives in a chunk at a position, the gap, and the way."""
+    storage = problem.storage_of.get(problem.root_of.get(owner, ""))
+    for gap in () if storage is None else problem.by_storage.get(storage, ()):
+        item = problem.gaps[gap]
+        if item.start < position < item.end and gap not in state.evicted:
+            return offer(problem, gap, state.evicted, state.anchors, actions)
+    return (math.inf, -1, "")
+
+
+def offer(
+    problem: gaps.Gaps, gap: int, evicted: Mapping[int, str], anchors: Collection[int], actions: Collection[str]
+) -> tuple[float, int, str]:
+    """The cheapest way to evict a gap: seconds, the gap, and "swap" or "recompute"; infinite if there is none."""
+    offers = [(math.inf, gap, "")]
+    if "swap" in actions:
+        offers.append((problem.swap_seconds(gap), gap, "swap"))
+    if "recompute" in actions and problem.gaps[gap].storage not in anchors:
+        offers.append((problem.recompute_seconds(gap, evicted, anchors), gap, "recompute"))
+    return min(offers)

@@ -18,6 +18,7 @@ from graphswap import ir, liveness
 from graphswap.cost_model import CostModel
 from graphswap.plan import Decision, Plan, Recompute, Swap
 from graphswap.simulator import Timeline, simulate
+from graphswap.strategies import order as order_lib
 
 SMALL_BYTES = 64 << 10
 """Storages up to this size stay on the device: moving them costs more than it frees."""
@@ -108,6 +109,14 @@ class Gaps:
             for storage, gaps in self.by_storage.items()
         }
 
+    @functools.cached_property
+    def saved(self) -> dict[int, int]:
+        """The storages that wait for the backward pass, each with its gap over the moment of the peak."""
+        turn = int(np.argmax(self.live))
+        return {
+            gap.storage: index for index, gap in enumerate(self.gaps) if gap.start <= turn < gap.end
+        }
+
     def anchors(self, segments: int) -> frozenset[int]:
         """Storages to keep so that what is recomputed falls into about `segments` parts of equal bytes.
 
@@ -151,7 +160,7 @@ class Gaps:
     # --- plans -------------------------------------------------------------------------------------------------
 
     def decide(
-        self, evicted: Mapping[int, str], anchors: Collection[int] = (), reuse: int = 40, tier: str = "host"
+        self, evicted: Mapping[int, str], anchors: Collection[int] = (), reuse: int = 40
     ) -> tuple[Decision, ...]:
         """Turns evictions into decisions.
 
@@ -160,16 +169,15 @@ class Gaps:
             anchors: Storages that recomputing may rely on even after their last use.
             reuse: For how many positions a repeated value that nobody else needs is kept for the next
                 recompute that reads it.
-            tier: Where swaps go.
 
         Raises:
             CantRecompute: If a gap says "recompute" and the value depends on something that can't be repeated.
         """
-        return _Restorer(self, evicted, anchors, reuse, tier).decisions()
+        return _Restorer(self, evicted, anchors, reuse).decisions()
 
     def recompute_seconds(self, gap: int, evicted: Mapping[int, str], anchors: Collection[int]) -> float:
         """Seconds to recompute the gap's storage at its end while `evicted` is evicted; infinite if it can't be."""
-        restorer = _Restorer(self, {**evicted, gap: "recompute"}, anchors, 0, "host")
+        restorer = _Restorer(self, {**evicted, gap: "recompute"}, anchors, 0)
         try:
             nodes = restorer.closure(self.gaps[gap])
         except CantRecompute:
@@ -177,9 +185,9 @@ class Gaps:
         position = self.graph.position
         return float(sum(self.seconds[position[name]] for name in nodes))
 
-    def swap_seconds(self, gap: int, tier: str = "host") -> float:
+    def swap_seconds(self, gap: int) -> float:
         """Seconds that swapping adds to the step: the copies, less what hides behind compute."""
-        item, link = self.gaps[gap], self.cost_model.link(tier)
+        item, link = self.gaps[gap], self.cost_model.link(self.cost_model.far_tier)
         copies = link.out_seconds(item.nbytes) + link.in_seconds(item.nbytes)
         if not link.overlaps:
             return copies
@@ -197,16 +205,22 @@ class Gaps:
     def simulate(self, decisions: tuple[Decision, ...]) -> Timeline:
         return simulate(self.graph, Plan(decisions=decisions), self.cost_model)
 
-    def place(self, decisions: tuple[Decision, ...], limit_bytes: int) -> Timeline:
-        """Simulates with the device's allocator of `limit_bytes`, over several steps.
+    def place(self, decisions: tuple[Decision, ...], memory_budget: int) -> Timeline:
+        """Simulates with the device's allocator, over several steps.
 
         Raises:
-            allocator.OutOfMemory: If it runs out.
+            simulator.NoRoom: If it runs out of memory.
         """
-        allocator = allocator_lib.Allocator(limit_bytes, self.cost_model.device.reserves_memory)
-        return simulate(
-            self.graph, Plan(decisions=decisions), self.cost_model, allocator=allocator, repetitions=3
-        )
+        device = self.cost_model.device
+        limit = max(memory_budget, device.memory_bytes or 0)
+        allocator = allocator_lib.Allocator(limit, device.reserves_memory)
+        return simulate(self.graph, Plan(decisions=decisions), self.cost_model, allocator=allocator, repetitions=2)
+
+
+@functools.lru_cache(maxsize=4)
+def problem(graph: ir.Graph, cost_model: CostModel) -> Gaps:
+    """The graph's gaps in the order that the strategies plan for."""
+    return Gaps(graph, order_lib.depth_first(graph), cost_model)
 
 
 class CantRecompute(Exception):
@@ -216,13 +230,13 @@ class CantRecompute(Exception):
 class _Restorer:
     """Walks through the step and brings every evicted storage back when it is due or needed earlier."""
 
-    def __init__(self, gaps: Gaps, evicted: Mapping[int, str], anchors: Collection[int], reuse: int, tier: str):
+    def __init__(self, gaps: Gaps, evicted: Mapping[int, str], anchors: Collection[int], reuse: int):
         self.gaps = gaps
         self.graph = gaps.graph
         self.evicted = evicted
         self.anchors = anchors
         self.reuse = reuse
-        self.tier = tier
+        self.tier = gaps.cost_model.far_tier
         self.absent: dict[int, int] = {}  # storage -> gap
         self.kept_until: dict[int, int] = {}  # storage of a repeated value -> last position that reads it
         self.restored: set[int] = set()

@@ -1,0 +1,277 @@
+"""Measures: the device, the links to the far tiers, and every node of a step.
+
+Private TensorFlow used here (2.21): the profiler's XSpace protobuf and `ConcreteFunction._call_flat`.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import os
+import pathlib
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import tensorflow as tf
+from tensorflow.tsl.profiler.protobuf import xplane_pb2
+
+from graphswap import graphdef, ir, tiers
+from graphswap.cost_model import DeviceSpec, Link, Profile
+
+_KEPT_STATEFUL = frozenset({"ReadVariableOp", "VarHandleOp", "Placeholder", "ResourceGather", "ResourceGatherNd"}) | {
+    "RandomUniform",
+    "RandomStandardNormal",
+    "TruncatedNormal",
+    "RandomUniformInt",
+    "TensorListReserve",
+    "TensorListPopBack",
+    "Empty",
+}
+"""Stateful ops that change nothing outside of the step."""
+_LINK_BYTES = 8 << 20
+
+
+class CantMeasure(Exception):
+    """The step can't be run without side effects, or the profiler is busy; the text says why."""
+
+
+# --- the device -------------------------------------------------------------------------------------------------
+
+
+def device_name() -> str:
+    """The device that the step's memory is planned for."""
+    return "GPU:0" if tf.config.list_logical_devices("GPU") else "CPU:0"
+
+
+def memory_in_use(kind: str = "current") -> int | None:
+    """Bytes in use ("current") or the most so far ("peak"); None if the device's allocator does not count."""
+    try:
+        return int(tf.config.experimental.get_memory_info(device_name())[kind])
+    except ValueError:
+        return None
+
+
+def device_spec(emulated_bytes: int | None, swap_directory: str | os.PathLike[str] | None = None) -> DeviceSpec:
+    """Describes this machine's device: memory, and links as measured.
+
+    Args:
+        emulated_bytes: Memory of the emulated accelerator; None if there is none.
+        swap_directory: Where the disk tier would go.
+    """
+    limit = os.environ.get("TF_CPU_BFC_MEM_LIMIT_IN_MB")
+    counts = memory_in_use() is not None
+    if emulated_bytes is not None:
+        memory = emulated_bytes
+    elif counts and limit and device_name() == "CPU:0":
+        memory = int(limit) << 20
+    else:
+        memory = None
+    links = {"host": measure_link("host", None)}
+    if swap_directory is not None:
+        links["disk"] = measure_link("disk", os.fspath(swap_directory))
+    return DeviceSpec(
+        name=f"{device_name()}/{os.cpu_count()}",
+        memory_bytes=memory,
+        reserves_memory=emulated_bytes is not None or device_name() != "CPU:0",
+        links={**DeviceSpec().links, **links},
+    )
+
+
+@functools.cache
+def measure_link(tier: str, directory: str | None) -> Link:
+    """Times the swap path of a tier with 8 MiB, there and back; the better of three."""
+    far = tiers.Tiers(directory)
+
+    @tf.function
+    def out(value: tf.Tensor) -> list[tf.Tensor]:
+        return far.swap_out(value, tier).pieces
+
+    shape = (_LINK_BYTES // 4,)
+    with tf.init_scope():
+        value = tf.zeros(shape)
+        pieces = out(value)
+
+        @tf.function
+        def back(pieces: Sequence[tf.Tensor]) -> tf.Tensor:
+            return far.swap_in(tiers.FarCopy(list(pieces), [], is_file=tier == "disk"), "float32", shape)
+
+        back(pieces)
+        out_seconds = min(_seconds(lambda: out(value)) for _ in range(3))
+        in_seconds = min(_seconds(lambda: back(pieces)) for _ in range(3))
+    return Link(_LINK_BYTES / out_seconds, _LINK_BYTES / in_seconds, 20e-6, overlaps=device_name() != "CPU:0")
+
+
+def _seconds(run) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+# --- a step -----------------------------------------------------------------------------------------------------
+
+
+def measure_step(
+    func_graph: graphdef.FuncGraph,
+    graph: ir.Graph,
+    argument_shapes: Sequence[graphdef.Shape],
+    far_tiers: tiers.Tiers,
+    fingerprint: str,
+) -> Profile:
+    """Runs the step once on made-up data, without its updates of variables, and measures every node.
+
+    Args:
+        func_graph: The traced step; it stays as it is.
+        graph: What to run: the step's graph, usually rewritten under a frugal plan.
+        argument_shapes: Shapes of the arguments.
+        far_tiers: Where its swaps go.
+        fingerprint: Of the graph that the profile is for.
+
+    Raises:
+        CantMeasure: If the step can't be run without side effects.
+        tf.errors.ResourceExhaustedError: If it does not fit.
+    """
+    harmless = without_side_effects(graph)
+    function = graphdef.build_function(func_graph, harmless, far_tiers)
+    captures = [external for external, _ in func_graph.captures]
+    if any(not hasattr(tensor, "numpy") for tensor in captures):
+        raise CantMeasure("the step captures tensors of an outer function")
+    with tf.init_scope():
+        arguments = [
+            _made_up(tensor.dtype, shape)
+            for tensor, shape in zip(func_graph.inputs, argument_shapes, strict=False)
+            if tensor.dtype != tf.resource
+        ]
+        space = _trace(lambda: function._call_flat([*arguments, *captures], []))
+    seconds, workspace = _node_costs(space, {node.name for node in graph.nodes})
+    return Profile(fingerprint, seconds, workspace)
+
+
+def without_side_effects(graph: ir.Graph) -> ir.Graph:
+    """The graph less the nodes that change state; what they would have read is still computed.
+
+    Raises:
+        CantMeasure: If the value of such a node is needed.
+    """
+    dropped: dict[str, ir.Node] = {}
+    kept: list[ir.Node] = []
+
+    def resolve(name: str) -> list[str]:
+        if name not in dropped:
+            return [name]
+        node = dropped[name]
+        before = [*map(ir.producer, node.inputs), *node.control_inputs]
+        return [found for other in before for found in resolve(other)]
+
+    for node in graph.nodes:
+        if node.stateful and node.op not in _KEPT_STATEFUL:
+            dropped[node.name] = node
+            continue
+        needed = [ir.producer(r) for r in node.inputs if ir.producer(r) in dropped]
+        if needed:
+            raise CantMeasure(f"'{node.name}' needs the value of '{needed[0]}', which has side effects")
+        controls = tuple(dict.fromkeys(found for name in node.control_inputs for found in resolve(name)))
+        kept.append(dataclasses.replace(node, control_inputs=controls))
+    ends = tuple(
+        dict.fromkeys(found for name in (*graph.control_outputs, *dropped) for found in resolve(name))
+    )
+    return graph.replace(nodes=tuple(kept), control_outputs=ends)
+
+
+def _made_up(dtype: tf.DType, shape: graphdef.Shape) -> tf.Tensor:
+    values = np.random.default_rng(0).random([d or 1 for d in shape or ()], dtype=np.float32)
+    if dtype.is_floating:
+        return tf.cast(values, dtype)
+    return tf.zeros(values.shape, dtype)
+
+
+def _trace(run) -> xplane_pb2.XSpace:
+    options = tf.profiler.experimental.ProfilerOptions(host_tracer_level=1, python_tracer_level=0, device_tracer_level=0)
+    with tempfile.TemporaryDirectory(prefix="graphswap-profile-") as directory:
+        try:
+            tf.profiler.experimental.start(directory, options=options)
+        except (tf.errors.AlreadyExistsError, tf.errors.UnavailableError) as error:
+            raise CantMeasure(f"TensorFlow's profiler is busy: {error.message}") from error
+        try:
+            run()
+        finally:
+            tf.profiler.experimental.stop()
+        (path,) = pathlib.Path(directory).rglob("*.xplane.pb")
+        space = xplane_pb2.XSpace()
+        space.ParseFromString(path.read_bytes())
+        return space
+
+
+def _node_costs(space: xplane_pb2.XSpace, names: set[str]) -> tuple[Mapping[str, float], Mapping[str, int]]:
+    """Seconds and workspace bytes by node, from the events of ops and of the allocator."""
+    seconds: dict[str, float] = collections.defaultdict(float)
+    workspace: dict[str, int] = {}
+    held: dict[str, int] = collections.defaultdict(int)
+    address_of: dict[int, tuple[str, int]] = {}
+    for time_ps, duration_ps, name, stats in _events(space):
+        del time_ps
+        if name == "MemoryAllocation":
+            op = str(stats.get("tf_op", ""))
+            if stats.get("region_type") == "temp" and op in names:
+                nbytes = int(stats["requested_bytes"])
+                held[op] += nbytes
+                address_of[int(stats["addr"])] = (op, nbytes)
+                workspace[op] = max(workspace.get(op, 0), held[op])
+        elif name == "MemoryDeallocation":
+            op, nbytes = address_of.pop(int(stats["addr"]), ("", 0))
+            held[op] -= nbytes
+        else:
+            op = name.rpartition(":")[0]
+            if op in names:
+                seconds[op] += duration_ps / 1e12
+    return dict(seconds), {name: workspace.get(name, 0) for name in seconds}
+
+
+def _events(space: xplane_pb2.XSpace):
+    plane = next((plane for plane in space.planes if plane.name == "/host:CPU"), None)
+    if plane is None:
+        raise CantMeasure("the profiler recorded no events of the host")
+    stat_names = {key: entry.name for key, entry in plane.stat_metadata.items()}
+    events = []
+    for line in plane.lines:
+        for event in line.events:
+            stats = {}
+            for stat in event.stats:
+                kind = stat.WhichOneof("value")
+                value = getattr(stat, kind)
+                stats[stat_names[stat.metadata_id]] = stat_names.get(value) if kind == "ref_value" else value
+            name = plane.event_metadata[event.metadata_id].name
+            events.append((line.timestamp_ns * 1000 + event.offset_ps, event.duration_ps, name, stats))
+    return sorted(events, key=lambda event: event[0])
+
+
+# --- the cache --------------------------------------------------------------------------------------------------
+
+
+def cached_profile(fingerprint: str, device: str) -> Profile | None:
+    """The profile of an earlier run, in this process or another; None if there is none that can be read."""
+    try:
+        return Profile.from_json(_cache_file(fingerprint, device).read_text())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def store_profile(profile: Profile, device: str) -> None:
+    """Keeps a profile for later runs. A directory that can't be written is no error: it is only a cache."""
+    path = _cache_file(profile.fingerprint, device)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+            file.write(profile.to_json())
+        os.replace(file.name, path)
+    except OSError:
+        return
+
+
+def _cache_file(fingerprint: str, device: str) -> pathlib.Path:
+    root = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    onednn = os.environ.get("TF_ENABLE_ONEDNN_OPTS", "1")
+    name = f"{fingerprint}-{device.replace('/', '-').replace(':', '')}-{tf.__version__}-{onednn}.json"
+    return pathlib.Path(root) / "graphswap" / "profiles" / name

@@ -1,0 +1,40 @@
+"""Recompute in about sqrt(n) segments (Chen et al., 2016, arXiv 1604.06174, section 4), a baseline.
+
+What lies at the borders of segments is kept, everything else between is recomputed when the backward
+pass reaches the segment. Memory O(sqrt(n)), one extra forward pass. Known weakness: it recomputes
+whether or not the memory is needed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+
+from graphswap import ir
+from graphswap.cost_model import CostModel
+from graphswap.plan import Plan
+from graphswap.strategies import fitting, gaps
+
+
+@dataclasses.dataclass(frozen=True)
+class Chen:
+    """See the module's text."""
+
+    def plan(self, graph: ir.Graph, cost_model: CostModel, memory_budget: int) -> Plan:
+        """Implements `Strategy.plan`."""
+        problem = gaps.problem(graph, cost_model)
+        root = max(2, round(math.sqrt(len(problem.long_gap))))
+        attempts = [functools.partial(_recompute_all, problem, segments) for segments in (root, 2 * root, root // 2)]
+        return fitting.fit(problem, attempts, memory_budget, "chen", actions=("recompute",))
+
+
+def _recompute_all(problem: gaps.Gaps, segments: int, target: float) -> fitting.Evictions:
+    del target  # all or nothing
+    anchors = problem.anchors(segments)
+    evicted = {
+        gap: "recompute"
+        for storage, gap in problem.saved.items()
+        if storage not in anchors and math.isfinite(problem.recompute_seconds(gap, {}, anchors))
+    }
+    return fitting.evictions(problem, evicted, anchors)
