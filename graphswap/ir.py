@@ -39,6 +39,9 @@ SWAP_OUT = "SwapOut"
 SWAP_IN = "SwapIn"
 """Brings the value behind a SwapOut's handle back to the device."""
 
+RESIDENT_OPS = frozenset({"Placeholder", "Const", "VarHandleOp"})
+"""Ops whose outputs are in memory before the step starts and stay there."""
+
 
 class GraphError(ValueError):
     """A graph breaks a rule of the IR. The message shows the lines around the fault."""
@@ -248,6 +251,15 @@ def origin(graph: Graph) -> Mapping[str, str]:
             else:
                 origins[reference] = reference
     return origins
+
+
+def fresh_name(wanted: str, taken: set[str]) -> str:
+    """Returns the wanted name, numbered if it is taken, and takes it."""
+    name, number = wanted, 1
+    while name in taken:
+        name, number = f"{wanted}_{number}", number + 1
+    taken.add(name)
+    return name
 
 
 def _refs(references: Iterable[str]) -> str:

@@ -101,9 +101,8 @@ def storages(graph: ir.Graph) -> tuple[Storage, ...]:
     members: dict[str, list[str]] = {}
     uses: dict[str, list[int]] = {}
     for position, node in enumerate(graph.nodes):
-        for index, reference in enumerate(node.refs()):
+        for reference in node.refs():
             members.setdefault(root_of[reference], []).append(reference)
-            del index
         aliased = {alias_of(node, index) for index in range(len(node.outputs))}
         for slot, reference in enumerate(node.inputs):
             if slot not in aliased:
@@ -116,7 +115,7 @@ def storages(graph: ir.Graph) -> tuple[Storage, ...]:
         nbytes = output_bytes(node)[ir.split_ref(root)[1]]
         if not nbytes:
             continue
-        held = root in results or node.op in HELD_OPS or node.outputs[0].dtype == "resource"
+        held = root in results or node.op in ir.RESIDENT_OPS or node.outputs[0].dtype == "resource"
         found.append(
             Storage(
                 root=root,
@@ -128,10 +127,6 @@ def storages(graph: ir.Graph) -> tuple[Storage, ...]:
             )
         )
     return tuple(sorted(found, key=lambda storage: storage.born))
-
-
-HELD_OPS = frozenset({"Placeholder", "Const", "VarHandleOp"})
-"""Ops whose outputs are in memory before the step starts and stay there."""
 
 
 def output_bytes(node: ir.Node) -> Sequence[int]:

@@ -12,22 +12,23 @@ change which elementwise op writes over which input.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 from graphswap import allocator as allocator_lib
 from graphswap import ir, liveness
 from graphswap.cost_model import CostModel
-from graphswap.plan import Plan
+from graphswap.plan import Plan, Swap
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Step:
+class Step(NamedTuple):
     """One entry of a timeline.
 
     Attributes:
-        name: Node name; a repeated node carries the name of the first one.
+        name: Node name; a repeated node carries the name of the first one, a copy that of its value.
         kind: "run", "recompute", "swap_out" or "swap_in".
         start: Seconds from the start of the step.
         end: Likewise.
@@ -85,37 +86,6 @@ class NoRoom(Exception):
         self.layout = layout
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Facts:
-    """What the simulation needs of a node, looked up once."""
-
-    seconds: float
-    workspace: int
-    sizes: Sequence[int]
-    aliases: Sequence[int | None]
-    overwrites: Sequence[int]  # inputs that the first output may be written over, if nobody else needs them
-
-
-@functools.lru_cache(maxsize=8)
-def _facts(graph: ir.Graph, cost_model: CostModel) -> Mapping[str, _Facts]:
-    found = {}
-    for node in graph.nodes:
-        sizes = liveness.output_bytes(node)
-        overwrites = []
-        for slot in liveness.IN_PLACE.get(node.op, ())[: len(node.inputs)]:
-            value = graph.value(node.inputs[slot])
-            if (value.dtype, value.nbytes) == (node.outputs[0].dtype, node.outputs[0].nbytes):
-                overwrites.append(slot)
-        found[node.name] = _Facts(
-            cost_model.seconds(graph, node),
-            allocator_lib.rounded(cost_model.workspace_bytes(graph, node)),
-            sizes,
-            [liveness.alias_of(node, index) for index in range(len(node.outputs))],
-            overwrites,
-        )
-    return found
-
-
 def simulate(
     graph: ir.Graph,
     plan: Plan,
@@ -137,95 +107,192 @@ def simulate(
     Raises:
         NoRoom: If the modelled allocator runs out.
     """
-    run = _Run(graph, _expand(graph, plan), cost_model, allocator)
+    plain = _plain(graph, cost_model)
+    actions, versions = _expand(graph, plan, plain)
+    results = [plain.version[reference] for reference in graph.outputs]
+    run = _Run(actions, versions, results, cost_model, allocator)
     timeline = run.step()
     for _ in range(repetitions - 1):
         timeline = max(timeline, run.step(), key=lambda t: t.allocated_peak_bytes)
     return timeline
 
 
-@dataclasses.dataclass(slots=True)
-class _Action:
+# --- what to run ----------------------------------------------------------------------------------------------
+
+
+class _Output(NamedTuple):
+    """Where an output lives: the first of `held`, `alias` and `overwrites` that applies, else in a new buffer.
+
+    Attributes:
+        reference: The value; of a repeated node, the first one's.
+        nbytes: Device bytes.
+        held: The value before the step whose buffer it is; "" for a handle: who holds a handle does not
+            keep the variable from being updated in place.
+        alias: The input whose buffer it is.
+        overwrites: Inputs that it may be written over if nobody else needs them.
+    """
+
+    reference: str
+    nbytes: int
+    held: str | None
+    alias: int | None
+    overwrites: Sequence[int]
+
+
+class _Facts(NamedTuple):
+    """What the simulation needs of a node, looked up once."""
+
+    name: str
+    seconds: float
+    workspace: int
+    outputs: Sequence[_Output]
+    is_resident: bool  # whether the outputs are there before the step
+    assigns: str  # the variable that gets another value, or ""
+    in_place: bool  # whether it keeps its buffer if nobody reads it
+
+
+class _Action(NamedTuple):
     """A node to run on versions of values. A version is a number: one copy of a value."""
 
-    node: ir.Node
     kind: str
     inputs: Sequence[int]
     outputs: Sequence[int]
-    waits: Sequence[int]  # versions whose copy must be complete before this starts
-    tier: str = ""
-    nbytes: int = 0
+    facts: _Facts
+    waits: Sequence[int] = ()  # copies in the far tier that must be complete; their sources may then go
 
 
-def _expand(graph: ir.Graph, plan: Plan) -> list[_Action]:
-    """The plan's actions in execution order, every input bound to the copy it reads."""
-    outs: dict[str, list] = {}
-    fences: dict[str, list] = {}
-    ins: dict[str, list] = {}
-    switches: dict[str, list] = {}
-    for swap in plan.swaps:
-        outs.setdefault(swap.out_after, []).append(swap)
-        fences.setdefault(swap.freed_before, []).append(swap)
-        ins.setdefault(swap.in_after, []).append(swap)
-        switches.setdefault(swap.in_before, []).append(swap)
-    repeats: dict[str, list] = {}
-    for recompute in plan.recomputes:
-        repeats.setdefault(recompute.before, []).append(recompute)
+class _Copy(NamedTuple):
+    """A copy from one tier to the other: makes a version of a version."""
 
-    current: dict[str, int] = {}
-    handle: dict[str, int] = {}  # value -> version number of its copy in the far tier
-    fence_of: dict[int, int] = {}  # id of a swap -> version its fence waits for
-    arrived: dict[int, int] = {}  # id of a swap -> version of the copy that came back
-    actions: list[_Action] = []
-    fresh = 0
+    kind: str
+    inputs: Sequence[int]
+    outputs: Sequence[int]
+    value: str
+    nbytes: int
+    tier: str
 
-    def emit(node: ir.Node, kind: str, waits: Sequence[int] = ()) -> None:
-        nonlocal fresh
-        inputs = [current[reference] for reference in node.inputs]
-        outputs = list(range(fresh, fresh + len(node.outputs)))
-        fresh += len(outputs)
-        for reference, version in zip(node.refs(), outputs, strict=True):
-            current[reference] = version
-        actions.append(_Action(node, kind, inputs, outputs, waits))
 
-    in_flight: dict[str, int] = {}  # SwapOut node of a rewritten graph -> version
-    by_name = graph.by_name
-    for name in plan.order or graph.position:
-        node = by_name[name]
-        for swap in switches.get(name, ()):
-            current[swap.value] = arrived[id(swap)]
-        for recompute in repeats.get(name, ()):
-            for repeated in recompute.nodes:
-                emit(by_name[repeated], "recompute")
-        waits = [fence_of[id(swap)] for swap in fences.get(name, ()) if id(swap) in fence_of]
-        waits += [in_flight[c] for c in node.control_inputs if c in in_flight]
+class _Plain(NamedTuple):
+    """The step without a plan."""
+
+    actions: Mapping[str, _Action | _Copy]  # by node
+    version: Mapping[str, int]  # of each value the first one
+
+
+@functools.lru_cache(maxsize=8)
+def _plain(graph: ir.Graph, cost_model: CostModel) -> _Plain:
+    root_of, origin = liveness.roots(graph), ir.origin(graph)
+    version = {reference: number for number, reference in enumerate(origin)}
+    actions: dict[str, _Action | _Copy] = {}
+    for node in graph.nodes:
+        inputs = tuple(version[reference] for reference in node.inputs)
+        outputs = tuple(version[reference] for reference in node.refs())
         if node.op in (ir.SWAP_OUT, ir.SWAP_IN):
             kind = "swap_out" if node.op == ir.SWAP_OUT else "swap_in"
-            emit(node, kind, waits)
-            attrs = dict(node.attrs)
-            actions[-1].tier, actions[-1].nbytes = str(attrs["tier"]), int(attrs["nbytes"])  # pyright: ignore[reportArgumentType]
-            if kind == "swap_out":
-                in_flight[name] = current[name]
+            attrs: Any = dict(node.attrs)
+            actions[node.name] = _Copy(kind, inputs, outputs, origin[node.name], attrs["nbytes"], attrs["tier"])
         else:
-            emit(node, "recompute" if node.like else "run", waits)
-        for swap in outs.get(name, ()):
-            if swap.value not in handle:
-                value = graph.value(swap.value)
-                out_node = ir.Node(swap.value, ir.SWAP_OUT, outputs=(ir.Value("variant"),))
-                action = _Action(out_node, "swap_out", [current[swap.value]], [fresh], (), swap.tier, value.nbytes)
-                actions.append(action)
-                handle[swap.value] = fence_of[id(swap)] = fresh
-                fresh += 1
-        for swap in ins.get(name, ()):
-            value = graph.value(swap.value)
-            in_node = ir.Node(swap.value, ir.SWAP_IN, outputs=(value,))
-            action = _Action(in_node, "swap_in", [handle[swap.value]], [fresh], (), swap.tier, value.nbytes)
-            actions.append(action)
-            arrived[id(swap)] = fresh
-            fresh += 1
-    results = [current[reference] for reference in graph.outputs]
-    actions.append(_Action(ir.Node("", "_Results"), "results", results, (), ()))
-    return actions
+            kind = "recompute" if node.like else "run"
+            waits = [version[name] for name in node.control_inputs if graph.by_name[name].op == ir.SWAP_OUT]
+            actions[node.name] = _Action(kind, inputs, outputs, _facts(graph, node, cost_model, root_of), waits)
+    return _Plain(actions, version)
+
+
+def _facts(graph: ir.Graph, node: ir.Node, cost_model: CostModel, root_of: Mapping[str, str]) -> _Facts:
+    is_resident = node.op in ir.RESIDENT_OPS
+    outputs = []
+    for index, (value, nbytes) in enumerate(zip(node.outputs, liveness.output_bytes(node), strict=True)):
+        reference = ir.ref(node.like or node.name, index)
+        held = None
+        if is_resident:
+            held = "" if value.dtype == "resource" else reference
+        elif node.op == "ReadVariableOp":
+            held = root_of[node.inputs[0]]
+        overwrites = [
+            slot
+            for slot in liveness.IN_PLACE.get(node.op, ())[: 0 if index else len(node.inputs)]
+            if _is_as_large(graph.value(node.inputs[slot]), value)
+        ]
+        outputs.append(_Output(reference, nbytes, held, liveness.alias_of(node, index), overwrites))
+    in_place = node.op in liveness.UPDATES
+    return _Facts(
+        name=node.like or node.name,
+        seconds=cost_model.seconds(graph, node),
+        workspace=allocator_lib.rounded(cost_model.workspace_bytes(graph, node)),
+        outputs=outputs,
+        is_resident=is_resident,
+        assigns=root_of[node.inputs[0]] if in_place or node.op in liveness.ASSIGNS else "",
+        in_place=in_place,
+    )
+
+
+def _is_as_large(value: ir.Value, other: ir.Value) -> bool:
+    return (value.dtype, value.nbytes) == (other.dtype, other.nbytes)
+
+
+@dataclasses.dataclass(slots=True)
+class _Transfer:
+    """A Swap that is being carried out."""
+
+    swap: Swap
+    value: int  # first version
+    out: int | None = None  # version in the far tier; None if it was there before
+    back: int = -1  # version that came back
+
+
+def _expand(graph: ir.Graph, plan: Plan, plain: _Plain) -> tuple[list[_Action | _Copy], int]:
+    """The actions in execution order, every input bound to the version it reads; and the number of versions."""
+    outs, fences, ins, switches = (collections.defaultdict[str, list[_Transfer]](list) for _ in range(4))
+    repeats = collections.defaultdict[str, list[str]](list)
+    for swap in plan.swaps:
+        transfer = _Transfer(swap, plain.version[swap.value])
+        outs[swap.out_after].append(transfer)
+        fences[swap.freed_before].append(transfer)
+        ins[swap.in_after].append(transfer)
+        switches[swap.in_before].append(transfer)
+    for recompute in plan.recomputes:
+        repeats[recompute.before].extend(recompute.nodes)
+
+    actions: list[_Action | _Copy] = []
+    current: dict[int, int] = {}  # first version -> the one that is read now, where that is another one
+    handles: dict[int, int] = {}  # first version -> the one in the far tier
+    versions = len(plain.version)
+
+    def bound(name: str) -> Any:
+        action = plain.actions[name]
+        if current.keys().isdisjoint(action.inputs):
+            return action
+        kind, inputs, *others = action
+        return action._make((kind, [current.get(version, version) for version in inputs], *others))
+
+    def copy(kind: str, source: int, swap: Swap) -> int:
+        nonlocal versions
+        actions.append(_Copy(kind, (source,), (versions,), swap.value, graph.value(swap.value).nbytes, swap.tier))
+        versions += 1
+        return versions - 1
+
+    for name in plan.order or graph.position:
+        for transfer in switches.get(name, ()):
+            current[transfer.value] = transfer.back
+        for repeated in repeats.get(name, ()):
+            action = bound(repeated)
+            outputs = range(versions, versions + len(action.outputs))
+            versions += len(outputs)
+            current.update(zip(action.outputs, outputs, strict=True))
+            actions.append(action._replace(kind="recompute", outputs=outputs))
+        action = bound(name)
+        waits = [transfer.out for transfer in fences.get(name, ()) if transfer.out is not None]
+        actions.append(action._replace(waits=waits) if waits else action)
+        for transfer in outs.get(name, ()):
+            value = transfer.value
+            if value not in handles:
+                transfer.out = handles[value] = copy("swap_out", current.get(value, value), transfer.swap)
+        for transfer in ins.get(name, ()):
+            transfer.back = copy("swap_in", handles[transfer.value], transfer.swap)
+    return actions, versions
+
+
+# --- running it -----------------------------------------------------------------------------------------------
 
 
 class _Buffer:
@@ -240,37 +307,136 @@ class _Buffer:
 
 
 class _Run:
-    """State of the device between steps: variables and constants stay, everything else is freed."""
+    """The device. Between steps variables, arguments and constants stay, everything else is freed."""
 
     def __init__(
         self,
-        graph: ir.Graph,
-        actions: list[_Action],
+        actions: Sequence[_Action | _Copy],
+        versions: int,
+        results: Sequence[int],
         cost_model: CostModel,
         allocator: allocator_lib.Allocator | None,
     ):
-        self.graph = graph
         self.actions = actions
+        self.results = results
         self.cost = cost_model
         self.allocator = allocator
-        self.facts = _facts(graph, cost_model)
-        self.owners: dict[int, str] = {}
-        self.position = 0
-        self.readers: dict[int, int] = {}
-        for action in actions:
-            for version in action.inputs:
-                self.readers[version] = self.readers.get(version, 0) + 1
-        self.live = 0
+        self.owners: dict[int, str] = {}  # address -> the value that lives there
+        self.live = self.position = 0
         self.held: dict[str, _Buffer] = {}  # value before the step -> buffer: variables, arguments, constants
+        self.readers = [0] * versions
         if cost_model.resident_bytes:
             self._allocate(cost_model.resident_bytes, "")
+        for version in results:
+            self.readers[version] += 1
         for action in actions:
-            node = action.node
-            if node.op in liveness.HELD_OPS:
-                for reference, nbytes in zip(node.refs(), liveness.output_bytes(node), strict=True):
-                    if nbytes:
-                        self.held[reference] = self._allocate(nbytes, reference)
-                        self.held[reference].holders = 1
+            for version in action.inputs:
+                self.readers[version] += 1
+            if isinstance(action, _Action) and action.facts.is_resident:
+                for output in action.facts.outputs:
+                    if output.nbytes:
+                        buffer = self.held[output.reference] = self._allocate(output.nbytes, output.reference)
+                        buffer.holders = 1
+
+    def step(self) -> Timeline:
+        peak = self.live
+        self.position = 0  # how many of the user's nodes have run
+        self.now = 0.0
+        self.buffers: list[_Buffer | None] = [None] * len(self.readers)
+        self.ready: dict[int, float] = {}  # version on its way -> when its copy is complete
+        self.sources: dict[int, _Buffer] = {}  # version in the far tier -> what it is copied from
+        self.lanes: dict[tuple[str, str], float] = {}
+        steps = []
+        swapped = recomputed = 0
+        for action in self.actions:
+            if isinstance(action, _Action):
+                step = self._compute(action)
+                recomputed += action.facts.seconds if step.kind == "recompute" else 0
+            else:
+                step = self._copy(action)
+                swapped += action.nbytes if step.kind == "swap_out" else 0
+            peak = max(peak, step.live_bytes)
+            steps.append(step)
+        for buffer in (*self.sources.values(), *(self.buffers[version] for version in self.results)):
+            self._release(buffer)
+        allocated = self.allocator.peak_bytes if self.allocator else peak
+        end = max((self.now, *self.lanes.values()))
+        return Timeline(tuple(steps), peak, allocated, end, swapped, recomputed)
+
+    def _copy(self, action: _Copy) -> Step:
+        (source,), (target,) = action.inputs, action.outputs
+        link, lane = self.cost.link(action.tier), (action.tier, action.kind)
+        start = max(self.now, self.lanes.get(lane, 0.0), self.ready.get(source, 0.0))
+        if action.kind == "swap_out":
+            end = start + link.out_seconds(action.nbytes)
+            if (buffer := self.buffers[source]) is not None:
+                self.sources[target] = buffer
+            live = self.live
+        else:
+            end = start + link.in_seconds(action.nbytes)
+            buffer = self.buffers[target] = self._allocate(allocator_lib.rounded(action.nbytes), action.value)
+            buffer.readers = self.readers[target]
+            live = self.live
+            self._drop(buffer)
+        self.lanes[lane] = self.ready[target] = end
+        if not link.overlaps:
+            self.now = end
+        return Step(action.value, action.kind, start, end, live)
+
+    def _compute(self, action: _Action) -> Step:
+        kind, facts, buffers = action.kind, action.facts, self.buffers
+        start = self.now
+        if self.ready:
+            for version in (*action.waits, *action.inputs):
+                start = max(start, self.ready.pop(version, start))
+        for version in action.waits:
+            self._release(self.sources.pop(version, None))
+        inputs = [buffers[version] for version in action.inputs]
+        given_up = self._assign(facts, inputs) if facts.assigns else None
+        for index, version in enumerate(action.outputs):
+            buffer = buffers[version] = self._place(facts.outputs[index], inputs)
+            if buffer is not None:
+                buffer.readers += self.readers[version]
+        scratch = self._allocate(facts.workspace, "") if facts.workspace else None
+        live = self.live
+        for buffer in inputs:
+            self._release(buffer)
+        for version in action.outputs:
+            self._drop(buffers[version])
+        self._drop(scratch)
+        self._drop(given_up)
+        self.now = start + facts.seconds
+        if kind == "run":
+            self.position += 1
+        return Step(facts.name, kind, start, self.now, live)
+
+    def _place(self, output: _Output, inputs: Sequence[_Buffer | None]) -> _Buffer | None:
+        _, nbytes, held, alias, overwrites = output
+        if held is not None:
+            return self.held.get(held)
+        if alias is not None:
+            return inputs[alias]
+        if not nbytes:
+            return None
+        for slot in overwrites:
+            buffer = inputs[slot]
+            if buffer is not None and buffer.readers == 1 and not buffer.holders:
+                return buffer
+        return self._allocate(nbytes, output.reference)
+
+    def _assign(self, facts: _Facts, inputs: Sequence[_Buffer | None]) -> _Buffer | None:
+        """Gives a variable its new value. Returns the buffer that it gave up, if any."""
+        old, new = self.held.get(facts.assigns), inputs[1]
+        if old is None or new is None:
+            return None
+        if facts.in_place:
+            if not old.readers and old.holders == 1:
+                return None
+            new = self._allocate(old.nbytes, facts.assigns)
+        new.holders += 1
+        old.holders -= 1
+        self.held[facts.assigns] = new
+        return old
 
     def _allocate(self, nbytes: int, owner: str) -> _Buffer:
         self.live += nbytes
@@ -284,158 +450,19 @@ class _Run:
         self.owners[address] = owner
         return _Buffer(nbytes, address)
 
-    def _drop(self, buffer: _Buffer) -> None:
-        if not (buffer.readers or buffer.holders or buffer.is_free):
-            buffer.is_free = True
-            self.live -= buffer.nbytes
-            if self.allocator:
-                self.allocator.free(buffer.address)
-                del self.owners[buffer.address]
-
-    def step(self) -> Timeline:
-        cost, readers = self.cost, self.readers
-        root_of = liveness.roots(self.graph)
-        self.position = 0
-        buffers: dict[int, _Buffer | None] = {}
-        ready: dict[int, float] = {}  # version in flight -> when its copy is complete
-        releases: dict[int, _Buffer] = {}  # SwapOut's version -> source to release at the fence
-        lanes: dict[tuple[str, str], float] = {}
-        steps: list[Step] = []
-        now = recomputed = 0.0
-        swapped = 0
-        peak = self.live
-        kept: list[_Buffer] = []
-
-        def release(buffer: _Buffer) -> None:
+    def _release(self, buffer: _Buffer | None) -> None:
+        """One reader less."""
+        if buffer is not None:
             buffer.readers -= 1
-            self._drop(buffer)
-
-        def add_output(version: int, buffer: _Buffer | None) -> None:
-            buffers[version] = buffer
-            if buffer is not None:
-                buffer.readers += readers.get(version, 0)
-
-        for action in self.actions:
-            node, kind = action.node, action.kind
-            if kind == "swap_out":
-                link = cost.link(action.tier)
-                start = max(now, lanes.get((action.tier, "out"), 0.0))
-                end = start + link.out_seconds(action.nbytes)
-                lanes[action.tier, "out"] = end
-                if not link.overlaps:
-                    now = end
-                ready[action.outputs[0]] = end
-                source = buffers[action.inputs[0]]
-                if source is not None:
-                    releases[action.outputs[0]] = source
-                buffers[action.outputs[0]] = None
-                swapped += action.nbytes
-                steps.append(Step(node.name, kind, start, end, self.live))
-                continue
-            if kind == "swap_in":
-                link = cost.link(action.tier)
-                start = max(now, lanes.get((action.tier, "in"), 0.0), ready[action.inputs[0]])
-                end = start + link.in_seconds(action.nbytes)
-                lanes[action.tier, "in"] = end
-                if not link.overlaps:
-                    now = end
-                ready[action.outputs[0]] = end
-                buffer = self._allocate(allocator_lib.rounded(action.nbytes), node.name)
-                peak = max(peak, self.live)
-                add_output(action.outputs[0], buffer)
+            if not buffer.readers:
                 self._drop(buffer)
-                steps.append(Step(node.name, kind, start, end, self.live))
-                continue
-            if kind == "results":
-                kept = [b for b in (buffers[version] for version in action.inputs) if b is not None]
-                continue
 
-            start = now
-            for version in (*action.waits, *action.inputs):
-                if version in ready:
-                    start = max(start, ready[version])
-            for version in action.waits:
-                source = releases.pop(version, None)
-                if source is not None:
-                    release(source)
-            inputs = [buffers[version] for version in action.inputs]
-            updated = self._run_node(action, inputs, root_of, add_output)
-            facts = self.facts[node.name]
-            scratch = self._allocate(facts.workspace, "") if facts.workspace else None
-            peak = max(peak, self.live)
-            live = self.live
-            if scratch is not None:
-                self._drop(scratch)
-            for buffer in inputs:
-                if buffer is not None:
-                    release(buffer)
-            for version in action.outputs:
-                buffer = buffers[version]
-                if buffer is not None and buffer not in inputs:
-                    self._drop(buffer)
-            if updated is not None:
-                self._drop(updated)
-            now = start + facts.seconds
-            if kind == "recompute":
-                recomputed += facts.seconds
-            else:
-                self.position += 1
-            steps.append(Step(node.name, kind, start, now, live))
-        for source in releases.values():
-            release(source)
-        for buffer in kept:
-            release(buffer)
-        end = max([now, *lanes.values()])
-        allocated = self.allocator.peak_bytes if self.allocator else peak
-        return Timeline(tuple(steps), peak, allocated, end, swapped, recomputed)
-
-    def _run_node(self, action, inputs, root_of, add_output) -> _Buffer | None:
-        """Binds the node's outputs to buffers. Returns a buffer that a variable gave up, if any."""
-        node = action.node
-        if node.op in liveness.HELD_OPS:
-            for reference, value, version in zip(node.refs(), node.outputs, action.outputs, strict=True):
-                # A handle is not the variable's buffer: who holds it does not keep an update from working in place.
-                add_output(version, None if value.dtype == "resource" else self.held.get(reference))
-            return None
-        if node.op == "ReadVariableOp":
-            add_output(action.outputs[0], self.held.get(root_of[node.inputs[0]]))
-            return None
-        gave_up = None
-        if node.op in liveness.ASSIGNS or node.op in liveness.UPDATES:
-            gave_up = self._assign(node, inputs, root_of[node.inputs[0]])
-        facts = self.facts[node.name]
-        for index, version in enumerate(action.outputs):
-            source = facts.aliases[index]
-            if source is not None:
-                add_output(version, inputs[source])
-            elif not facts.sizes[index]:
-                add_output(version, None)
-            else:
-                buffer = _overwritten(inputs, facts) if index == 0 else None
-                if buffer is None:
-                    buffer = self._allocate(facts.sizes[index], ir.ref(node.like or node.name, index))
-                add_output(version, buffer)
-        return gave_up
-
-    def _assign(self, node: ir.Node, inputs: Sequence[_Buffer | None], variable: str) -> _Buffer | None:
-        old, new = self.held.get(variable), inputs[1]
-        if old is None or new is None:
-            return None
-        if node.op in liveness.UPDATES:
-            if not old.readers:
-                return None
-            new = self._allocate(old.nbytes, variable)
-        elif new is old:
-            return None
-        new.holders += 1
-        old.holders -= 1
-        self.held[variable] = new
-        return old
-
-
-def _overwritten(inputs: Sequence[_Buffer | None], facts: _Facts) -> _Buffer | None:
-    for slot in facts.overwrites:
-        buffer = inputs[slot]
-        if buffer is not None and buffer.readers == 1 and not buffer.holders:
-            return buffer
-    return None
+    def _drop(self, buffer: _Buffer | None) -> None:
+        """Frees the buffer if nobody needs it."""
+        if buffer is None or buffer.readers or buffer.holders or buffer.is_free:
+            return
+        buffer.is_free = True
+        self.live -= buffer.nbytes
+        if self.allocator:
+            self.allocator.free(buffer.address)
+            del self.owners[buffer.address]

@@ -9,7 +9,6 @@ from graphswap.plan import Plan
 
 FLOATING = frozenset({ir.SWAP_OUT, ir.SWAP_IN})
 """Nodes outside the chain: copies run beside compute; the plan says what waits for them."""
-_RESIDENT = frozenset({"Placeholder", "Const", "VarHandleOp"})
 
 
 def ordering(graph: ir.Graph, plan: Plan) -> ir.Graph:
@@ -21,7 +20,7 @@ def ordering(graph: ir.Graph, plan: Plan) -> ir.Graph:
     nodes = []
     previous = ""
     for node in graph.nodes:
-        if node.op in FLOATING or node.op in _RESIDENT:
+        if node.op in FLOATING or node.op in ir.RESIDENT_OPS:
             nodes.append(node)
             continue
         if previous and previous not in node.control_inputs and previous not in map(ir.producer, node.inputs):

@@ -22,7 +22,7 @@ def recompute(graph: ir.Graph, plan: Plan) -> ir.Graph:
         repeats.setdefault(decision.before, []).extend(decision.nodes)
     if not repeats:
         return graph
-    names = set(graph.by_name)
+    taken = set(graph.by_name)
     origins = ir.origin(graph)
     current: dict[str, str] = {}
     nodes: list[ir.Node] = []
@@ -32,7 +32,7 @@ def recompute(graph: ir.Graph, plan: Plan) -> ir.Graph:
             raise ir.GraphError(f"node '{original.name}' ({original.op}) is stateful and must not run twice.")
         return dataclasses.replace(
             original,
-            name=_fresh_name(f"{original.name}/recompute", names),
+            name=ir.fresh_name(f"{original.name}/recompute", taken),
             inputs=tuple(current.get(origins[r], r) for r in original.inputs),
             control_inputs=(nodes[-1].name,),
             attrs=original.attrs,
@@ -48,11 +48,3 @@ def recompute(graph: ir.Graph, plan: Plan) -> ir.Graph:
         inputs = tuple(current.get(origins[r], r) for r in node.inputs)
         nodes.append(node if inputs == node.inputs else dataclasses.replace(node, inputs=inputs))
     return graph.replace(nodes=tuple(nodes))
-
-
-def _fresh_name(wanted: str, names: set[str]) -> str:
-    name, number = wanted, 1
-    while name in names:
-        name, number = f"{wanted}_{number}", number + 1
-    names.add(name)
-    return name

@@ -23,7 +23,7 @@ def swap(graph: ir.Graph, plan: Plan) -> ir.Graph:
     for decision in plan.swaps:
         for field, anchors in by_anchor.items():
             anchors.setdefault(getattr(decision, field), []).append(decision)
-    names = set(graph.by_name)
+    taken = set(graph.by_name)
     origins = dict(ir.origin(graph))
     current: dict[str, str] = {}
     copied: dict[str, str] = {}  # value -> its SwapOut
@@ -53,11 +53,11 @@ def swap(graph: ir.Graph, plan: Plan) -> ir.Graph:
             continue
         for decision in by_anchor["out_after"].get(anchor, ()):
             if decision.value not in copied:
-                out = _swap_out(graph, decision, current.get(decision.value, decision.value), names)
+                out = _swap_out(graph, decision, current.get(decision.value, decision.value), taken)
                 nodes.append(out)
                 copied[decision.value] = fences[decision] = out.name
         for decision in by_anchor["in_after"].get(anchor, ()):
-            back = _swap_in(graph, decision, copied[decision.value], anchor, names)
+            back = _swap_in(graph, decision, copied[decision.value], anchor, taken)
             nodes.append(back)
             arrived[decision] = back.name
     return graph.replace(nodes=tuple(nodes))
@@ -74,11 +74,11 @@ def _anchors(graph: ir.Graph) -> dict[str, str]:
     return anchors
 
 
-def _swap_out(graph: ir.Graph, decision: Swap, source: str, names: set[str]) -> ir.Node:
+def _swap_out(graph: ir.Graph, decision: Swap, source: str, taken: set[str]) -> ir.Node:
     value = graph.value(decision.value)
     device = graph.by_name[ir.producer(decision.value)].device
     return ir.Node(
-        name=_fresh_name(f"{decision.value.replace(':', '_')}/swap_out", names),
+        name=ir.fresh_name(f"{decision.value.replace(':', '_')}/swap_out", taken),
         op=ir.SWAP_OUT,
         inputs=(source,),
         outputs=(ir.Value("variant"),),
@@ -87,11 +87,11 @@ def _swap_out(graph: ir.Graph, decision: Swap, source: str, names: set[str]) -> 
     )
 
 
-def _swap_in(graph: ir.Graph, decision: Swap, handle: str, after: str, names: set[str]) -> ir.Node:
+def _swap_in(graph: ir.Graph, decision: Swap, handle: str, after: str, taken: set[str]) -> ir.Node:
     value = graph.value(decision.value)
     device = graph.by_name[ir.producer(decision.value)].device
     return ir.Node(
-        name=_fresh_name(f"{decision.value.replace(':', '_')}/swap_in", names),
+        name=ir.fresh_name(f"{decision.value.replace(':', '_')}/swap_in", taken),
         op=ir.SWAP_IN,
         inputs=(handle,),
         control_inputs=(after,),
@@ -99,11 +99,3 @@ def _swap_in(graph: ir.Graph, decision: Swap, handle: str, after: str, names: se
         device=device,
         attrs=(("nbytes", value.nbytes), ("tier", decision.tier)),
     )
-
-
-def _fresh_name(wanted: str, names: set[str]) -> str:
-    name, number = wanted, 1
-    while name in names:
-        name, number = f"{wanted}_{number}", number + 1
-    names.add(name)
-    return name

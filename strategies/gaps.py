@@ -97,7 +97,7 @@ class Gaps:
 
     def can_repeat(self, node: ir.Node) -> bool:
         """Whether running the node again gives the same values and changes nothing."""
-        if node.stateful or node.op in _NEVER_REPEATED or node.op in liveness.HELD_OPS:
+        if node.stateful or node.op in _NEVER_REPEATED or node.op in ir.RESIDENT_OPS:
             return False
         return all(value.dtype in ir.ITEM_BYTES for value in node.outputs)
 
@@ -113,9 +113,7 @@ class Gaps:
     def saved(self) -> dict[int, int]:
         """The storages that wait for the backward pass, each with its gap over the moment of the peak."""
         turn = int(np.argmax(self.live))
-        return {
-            gap.storage: index for index, gap in enumerate(self.gaps) if gap.start <= turn < gap.end
-        }
+        return {gap.storage: index for index, gap in enumerate(self.gaps) if gap.start <= turn < gap.end}
 
     def anchors(self, segments: int) -> frozenset[int]:
         """Storages to keep so that what is recomputed falls into about `segments` parts of equal bytes.

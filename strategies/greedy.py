@@ -43,9 +43,7 @@ class Greedy:
         """Implements `Strategy.plan`."""
         problem = gaps.problem(graph, cost_model)
         attempts = [functools.partial(evict, problem, problem.anchors(segments)) for segments in _SEGMENTS]
-        return fitting.fit(
-            problem, attempts, memory_budget, "greedy", planning_seconds=self.planning_seconds
-        )
+        return fitting.fit(problem, attempts, memory_budget, "greedy", planning_seconds=self.planning_seconds)
 
 
 def evict(problem: gaps.Gaps, anchors: Collection[int], target: float) -> fitting.Evictions:

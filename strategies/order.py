@@ -7,7 +7,7 @@ import heapq
 from graphswap import ir, liveness
 
 _URGENT = -(1 << 60)
-_AT_ONCE = frozenset({"Shape", "ShapeN", "Size", "Rank"}) | liveness.HELD_OPS
+_AT_ONCE = frozenset({"Shape", "ShapeN", "Size", "Rank"}) | ir.RESIDENT_OPS
 """Ops that only let go of what they read."""
 
 
@@ -39,7 +39,7 @@ def _list_schedule(graph: ir.Graph, depth_first: bool) -> tuple[str, ...]:
     position = graph.position
     sizes: dict[str, int] = {}
     for node in nodes:
-        held = node.op in liveness.HELD_OPS or node.op == "ReadVariableOp"
+        held = node.op in ir.RESIDENT_OPS or node.op == "ReadVariableOp"
         for reference, nbytes in zip(node.refs(), liveness.output_bytes(node), strict=True):
             sizes[reference] = 0 if held else nbytes
     results = {root_of[reference] for reference in graph.outputs}
