@@ -1,7 +1,8 @@
 """A Plan: what to swap, what to recompute, in which order to run. Data only: JSON, text, and a check.
 
 Positions are named by nodes of the user's graph. Every value has one *current* copy at each position;
-a decision replaces the current copy for all consumers from its position on:
+a decision replaces the current copy for all consumers from its position on, but the step's results stay
+what the user's nodes made:
 
 * `Swap`: SwapOut starts right after `out_after`; `freed_before` waits until the copy is complete, and the
   device bytes are free from there on; SwapIn starts right after `in_after`; `in_before` is the first
@@ -200,6 +201,8 @@ def _check_decision(decision: Decision, graph: ir.Graph, position: Mapping[str, 
             raise fail(f"expected a tier out of {TIERS}, received {decision.tier!r}.")
         if ir.split_ref(decision.value)[1] >= len(graph.by_name[ir.producer(decision.value)].outputs):
             raise fail(f"there is no value '{decision.value}'.")
+        if not graph.value(decision.value).nbytes:
+            raise fail(f"'{decision.value}' ({graph.value(decision.value)}) holds no bytes that could move.")
         born, out, freed, start, use = (position[name] for name in names)
         if not (born <= out < freed <= use and out <= start < use):
             raise fail("expected producer <= out_after < freed_before, in_after < in_before in execution order.")
@@ -208,6 +211,8 @@ def _check_decision(decision: Decision, graph: ir.Graph, position: Mapping[str, 
             node = graph.by_name[name]
             if node.stateful:
                 raise fail(f"'{name}' ({node.op}) is stateful and must not run twice.")
+            if node.op in ir.RESIDENT_OPS:
+                raise fail(f"'{name}' ({node.op}) is in memory all the time.")
             if position[name] >= position[decision.before]:
                 raise fail(f"'{name}' runs only after '{decision.before}'.")
         if list(decision.nodes) != sorted(set(decision.nodes), key=position.__getitem__):

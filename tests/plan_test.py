@@ -95,6 +95,11 @@ IN_ORDER = "expected producer <= out_after < freed_before, in_after < in_before 
     [
         (swap(value="f9"), CHAIN, "there is no node 'f9'."),
         (swap(value="f1:1"), CHAIN, "there is no value 'f1:1'."),
+        (
+            Plan(decisions=(Swap("w1", "read1", "hidden", "relu", "loss"),)),
+            MLP,
+            "'w1' (resource[]) holds no bytes that could move.",
+        ),
         (swap(freed_before="f9"), CHAIN, "there is no node 'f9'."),
         (swap(tier="moon"), CHAIN, "expected a tier out of ('host', 'disk'), received 'moon'."),
         (swap(value="f3"), CHAIN, IN_ORDER),
@@ -112,6 +117,7 @@ IN_ORDER = "expected producer <= out_after < freed_before, in_after < in_before 
             MLP,
             "'read1' (ReadVariableOp) is stateful and must not run twice.",
         ),
+        (Plan(decisions=(Recompute(("x",), "f1"),)), CHAIN, "'x' (Placeholder) is in memory all the time."),
     ],
 )
 def test_check_says_what_does_not_fit(plan, graph, message):
