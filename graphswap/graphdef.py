@@ -7,9 +7,9 @@ handle data. No other module but `profiler` uses any.
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -41,7 +41,8 @@ class UnsupportedGraphError(ValueError):
 def import_function(func_graph: FuncGraph, argument_shapes: Sequence[Shape] | None = None) -> ir.Graph:
     """Turns a traced function into a Graph.
 
-    Nodes that nothing needs are left out. Copies (Identity, IdentityN) are looked through: their readers
+    Nodes that nothing needs are left out. What depends on constants alone is a Const here: TensorFlow
+    computes it once, when the function is made, and keeps it. Copies (Identity, IdentityN) are looked through: their readers
     read the source. Nested function calls must have been inlined (`inline_calls`).
 
     Args:
@@ -79,7 +80,7 @@ def import_function(func_graph: FuncGraph, argument_shapes: Sequence[Shape] | No
         )
     graph = ir.Graph(
         name=func_graph.name,
-        nodes=_topological(_live(nodes, func_graph)),
+        nodes=_topological(_live(_folded(nodes), func_graph)),
         inputs=tuple(tensor.op.name for tensor in func_graph.inputs),
         outputs=tuple(_ref(tensor) for tensor in func_graph.outputs),
         control_outputs=tuple(operation.name for operation in func_graph.control_outputs),
@@ -116,6 +117,29 @@ def _live(nodes: Sequence[ir.Node], func_graph: FuncGraph) -> list[ir.Node]:
             node = by_name[name]
             pending += [*map(ir.producer, node.inputs), *node.control_inputs]
     return [node for node in nodes if node.name in live]
+
+
+def _folded(nodes: Sequence[ir.Node]) -> list[ir.Node]:
+    """The nodes, with those that TensorFlow's constant folding computes ahead as Const nodes."""
+    constant: set[str] = set()
+    folded = []
+    for node in nodes:
+        if node.op == "Const" or (
+            node.inputs
+            and not node.stateful
+            and not node.control_inputs
+            and constant.issuperset(map(ir.producer, node.inputs))
+            and all(value.dtype in ir.ITEM_BYTES and value.is_resolved for value in node.outputs)
+            and sum(value.nbytes for value in node.outputs) <= _FOLDED_BYTES
+        ):
+            constant.add(node.name)
+            node = dataclasses.replace(node, op="Const", inputs=())
+        folded.append(node)
+    return folded
+
+
+_FOLDED_BYTES = 10 << 20
+"""The largest constant that folding makes (ConstantFoldingOptions in TensorFlow 2.21)."""
 
 
 def _topological(nodes: Sequence[ir.Node]) -> tuple[ir.Node, ...]:
@@ -197,12 +221,9 @@ def _with_hidden_bytes(graph: ir.Graph, func_graph: FuncGraph) -> ir.Graph:
 
 
 def _variable_bytes(handle: Any) -> int:
-    data = handle_data_util.get_resource_handle_data(handle)
-    if data is None or not data.is_set or not data.shape_and_type:
-        return 0
-    entry = data.shape_and_type[0]
-    shape = tf.TensorShape(entry.shape)
-    if not shape.is_fully_defined():
+    entry = _variable_type(handle)
+    shape = None if entry is None else tf.TensorShape(entry.shape)
+    if entry is None or shape is None or not shape.is_fully_defined():
         return 0
     return (shape.num_elements() or 0) * ir.ITEM_BYTES.get(tf.dtypes.as_dtype(entry.dtype).name, 0)
 
@@ -392,6 +413,9 @@ class _Exporter:
 
     def _rewire(self, node: ir.Node) -> None:
         operation = self.target.get_operation_by_name(node.name)
+        if node.op != operation.type:  # a folded constant stays what it is
+            self._bind(node, operation)
+            return
         for index, (reference, tensor) in enumerate(zip(node.inputs, operation.inputs, strict=True)):
             wanted = self.tensor(reference)
             if wanted is not tensor:
@@ -404,6 +428,13 @@ class _Exporter:
 
     def _add_copy(self, node: ir.Node) -> None:
         original = self.source.get_operation_by_name(node.like or node.name)
+        if node.op != original.type:  # a folded constant: copy what it is folded from
+            node = dataclasses.replace(node, op=original.type, inputs=tuple(_ref(t) for t in original.inputs))
+            for tensor in original.inputs:
+                if _ref(tensor) not in self.tensors:
+                    source = tensor.op
+                    outputs = tuple(ir.Value(t.dtype.name, _shape(t)) for t in source.outputs)
+                    self._add_copy(ir.Node(source.name, "Const", outputs=outputs, device=source.device))
         attrs = {name: value for name, value in original.node_def.attr.items() if name != "_class"}
         with self.target.as_default(), tf.control_dependencies(None), tf.control_dependencies(self._controls(node)):
             operation = self.target.create_op(
@@ -443,6 +474,44 @@ class _Exporter:
             tensor = self.tiers.swap_in(copy, value.dtype, value.shape)
         self.tensors[node.name] = tensor
         self.done[node.name] = [tensor.op]
+
+
+# --- variables --------------------------------------------------------------------------------------------------
+
+
+def variable_handles(func_graph: FuncGraph) -> list[tf.Tensor]:
+    """Handles of the variables that the function captures."""
+    return [
+        external
+        for external, internal in func_graph.captures
+        if internal.dtype == tf.resource and _variable_type(internal) is not None and hasattr(external, "numpy")
+    ]
+
+
+def is_initialized(func_graph: FuncGraph) -> bool:
+    """Whether all captured variables have values. In the trace that makes them they have none yet."""
+    with tf.init_scope():
+        return all(tf.raw_ops.VarIsInitializedOp(resource=handle) for handle in variable_handles(func_graph))
+
+
+def read_variables(handles: Sequence[tf.Tensor]) -> list[Any]:
+    """Copies of the variables' values in numpy's memory."""
+    return [
+        tf.raw_ops.ReadVariableOp(resource=handle, dtype=tf.dtypes.as_dtype(_variable_type(handle).dtype)).numpy()
+        for handle in handles
+    ]
+
+
+def write_variables(handles: Sequence[tf.Tensor], values: Sequence[Any]) -> None:
+    """Assigns what `read_variables` returned, in device memory."""
+    for handle, value in zip(handles, values, strict=True):
+        tf.raw_ops.AssignVariableOp(resource=handle, value=tf.raw_ops.DeepCopy(x=value))
+
+
+def _variable_type(handle: Any) -> Any:
+    is_symbolic = not hasattr(handle, "numpy")
+    data = handle_data_util.get_resource_handle_data(handle) if is_symbolic else handle._handle_data
+    return data.shape_and_type[0] if data is not None and data.is_set and data.shape_and_type else None
 
 
 # --- trace time -------------------------------------------------------------------------------------------------

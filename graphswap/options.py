@@ -50,7 +50,7 @@ class Options:
     memory_budget: int | str
     strategy: str | Strategy = "auto"
     swap_to: str | os.PathLike[str] = "auto"
-    planning_seconds: float = 30.0
+    planning_seconds: float = 6.0
     on_unsupported: str = "raise"
 
     def __post_init__(self) -> None:

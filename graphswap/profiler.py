@@ -10,11 +10,12 @@ import dataclasses
 import functools
 import os
 import pathlib
+import statistics
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from typing import Any
 
-import numpy as np
 import tensorflow as tf
 from tensorflow.tsl.profiler.protobuf import xplane_pb2
 
@@ -32,6 +33,7 @@ _KEPT_STATEFUL = frozenset({"ReadVariableOp", "VarHandleOp", "Placeholder", "Res
 }
 """Stateful ops that change nothing outside of the step."""
 _LINK_BYTES = 8 << 20
+_LINK_COPIES = 7
 
 
 class CantMeasure(Exception):
@@ -82,26 +84,33 @@ def device_spec(emulated_bytes: int | None, swap_directory: str | os.PathLike[st
 
 @functools.cache
 def measure_link(tier: str, directory: str | None) -> Link:
-    """Times the swap path of a tier with 8 MiB, there and back; the better of three."""
+    """Times the swap path of a tier with several values that are away at the same time, as in a step.
+
+    A single value would find its strings' memory still mapped and look several times too fast.
+    """
     far = tiers.Tiers(directory)
+    shape = (_LINK_BYTES // 4,)
 
     @tf.function
     def out(value: tf.Tensor) -> list[tf.Tensor]:
         return far.swap_out(value, tier).pieces
 
-    shape = (_LINK_BYTES // 4,)
+    @tf.function
+    def back(pieces: list[tf.Tensor]) -> tf.Tensor:
+        return far.swap_in(tiers.FarCopy(pieces, [], is_file=tier == "disk"), "float32", shape)
+
     with tf.init_scope():
-        value = tf.zeros(shape)
-        pieces = out(value)
-
-        @tf.function
-        def back(pieces: Sequence[tf.Tensor]) -> tf.Tensor:
-            return far.swap_in(tiers.FarCopy(list(pieces), [], is_file=tier == "disk"), "float32", shape)
-
-        back(pieces)
-        out_seconds = min(_seconds(lambda: out(value)) for _ in range(3))
-        in_seconds = min(_seconds(lambda: back(pieces)) for _ in range(3))
-    return Link(_LINK_BYTES / out_seconds, _LINK_BYTES / in_seconds, 20e-6, overlaps=device_name() != "CPU:0")
+        value = tf.random.stateless_uniform(shape, (0, 0))
+        back(out(value))
+        copies: list[list[tf.Tensor]] = []
+        out_seconds = [_seconds(lambda: copies.append(out(value))) for _ in range(_LINK_COPIES)]
+        in_seconds = [_seconds(lambda copy=copy: back(copy)) for copy in copies]
+    return Link(
+        _LINK_BYTES / statistics.median(out_seconds),
+        _LINK_BYTES / statistics.median(in_seconds),
+        20e-6,
+        overlaps=device_name() != "CPU:0",
+    )
 
 
 def _seconds(run) -> float:
@@ -116,16 +125,16 @@ def _seconds(run) -> float:
 def measure_step(
     func_graph: graphdef.FuncGraph,
     graph: ir.Graph,
-    argument_shapes: Sequence[graphdef.Shape],
+    arguments: Sequence[Any],
     far_tiers: tiers.Tiers,
     fingerprint: str,
 ) -> Profile:
-    """Runs the step once on made-up data, without its updates of variables, and measures every node.
+    """Runs the step once without its updates of variables, and measures every node.
 
     Args:
         func_graph: The traced step; it stays as it is.
         graph: What to run: the step's graph, usually rewritten under a frugal plan.
-        argument_shapes: Shapes of the arguments.
+        arguments: Tensors or arrays to run it on, in the order of the function's inputs.
         far_tiers: Where its swaps go.
         fingerprint: Of the graph that the profile is for.
 
@@ -139,14 +148,14 @@ def measure_step(
     if any(not hasattr(tensor, "numpy") for tensor in captures):
         raise CantMeasure("the step captures tensors of an outer function")
     with tf.init_scope():
-        arguments = [
-            _made_up(tensor.dtype, shape)
-            for tensor, shape in zip(func_graph.inputs, argument_shapes, strict=False)
-            if tensor.dtype != tf.resource
+        tensors = [
+            tf.convert_to_tensor(argument, dtype=tensor.dtype)
+            for tensor, argument in zip(func_graph.inputs, arguments, strict=False)
         ]
-        space = _trace(lambda: function._call_flat([*arguments, *captures], []))
-    seconds, workspace = _node_costs(space, {node.name for node in graph.nodes})
-    return Profile(fingerprint, seconds, workspace)
+        space = _trace(lambda: function._call_flat([*tensors, *captures], []))
+    events = _events(space)
+    seconds, workspace = _node_costs(events, {node.name for node in graph.nodes})
+    return Profile(fingerprint, seconds, workspace, _links(events, graph))
 
 
 def without_side_effects(graph: ir.Graph) -> ir.Graph:
@@ -180,13 +189,6 @@ def without_side_effects(graph: ir.Graph) -> ir.Graph:
     return graph.replace(nodes=tuple(kept), control_outputs=ends)
 
 
-def _made_up(dtype: tf.DType, shape: graphdef.Shape) -> tf.Tensor:
-    values = np.random.default_rng(0).random([d or 1 for d in shape or ()], dtype=np.float32)
-    if dtype.is_floating:
-        return tf.cast(values, dtype)
-    return tf.zeros(values.shape, dtype)
-
-
 def _trace(run) -> xplane_pb2.XSpace:
     options = tf.profiler.experimental.ProfilerOptions(host_tracer_level=1, python_tracer_level=0, device_tracer_level=0)
     with tempfile.TemporaryDirectory(prefix="graphswap-profile-") as directory:
@@ -204,14 +206,40 @@ def _trace(run) -> xplane_pb2.XSpace:
         return space
 
 
-def _node_costs(space: xplane_pb2.XSpace, names: set[str]) -> tuple[Mapping[str, float], Mapping[str, int]]:
+Event = tuple[int, int, str, Mapping[str, Any]]
+"""Start and duration in picoseconds, name, and further facts."""
+
+
+def _links(events: Sequence[Event], graph: ir.Graph) -> dict[str, Link]:
+    """The speeds at which the step's own swaps went, by tier; tiers with swaps in both directions only."""
+    if device_name() != "CPU:0":
+        return {}  # copies are asynchronous there: the events tell when they were started
+    spent: dict[str, float] = collections.defaultdict(float)
+    for _, duration_ps, name, _ in events:
+        owner, _, inner = name.rpartition("/")
+        if inner:
+            spent[owner] += duration_ps / 1e12
+    seconds: dict[tuple[str, str], float] = collections.defaultdict(float)
+    moved: dict[tuple[str, str], int] = collections.defaultdict(int)
+    for node in graph.nodes:
+        if node.op in (ir.SWAP_OUT, ir.SWAP_IN) and spent.get(node.name):
+            attrs = dict(node.attrs)
+            seconds[str(attrs["tier"]), node.op] += spent[node.name]
+            moved[str(attrs["tier"]), node.op] += int(attrs["nbytes"])  # pyright: ignore[reportArgumentType]
+    return {
+        tier: Link(moved[tier, ir.SWAP_OUT] / seconds[tier, ir.SWAP_OUT], moved[tier, ir.SWAP_IN] / seconds[tier, ir.SWAP_IN])
+        for tier in {tier for tier, _ in moved}
+        if moved[tier, ir.SWAP_OUT] and moved[tier, ir.SWAP_IN]
+    }
+
+
+def _node_costs(events: Sequence[Event], names: set[str]) -> tuple[Mapping[str, float], Mapping[str, int]]:
     """Seconds and workspace bytes by node, from the events of ops and of the allocator."""
     seconds: dict[str, float] = collections.defaultdict(float)
     workspace: dict[str, int] = {}
     held: dict[str, int] = collections.defaultdict(int)
     address_of: dict[int, tuple[str, int]] = {}
-    for time_ps, duration_ps, name, stats in _events(space):
-        del time_ps
+    for _, duration_ps, name, stats in events:
         if name == "MemoryAllocation":
             op = str(stats.get("tf_op", ""))
             if stats.get("region_type") == "temp" and op in names:
@@ -229,7 +257,8 @@ def _node_costs(space: xplane_pb2.XSpace, names: set[str]) -> tuple[Mapping[str,
     return dict(seconds), {name: workspace.get(name, 0) for name in seconds}
 
 
-def _events(space: xplane_pb2.XSpace):
+def _events(space: xplane_pb2.XSpace) -> list[Event]:
+    """The host's events by start."""
     plane = next((plane for plane in space.planes if plane.name == "/host:CPU"), None)
     if plane is None:
         raise CantMeasure("the profiler recorded no events of the host")

@@ -51,7 +51,7 @@ class Tiers:
     """
 
     def __init__(self, directory: str | os.PathLike[str] | None = None):
-        self._parent = pathlib.Path(directory) if directory is not None else pathlib.Path(tempfile.gettempdir())
+        self._parent = default_directory() if directory is None else pathlib.Path(directory)
         self._files: pathlib.Path | None = None
         self._numbers = itertools.count()
 
@@ -89,6 +89,10 @@ class Tiers:
             target = tf.raw_ops.InplaceUpdate(x=target, i=[index], v=part)
         return tf.reshape(target, shape)
 
+    def used_directory(self) -> pathlib.Path | None:
+        """The private directory, if anything was swapped to disk."""
+        return self._files
+
     def directory(self) -> pathlib.Path:
         """The private directory of this process, made on the first call.
 
@@ -103,6 +107,11 @@ class Tiers:
             atexit.register(shutil.rmtree, path, ignore_errors=True)
             self._files, self._lock = path, lock
         return self._files
+
+
+def default_directory() -> pathlib.Path:
+    """Where private directories are made unless the user names another place."""
+    return pathlib.Path(tempfile.gettempdir())
 
 
 def remove_stale(parent: pathlib.Path) -> None:

@@ -1,0 +1,141 @@
+"""The Keras compile option: `model.compile(..., graphswap="2GiB")`.
+
+Three methods of Keras are extended: `Trainer.compile` takes the option, `Trainer.get_compile_config` saves
+it with the model, `TensorFlowTrainer.make_train_function` runs the training step through a `Session`.
+`disable` puts them back.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import keras
+import tensorflow as tf
+from keras.src.backend.tensorflow.trainer import TensorFlowTrainer
+from keras.src.trainers.trainer import Trainer
+
+from graphswap import graphdef
+from graphswap.options import Options
+from graphswap.pipeline import Session
+
+_PACKAGE = "graphswap"
+_originals: dict[str, Any] = {}
+
+
+def enable() -> None:
+    """Registers the compile option. Doing it twice changes nothing."""
+    if _originals:
+        return
+    keras.saving.register_keras_serializable(package=_PACKAGE)(Options)
+    _originals["compile"] = Trainer.compile
+    _originals["get_compile_config"] = Trainer.get_compile_config
+    _originals["make_train_function"] = TensorFlowTrainer.make_train_function
+    Trainer.compile = functools.wraps(Trainer.compile)(_compile)
+    Trainer.get_compile_config = functools.wraps(Trainer.get_compile_config)(_get_compile_config)
+    TensorFlowTrainer.make_train_function = functools.wraps(TensorFlowTrainer.make_train_function)(_make_train_function)
+
+
+def disable() -> None:
+    """Removes the compile option. Models compiled with it train plainly once their train function is made anew."""
+    if not _originals:
+        return
+    Trainer.compile = _originals.pop("compile")
+    Trainer.get_compile_config = _originals.pop("get_compile_config")
+    TensorFlowTrainer.make_train_function = _originals.pop("make_train_function")
+    keras.saving.get_custom_objects().pop(f"{_PACKAGE}>Options", None)
+    graphdef.off_traced()
+
+
+def _compile(self: Any, *args: Any, graphswap: Any = None, **kwargs: Any) -> None:
+    options = None if graphswap is None else Options.from_value(graphswap)
+    if options is not None:
+        _refuse(self, args, kwargs)
+        kwargs["jit_compile"] = False
+    _originals["compile"](self, *args, **kwargs)
+    # Keras tracks what is set as an attribute; a session is none of the model's parts.
+    object.__setattr__(self, "_graphswap_options", options)
+    object.__setattr__(self, "_graphswap_session", None if options is None else Session(options))
+
+
+def _refuse(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Raises for what graphswap can't be combined with, before anything is compiled."""
+    names = ("optimizer", "loss", "loss_weights", "metrics", "weighted_metrics", "run_eagerly")
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    if keras.backend.backend() != "tensorflow":
+        raise ValueError(
+            f"graphswap: expected Keras on the TensorFlow backend, received '{keras.backend.backend()}'. "
+            "Set KERAS_BACKEND=tensorflow."
+        )
+    if given.get("run_eagerly"):
+        raise ValueError(
+            "graphswap: expected run_eagerly=False, received True. graphswap rewrites the graph of the training step, "
+            "and an eager step has none. Leave run_eagerly out, or compile without graphswap."
+        )
+    if given.get("jit_compile") is True:
+        raise ValueError(
+            "graphswap: expected jit_compile='auto' or False, received True. XLA would ignore the rewritten graph. "
+            "Leave jit_compile out, or compile without graphswap."
+        )
+    if given.get("optimizer", "rmsprop") is None:
+        raise ValueError(
+            "graphswap: expected an optimizer, received optimizer=None. Without one there is no training step to "
+            "rewrite. Name an optimizer, or compile without graphswap."
+        )
+    if getattr(model, "_distribute_strategy", None) is not None or tf.distribute.has_strategy():
+        raise ValueError(
+            "graphswap: expected a model outside of tf.distribute, received one under "
+            f"{type(tf.distribute.get_strategy()).__name__}. Distribution is not supported yet."
+        )
+
+
+def _get_compile_config(self: Any) -> Any:
+    config = _originals["get_compile_config"](self)
+    options = getattr(self, "_graphswap_options", None)
+    if not config or options is None:
+        return config
+    return {**config, "graphswap": keras.saving.serialize_keras_object(options)}
+
+
+def _make_train_function(self: Any, force: bool = False) -> Any:
+    session = getattr(self, "_graphswap_session", None)
+    if session is None:
+        return _originals["make_train_function"](self, force)
+    if self.train_function is not None and not force:
+        return self.train_function
+    train_step = self.train_step
+
+    @tf.autograph.experimental.do_not_convert
+    def marked(data: Any) -> Any:
+        session.mark()
+        return train_step(data)
+
+    traced = [self._make_function(marked)]
+
+    def retrace() -> None:
+        traced[:] = [self._make_function(marked)]
+
+    def train_function(iterator: Any) -> Any:
+        # One batch at a time, so that a step can be repeated and its true shapes are known.
+        outputs = None
+        for _ in range(self.steps_per_execution):
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                break
+            _build(self, batch)
+            outputs = session.run(lambda batch=batch: traced[0](iter([batch])), batch, retrace)
+        if outputs is None:
+            raise StopIteration
+        return outputs
+
+    self.train_function = train_function
+    return None
+
+
+def _build(model: Any, batch: Any) -> None:
+    """Makes the variables of a step before it is traced; otherwise TensorFlow would trace, and plan, twice."""
+    if type(model).train_step is TensorFlowTrainer.train_step:
+        model._symbolic_build(data_batch=batch)
+    elif model.built and not model.optimizer.built:
+        model.optimizer.build(model.trainable_variables)

@@ -1,0 +1,116 @@
+"""Report: what was planned for a step, why, and what was measured."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from graphswap.options import format_bytes
+from graphswap.plan import Plan
+
+
+@dataclasses.dataclass
+class StepReport:
+    """One traced step: its plan, predictions and measurements.
+
+    Attributes:
+        name: Name of the traced function.
+        nodes: Number of nodes of its graph.
+        memory_budget: Bytes that the plan keeps to.
+        plan: The plan; empty if the step needed nothing.
+        status: One sentence: what was done.
+        plain_peak_bytes: Predicted peak without a plan.
+        predicted_peak_bytes: Predicted peak as the allocator will count it.
+        plain_seconds: Predicted length of the step without a plan.
+        predicted_seconds: Predicted length of the step.
+        swapped_bytes: Bytes copied to the far tier per step.
+        recomputed_seconds: Seconds of repeated nodes per step.
+        breakdown: Seconds that import, measuring, planning and rewriting took.
+        notes: What else the user should know: costs that could not be measured, plans that were tightened.
+        measured_seconds: Lengths of the steps run so far.
+        measured_peak_bytes: The most that the allocator has counted so far; None if it does not count.
+    """
+
+    name: str
+    nodes: int
+    memory_budget: int
+    plan: Plan
+    status: str
+    plain_peak_bytes: int
+    predicted_peak_bytes: int
+    plain_seconds: float
+    predicted_seconds: float
+    swapped_bytes: int = 0
+    recomputed_seconds: float = 0.0
+    breakdown: dict[str, float] = dataclasses.field(default_factory=dict)
+    notes: list[str] = dataclasses.field(default_factory=list)
+    measured_seconds: list[float] = dataclasses.field(default_factory=list)
+    measured_peak_bytes: int | None = None
+
+    def __str__(self) -> str:
+        measured = "not run yet" if not self.measured_seconds else _step_time(self.measured_seconds)
+        peak = "not counted by this device" if self.measured_peak_bytes is None else format_bytes(self.measured_peak_bytes)
+        plan = self.plan
+        repeated = sum(len(decision.nodes) for decision in plan.recomputes)
+        rows = [
+            ("budget", format_bytes(self.memory_budget)),
+            ("peak", f"plain {format_bytes(self.plain_peak_bytes)} predicted, "
+                     f"planned {format_bytes(self.predicted_peak_bytes)} predicted, measured {peak}"),
+            ("step", f"plain {self.plain_seconds:.3f} s predicted, planned {self.predicted_seconds:.3f} s predicted, "
+                     f"measured {measured}"),
+            ("plan", f"{plan.strategy or 'none'}: {len(plan.swaps)} swaps ({format_bytes(self.swapped_bytes)} out), "
+                     f"{repeated} nodes repeated ({self.recomputed_seconds:.3f} s)"),
+            ("took", ", ".join(f"{what} {seconds:.1f} s" for what, seconds in self.breakdown.items())),
+        ]
+        lines = [f"{self.name} ({self.nodes} nodes): {self.status}"]
+        lines += [f"  {title:<8}{text}" for title, text in rows if text]
+        lines += [f"  note    {note}" for note in self.notes]
+        return "\n".join(lines)
+
+
+@dataclasses.dataclass
+class Report:
+    """All steps traced for one model or function, the newest last."""
+
+    steps: list[StepReport] = dataclasses.field(default_factory=list)
+
+    @property
+    def step(self) -> StepReport:
+        """The step that has run most often.
+
+        Raises:
+            ValueError: If nothing has been traced yet.
+        """
+        if not self.steps:
+            raise ValueError("no step has been traced yet. Run one training step, then ask for the report.")
+        return max(self.steps, key=lambda step: len(step.measured_seconds))
+
+    def explain(self) -> str:
+        """The report with every decision and every declined candidate."""
+        return "\n".join(f"{step}\n{step.plan}" for step in self.steps)
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.steps)) or "graphswap: no step has been traced yet."
+
+
+def report(owner: Any) -> Report:
+    """The report of a model compiled with `graphswap=...`, or of a function made by `graphswap.function`.
+
+    Raises:
+        ValueError: If it was not made with graphswap.
+    """
+    session = getattr(owner, "_graphswap_session", None)
+    if session is None:
+        raise ValueError(
+            f"expected a model compiled with graphswap=... or a graphswap.function, received {owner!r}. "
+            'Compile it with model.compile(..., graphswap="2GiB").'
+        )
+    return session.report
+
+
+def _step_time(seconds: Sequence[float]) -> str:
+    # The first run of a step also sets kernels up.
+    steady = seconds[1:] or seconds
+    return f"{statistics.median(steady):.3f} s (median of {len(steady)})"
