@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 from hypothesis import strategies as st
 
 from graphswap import ir, parser
 
-_BATCH = 8
 _WIDTHS = (8, 40, 64)
 
 
@@ -17,18 +17,18 @@ def assert_graph_text(graph: ir.Graph, text: str) -> None:
     assert str(graph).splitlines() == str(parser.parse(text)).splitlines()
 
 
-def random_graphs(max_layers: int = 8) -> st.SearchStrategy[ir.Graph]:
+def random_graphs(max_layers: int = 8, batch: int = 8) -> st.SearchStrategy[ir.Graph]:
     """A hypothesis strategy for training steps."""
-    return st.builds(random_graph, st.randoms(use_true_random=False), st.integers(1, max_layers))
+    return st.builds(random_graph, st.randoms(use_true_random=False), st.integers(1, max_layers), st.just(batch))
 
 
-def random_graph(rng: random.Random, layers: int = 8) -> ir.Graph:
+def random_graph(rng: random.Random, layers: int = 8, batch: int = 8) -> ir.Graph:
     """A step of gradient descent on a chain of random layers, with skips.
 
     Layers are matrix products, activations, sums with an earlier value, dropout (a stateful op),
-    normalisations (several outputs) and ops that alias. The shapes agree.
+    normalisations (several outputs, and workspace) and ops that alias. The shapes agree.
     """
-    return _Step(rng).build(layers)
+    return _Step(rng).build(layers, batch)
 
 
 class _Step:
@@ -37,13 +37,14 @@ class _Step:
     def __init__(self, rng: random.Random):
         self.rng = rng
         self.nodes: list[ir.Node] = []
+        self.updates: list[str] = []
         self.layer = 0
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.gradients: dict[str, list[str]] = {}  # value -> its gradient's summands
 
-    def build(self, layers: int) -> ir.Graph:
+    def build(self, layers: int, batch: int) -> ir.Graph:
         kinds = (self.product, self.activation, self.skip, self.dropout, self.normalisation, self.alias)
-        value = self.add("x", "Placeholder", (), (_BATCH, self.rng.choice(_WIDTHS)))
+        value = self.add("x", "Placeholder", (), (batch, self.rng.choice(_WIDTHS)))
         values, backward = [value], []
         for layer in range(layers):
             self.layer = layer
@@ -52,17 +53,16 @@ class _Step:
             backward.append(step_back)
         loss = self.add("loss", "L2Loss", (value,), ())
         self.gradients[value] = [value]
-        updates = []
         for layer, step_back in reversed(list(enumerate(backward))):
             self.layer = layer
-            if update := step_back():
-                updates.append(update)
+            step_back()
         arguments = tuple(node.name for node in self.nodes if node.op == "Placeholder")
-        return ir.verify(ir.Graph("random_step", tuple(self.nodes), arguments, (loss,), tuple(updates)))
+        results = (loss, *self.rng.sample(values, self.rng.randint(0, 1)))
+        return ir.verify(ir.Graph("random_step", tuple(self.nodes), arguments, results, tuple(self.updates)))
 
-    def add(self, name, op, inputs, *shapes, stateful=False, after=()):
+    def add(self, name, op, inputs, *shapes, stateful=False, after=(), attrs=()):
         outputs = tuple(ir.Value("float32", shape) for shape in shapes)
-        self.nodes.append(ir.Node(name, op, inputs, after, outputs, stateful=stateful))
+        self.nodes.append(ir.Node(name, op, inputs, after, outputs, stateful=stateful, attrs=attrs))
         self.shapes.update((ir.ref(name, index), shape) for index, shape in enumerate(shapes))
         return name
 
@@ -75,19 +75,30 @@ class _Step:
     def give_gradient(self, value, summand):
         self.gradients.setdefault(value, []).append(summand)
 
+    def variable(self, name, shape):
+        held = (("held_bytes", (4 * math.prod(shape) + 255 & -256,)),)
+        self.nodes.append(ir.Node(name, "Placeholder", outputs=(ir.Value("resource"),), attrs=held))
+        return self.add(f"read_{name}", "ReadVariableOp", (name,), shape, stateful=True)
+
+    def assign(self, op, variable, value):
+        name = f"update_{variable}"
+        self.updates.append(self.add(name, op, (variable, value), stateful=True, after=(f"read_{variable}",)))
+
     def product(self, x, _):
         layer, (rows, columns), width = self.layer, self.shapes[x], self.rng.choice(_WIDTHS)
-        handle = f"w_{layer}"
-        held = (("held_bytes", (4 * columns * width + 255 & -256,)),)
-        self.nodes.append(ir.Node(handle, "Placeholder", outputs=(ir.Value("resource"),), attrs=held))
-        read = self.add(f"read_{layer}", "ReadVariableOp", (handle,), (columns, width), stateful=True)
+        shape, has_momentum = (columns, width), self.rng.random() < 0.5
+        read = self.variable(f"w_{layer}", shape)
         y = self.add(f"product_{layer}", "MatMul", (x, read), (rows, width))
 
         def backward():
             grad = self.take_gradient(y)
-            grad_w = self.add(f"grad_w_{layer}", "MatMul", (x, grad), (columns, width))
+            step = self.add(f"grad_w_{layer}", "MatMul", (x, grad), shape)
             self.give_gradient(x, self.add(f"grad_x_{layer}", "MatMul", (grad, read), (rows, columns)))
-            return self.add(f"update_{layer}", "AssignSubVariableOp", (handle, grad_w), stateful=True, after=(read,))
+            if has_momentum:
+                old = self.variable(f"m_{layer}", shape)
+                step = self.add(f"momentum_{layer}", "AddV2", (old, step), shape)
+                self.assign("AssignVariableOp", f"m_{layer}", step)
+            self.assign("AssignSubVariableOp", f"w_{layer}", step)
 
         return y, backward
 
@@ -128,16 +139,18 @@ class _Step:
 
         def backward():
             inputs = (self.take_gradient(y), x, ir.ref(y, 1), ir.ref(y, 2))
-            grad = self.add(f"grad_norm_{layer}", "FusedBatchNormGradV3", inputs, shape, shape[1:], shape[1:])
+            outputs, attrs = (shape, shape[1:], shape[1:]), (("workspace_bytes", 1000),)
+            grad = self.add(f"grad_norm_{layer}", "FusedBatchNormGradV3", inputs, *outputs, attrs=attrs)
             self.give_gradient(x, grad)
 
         return y, backward
 
-    def alias(self, x, _):
-        layer, shape, op = self.layer, self.shapes[x], self.rng.choice(("Identity", "Reshape"))
-        y = self.add(f"alias_{layer}", op, (x,), shape)
+    def alias(self, x, values):
+        layer, shape, op = self.layer, self.shapes[x], self.rng.choice(("Identity", "Reshape", "IdentityN"))
+        sources = (x, self.rng.choice(values)) if op == "IdentityN" else (x,)
+        y = self.add(f"alias_{layer}", op, sources, *(self.shapes[source] for source in sources))
 
         def backward():
-            self.give_gradient(x, self.add(f"grad_alias_{layer}", op, (self.take_gradient(y),), shape))
+            self.give_gradient(x, self.add(f"grad_alias_{layer}", "Reshape", (self.take_gradient(y),), shape))
 
         return y, backward
