@@ -101,8 +101,8 @@ def simulate(
         plan: What to do; checked by the caller.
         cost_model: Seconds and bytes.
         allocator: A fresh model of the device's allocator. Every buffer is then placed in it.
-        repetitions: How many steps to run one after the other on the same allocator: variables move
-            when they are assigned, so later steps meet another layout.
+        repetitions: How many steps to run one after the other on the same allocator, at most: variables
+            move when they are assigned, so later steps meet another layout, until one comes again.
 
     Raises:
         NoRoom: If the modelled allocator runs out.
@@ -111,8 +111,10 @@ def simulate(
     actions, versions = _expand(graph, plan, plain)
     results = [plain.version[reference] for reference in graph.outputs]
     run = _Run(actions, versions, results, cost_model, allocator)
+    layouts = [run.layout()]
     timeline = run.step()
-    for _ in range(repetitions - 1):
+    while len(layouts) < repetitions and run.layout() not in layouts:
+        layouts.append(run.layout())
         timeline = max(timeline, run.step(), key=lambda t: t.allocated_peak_bytes)
     return timeline
 
@@ -363,6 +365,11 @@ class _Run:
         end = max((self.now, *self.lanes.values()))
         return Timeline(tuple(steps), peak, allocated, end, swapped, recomputed)
 
+    def layout(self) -> list[tuple[int, int, str | None]]:
+        """All chunks as (address, bytes, owner), by address; nothing without an allocator."""
+        chunks = self.allocator.layout() if self.allocator else []
+        return [(address, nbytes, self.owners[address] if used else None) for address, nbytes, used in chunks]
+
     def _copy(self, action: _Copy) -> Step:
         (source,), (target,) = action.inputs, action.outputs
         link, lane = self.cost.link(action.tier), (action.tier, action.kind)
@@ -436,6 +443,7 @@ class _Run:
         new.holders += 1
         old.holders -= 1
         self.held[facts.assigns] = new
+        self.owners[new.address] = facts.assigns
         return old
 
     def _allocate(self, nbytes: int, owner: str) -> _Buffer:
@@ -445,8 +453,7 @@ class _Run:
         try:
             address = self.allocator.allocate(nbytes)
         except allocator_lib.OutOfMemory:
-            layout = [(at, size, self.owners[at] if used else None) for at, size, used in self.allocator.layout()]
-            raise NoRoom(self.position, nbytes, layout) from None
+            raise NoRoom(self.position, nbytes, self.layout()) from None
         self.owners[address] = owner
         return _Buffer(nbytes, address)
 

@@ -212,7 +212,7 @@ class Gaps:
         device = self.cost_model.device
         limit = max(memory_budget, device.memory_bytes or 0)
         allocator = allocator_lib.Allocator(limit, device.reserves_memory)
-        return simulate(self.graph, Plan(decisions=decisions), self.cost_model, allocator=allocator, repetitions=2)
+        return simulate(self.graph, Plan(decisions=decisions), self.cost_model, allocator=allocator, repetitions=4)
 
 
 @functools.lru_cache(maxsize=4)
