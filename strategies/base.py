@@ -36,10 +36,18 @@ class InfeasibleBudgetError(ValueError):
         self.memory_budget = memory_budget
         self.smallest_bytes = smallest_bytes
         self.node = node
-        super().__init__(
-            f"memory_budget={_mib(memory_budget)} is below the smallest reachable peak, {_mib(smallest_bytes)}, set by "
-            f"node '{node}'. Raise memory_budget to at least {_mib(smallest_bytes)} or reduce the batch size."
-        )
+        budget, smallest = _mib(memory_budget), _mib(smallest_bytes)
+        if smallest_bytes > memory_budget:
+            message = (
+                f"memory_budget={budget} is below the smallest reachable peak, {smallest}, set by node '{node}'. "
+                f"Raise memory_budget to at least {smallest} or reduce the batch size."
+            )
+        else:
+            message = (
+                f"memory_budget={budget} has room for the smallest reachable peak, {smallest}, set by node '{node}', "
+                "but not for what the device's allocator loses beside it. Raise memory_budget or reduce the batch size."
+            )
+        super().__init__(message)
 
 
 def _mib(nbytes: int) -> str:
