@@ -43,7 +43,8 @@ def import_function(func_graph: FuncGraph, argument_shapes: Sequence[Shape] | No
 
     Nodes that nothing needs are left out. What depends on constants alone is a Const here: TensorFlow
     computes it once, when the function is made, and keeps it. Copies (Identity, IdentityN) are looked through: their readers
-    read the source. Nested function calls must have been inlined (`inline_calls`).
+    read the source. Nested function calls are dissolved at trace time (`call_inline`); what is left of
+    them is opaque, like While and If, and its memory is counted.
 
     Args:
         func_graph: The traced function.
@@ -214,7 +215,7 @@ def _with_hidden_bytes(graph: ir.Graph, func_graph: FuncGraph) -> ir.Graph:
                 facts = [("held_bytes", (allocator.rounded(nbytes),))]
         elif node.op in _LOOPS:
             facts = _loop_bytes(graph, node, func_graph)
-        elif node.op in _BRANCHES:
+        elif node.op in _BRANCHES or node.op in _CALLS:
             facts = _branch_bytes(node, func_graph)
         nodes.append(ir.Node(**{**_fields(node), "attrs": tuple(sorted(facts))}) if facts else node)
     return graph.replace(nodes=tuple(nodes))
@@ -265,13 +266,14 @@ def _loop_bytes(graph: ir.Graph, node: ir.Node, func_graph: FuncGraph) -> list[t
 
 
 def _branch_bytes(node: ir.Node, func_graph: FuncGraph) -> list[tuple[str, ir.Attr]]:
-    """Workspace of an If or Case: the larger branch with nothing freed in it, an upper estimate."""
+    """Workspace of an If, Case or opaque call: the largest body with nothing freed in it, an upper estimate."""
     operation = func_graph.get_operation_by_name(node.name)
-    names = (
-        [function.name for function in operation.get_attr("branches")]
-        if node.op in ("Case", "StatelessCase")
-        else [operation.get_attr("then_branch").name, operation.get_attr("else_branch").name]
-    )
+    if node.op in _CALLS:
+        names = [operation.get_attr("f").name]
+    elif node.op in ("Case", "StatelessCase"):
+        names = [function.name for function in operation.get_attr("branches")]
+    else:
+        names = [operation.get_attr("then_branch").name, operation.get_attr("else_branch").name]
     largest = 0
     for body in (_body(func_graph, name) for name in names):
         if body is not None:
@@ -512,6 +514,103 @@ def _variable_type(handle: Any) -> Any:
     is_symbolic = not hasattr(handle, "numpy")
     data = handle_data_util.get_resource_handle_data(handle) if is_symbolic else handle._handle_data
     return data.shape_and_type[0] if data is not None and data.is_set and data.shape_and_type else None
+
+
+# --- inlining ---------------------------------------------------------------------------------------------------
+
+
+def has_calls(func_graph: FuncGraph) -> bool:
+    """Whether the function calls others that `call_inline` would dissolve."""
+    return any(_callee(func_graph, operation) is not None for operation in func_graph.get_operations())
+
+
+def call_inline(step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Traces `step` and adds its operations to the graph being built, nested function calls dissolved.
+
+    Calling it would leave one opaque node for every nested tf.function.
+    """
+    outer: Any = tf.compat.v1.get_default_graph()
+    traced = tf.function(step, autograph=False).get_concrete_function(*args, **kwargs)
+    arguments = [leaf for leaf in tf.nest.flatten((args, kwargs), expand_composites=True) if tf.is_tensor(leaf)]
+    captures = [outer.capture(external) for external in traced.captured_inputs]
+    tensors = _copy_operations(traced.graph, outer, [*arguments, *captures], [], "")[0]
+
+    def counterpart(leaf: Any) -> Any:
+        return tensors[_ref(leaf)] if tf.is_tensor(leaf) else leaf
+
+    return tf.nest.map_structure(counterpart, traced.structured_outputs, expand_composites=True)
+
+
+def _copy_operations(
+    body: FuncGraph, outer: Any, arguments: Sequence[tf.Tensor], controls: Sequence[Any], prefix: str
+) -> tuple[dict[str, tf.Tensor], list[Any]]:
+    """Copies a function's body into `outer`.
+
+    Args:
+        body: The function.
+        outer: The graph to add to.
+        arguments: What the function is called with.
+        controls: What the call runs after.
+        prefix: For the names of the copies.
+
+    Returns:
+        The tensors of the copies by reference in `body`, and the operations whose end is the call's end.
+    """
+    tensors = {_ref(inner): given for inner, given in zip(body.inputs, arguments, strict=True)}
+    done: dict[str, list[Any]] = {inner.op.name: [given.op] for inner, given in zip(body.inputs, arguments, strict=True)}
+    for function in body._functions.values():
+        outer._add_function_recursive(function)
+    nodes = [
+        ir.Node(o.name, o.type, tuple(map(_ref, o.inputs)), tuple(c.name for c in o.control_inputs))
+        for o in body.get_operations()
+    ]
+    for node in _topological(nodes):
+        if node.name in done:
+            continue
+        operation = body.get_operation_by_name(node.name)
+        inputs = [tensors[_ref(tensor)] for tensor in operation.inputs]
+        waits = [end for control in operation.control_inputs for end in done[control.name]]
+        if operation.op_def.is_stateful:
+            waits += controls
+        callee = _callee(body, operation)
+        if callee is not None:
+            results, done[node.name] = _copy_operations(callee, outer, inputs, waits, f"{prefix}{node.name}/")
+            for tensor, result in zip(operation.outputs, callee.outputs, strict=True):
+                tensors[_ref(tensor)] = results[_ref(result)]
+            continue
+        attrs = {name: value for name, value in operation.node_def.attr.items() if name != "_class"}
+        with outer.as_default(), tf.control_dependencies(None), tf.control_dependencies(waits):
+            copied = outer.create_op(
+                operation.type,
+                inputs,
+                [tensor.dtype for tensor in operation.outputs],
+                name=f"{prefix}{node.name}",
+                attrs=attrs,
+                op_def=operation.op_def,
+                compute_device=False,
+            )
+        if operation.device:
+            copied._set_device(operation.device)
+        done[node.name] = [copied]
+        for tensor, counterpart in zip(copied.outputs, operation.outputs, strict=True):
+            tensor.set_shape(counterpart.shape)
+            if tensor.dtype == tf.resource:
+                handle_data_util.copy_handle_data(counterpart, tensor)
+            tensors[_ref(counterpart)] = tensor
+    ends = [end for operation in body.control_outputs for end in done[operation.name]]
+    return tensors, ends or list(controls)
+
+
+def _callee(func_graph: FuncGraph, operation: Any) -> FuncGraph | None:
+    """The body that a call runs, if it can be dissolved: XLA-compiled functions can't."""
+    if operation.type not in _CALLS:
+        return None
+    if any(name in operation.node_def.attr and operation.node_def.attr[name].b for name in _OPAQUE):
+        return None
+    return _body(func_graph, operation.get_attr("f").name)
+
+
+_OPAQUE = ("_XlaMustCompile", "_noinline")
 
 
 # --- trace time -------------------------------------------------------------------------------------------------

@@ -107,13 +107,11 @@ def _make_train_function(self: Any, force: bool = False) -> Any:
 
     @tf.autograph.experimental.do_not_convert
     def marked(data: Any) -> Any:
-        session.mark()
-        return train_step(data)
+        return session.trace(train_step, data)
 
-    traced = [self._make_function(marked)]
-
-    def retrace() -> None:
-        traced[:] = [self._make_function(marked)]
+    def make() -> Any:
+        function = self._make_function(marked)
+        return lambda batch: function(iter([batch]))
 
     def train_function(iterator: Any) -> Any:
         # One batch at a time, so that a step can be repeated and its true shapes are known.
@@ -124,7 +122,7 @@ def _make_train_function(self: Any, force: bool = False) -> Any:
             except StopIteration:
                 break
             _build(self, batch)
-            outputs = session.run(lambda batch=batch: traced[0](iter([batch])), batch, retrace)
+            outputs = session.run(make, batch)
         if outputs is None:
             raise StopIteration
         return outputs

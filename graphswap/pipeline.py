@@ -32,6 +32,7 @@ _USABLE = 0.97
 _FRUGAL = 0.93
 """Of the budget, for the first run of a step: its workspace is an estimate."""
 _TRIALS = 3
+_STATIC_TRACES = 4
 _WANDERING = 1.15
 """How far the peak of TensorFlow's own order has been seen above the planned order's (ResNet-50: 11 %)."""
 
@@ -62,9 +63,11 @@ class Session:
         self.report = Report()
         graphdef.on_traced(_optimize)
         self._tiers = tiers.Tiers(options.swap_directory())
+        self._inlines = False  # whether nested function calls are to be dissolved
         self._scale = 1.0  # of the budget; lowered when memory ran out in spite of a plan
         self._largest: dict[int, graphdef.Shape] = {}  # argument -> largest shape seen
         self._planned: list[tuple[tuple[graphdef.Shape, ...], tuple[graphdef.Shape, ...], StepReport]] = []
+        self._functions: dict[tuple[graphdef.Shape, ...], Callable[..., Any]] = {}
         self._arguments: list[Any] = []  # of the step that runs now
         self._handles: list[tf.Tensor] = []
         self._snapshot: list[Any] | None = None
@@ -73,28 +76,36 @@ class Session:
 
     # --- running -----------------------------------------------------------------------------------------------
 
-    def run(self, call: Callable[[], Any], arguments: Any, retrace: Callable[[], None]) -> Any:
-        """Runs one step on `arguments`; plans when it is traced, and again if memory runs out.
+    def run(self, make: Callable[[], Callable[..., Any]], *args: Any, **kwargs: Any) -> Any:
+        """Runs one step; plans when it is traced, and again if memory runs out.
+
+        Every shape of arguments gets a trace of its own, so that its plan knows all sizes. From the
+        fifth on they share one trace with open dimensions, planned for the largest shape seen.
 
         Args:
-            call: Runs the step.
-            arguments: What the step gets; nested tensors or arrays.
-            retrace: Forgets the traced functions, so that the next call plans anew.
+            make: Makes a function that traces the step when it is called.
+            *args: For the step; nested tensors or arrays.
+            **kwargs: Likewise.
 
         Raises:
             InfeasibleBudgetError: If no plan keeps the budget.
             UnsupportedGraphError: If the step can't be planned.
             SwapSpaceError: If the swap directory is full or can't be written.
         """
-        shapes = self._see(arguments)
-        if self._outgrown(shapes):
-            self._forget(retrace)
+        shapes = self._see((args, kwargs))
+        key = shapes if shapes in self._functions or len(self._functions) < _STATIC_TRACES else ()
+        if key == () and self._outgrown(shapes):
+            del self._functions[()]
         for _ in range(_REPLANS):
             self._snapshot = self._read_variables() if self._is_trial() else None
             start = time.perf_counter()
             planning = self._planning_seconds()
             try:
-                result = call()
+                result = self._functions.setdefault(key, make())(*args, **kwargs)
+            except _NestedCalls:
+                self._inlines = True
+                self._forget()
+                continue
             except tf.errors.ResourceExhaustedError as error:
                 if "No space left" in str(error):
                     self._restore_variables()
@@ -103,7 +114,7 @@ class Session:
                     raise
                 self._restore_variables()
                 self._tighten(error)
-                self._forget(retrace)
+                self._forget()
                 continue
             except (tf.errors.PermissionDeniedError, tf.errors.NotFoundError) as error:
                 self._restore_variables()
@@ -117,9 +128,12 @@ class Session:
             return result
         raise AssertionError("unreachable: the last tightening raises")
 
-    def mark(self) -> None:
-        """Called inside the step while it is traced: the function being traced is to be rewritten."""
+    def trace(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Calls the step while it is traced, so that the function being traced will be rewritten."""
         graphdef.mark_current_graph(self)
+        if self._inlines:
+            return graphdef.call_inline(step, args, kwargs)
+        return step(*args, **kwargs)
 
     def _planning_seconds(self) -> float:
         return sum(sum(step.breakdown.values()) for step in self.report.steps)
@@ -142,10 +156,11 @@ class Session:
             return False
         return not any(_covers(planned, shapes) for _, planned, _ in fitting)
 
-    def _forget(self, retrace: Callable[[], None]) -> None:
+    def _forget(self) -> None:
+        """Drops all traces, so that the next call plans anew."""
+        self._functions.clear()
         self._planned.clear()
         self._trials = _TRIALS
-        retrace()
 
     def _is_trial(self) -> bool:
         """Whether memory could run out in this step: it is new, or more is in use than when it last went well."""
@@ -196,6 +211,8 @@ class Session:
         """
         if not graphdef.is_initialized(func_graph):
             return  # the trace that makes the variables; TensorFlow traces again
+        if not self._inlines and graphdef.has_calls(func_graph):
+            raise _NestedCalls
         with _progress(func_graph.name) as progress:
             clock = _Clock(progress)
             shapes = self._argument_shapes(func_graph)
@@ -227,6 +244,7 @@ class Session:
         accepted = tuple(_shape(tensor) for tensor in func_graph.inputs if tensor.dtype != tf.resource)[: len(shapes)]
         self.report.steps.append(step)
         self._planned.append((accepted, shapes, step))
+        self._trials = _TRIALS
 
     def _argument_shapes(self, func_graph: graphdef.FuncGraph) -> tuple[graphdef.Shape, ...]:
         captured = {internal.op.name for _, internal in func_graph.captures}
@@ -323,24 +341,24 @@ def function(step: Callable[..., Any] | None = None, *, memory_budget: int | str
         return functools.partial(function, memory_budget=memory_budget, **options)
     session = Session(Options(memory_budget, **options))
     python_function = getattr(step, "python_function", step)
-    traced: list[Any] = []
 
-    def retrace() -> None:
+    def make() -> Callable[..., Any]:
         @functools.wraps(python_function)
-        def marked(*args: Any, **kwargs: Any) -> Any:
-            session.mark()
-            return python_function(*args, **kwargs)
+        def traced(*args: Any, **kwargs: Any) -> Any:
+            return session.trace(python_function, *args, **kwargs)
 
-        traced[:] = [tf.function(marked, reduce_retracing=True)]
-
-    retrace()
+        return tf.function(traced, reduce_retracing=True)
 
     @functools.wraps(python_function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        return session.run(lambda: traced[0](*args, **kwargs), (args, kwargs), retrace)
+        return session.run(make, *args, **kwargs)
 
     call._graphswap_session = session  # pyright: ignore[reportFunctionMemberAccess]
     return call
+
+
+class _NestedCalls(Exception):
+    """The trace calls other tf.functions: trace again and dissolve them."""
 
 
 def _optimize(func_graph: graphdef.FuncGraph, mark: Any) -> None:
