@@ -35,7 +35,6 @@ def recompute(graph: ir.Graph, plan: Plan) -> ir.Graph:
             name=ir.fresh_name(f"{original.name}/recompute", taken),
             inputs=tuple(current.get(origins[r], r) for r in original.inputs),
             control_inputs=(nodes[-1].name,),
-            attrs=original.attrs,
             like=original.like or original.name,
         )
 

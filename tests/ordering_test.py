@@ -1,0 +1,54 @@
+import itertools
+
+import testing
+import tiny_graphs
+from hypothesis import given
+
+from graphswap import ir, parser
+from graphswap.plan import Plan
+from graphswap.rewrites.ordering import FLOATING, ordering
+
+
+def ordered(text):
+    return ir.verify(ordering(parser.parse(text), Plan()))
+
+
+def test_a_chain_through_all_nodes():
+    testing.assert_graph_text(
+        ordered(tiny_graphs.DIAMOND),
+        """
+        graph diamond(%x, %w) -> (%join) {
+          # Arguments are there from the start.
+          %x = Placeholder() : (float32[8,8])
+          %w = Placeholder() : (float32[8,16])
+          %top = MatMul(%x, %x) : (float32[8,8])
+          # What a node reads it waits for anyway.
+          %left = MatMul(%top, %x) : (float32[8,8])
+          %right = MatMul(%top, %w) after(%left) : (float32[8,16])
+          %join = MatMul(%left, %right) : (float32[8,16])
+        }
+        """,
+    )
+
+
+def test_copies_run_beside_the_chain():
+    graph = ordered("""
+    graph g() -> () {
+      %a = Op() : (int8[])
+      %out = SwapOut(%a) {"nbytes": 1, "tier": "host"} : (variant[])
+      %b = Op() after(%out) : (int8[])
+      %in = SwapIn(%out) {"nbytes": 1, "tier": "host"} after(%b) : (int8[])
+      %c = Op() : ()
+      %d = Op(%in) after(%c) : ()
+    }
+    """)
+    controls = {node.name: node.control_inputs for node in graph.nodes}
+    assert controls == {"a": (), "out": (), "b": ("out", "a"), "in": ("b",), "c": ("b",), "d": ("c",)}
+
+
+@given(testing.random_graphs())
+def test_the_order_is_the_only_one_left(graph):
+    plan = Plan(order=tuple(graph.position))
+    chain = [n for n in ordering(graph, plan).nodes if n.op not in FLOATING and n.op not in ir.RESIDENT_OPS]
+    for before, after in itertools.pairwise(chain):
+        assert before.name in (*after.control_inputs, *map(ir.producer, after.inputs))
