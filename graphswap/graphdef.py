@@ -28,6 +28,8 @@ Shape = tuple[int | None, ...] | None
 _CALLS = frozenset({"PartitionedCall", "StatefulPartitionedCall"})
 _LOOPS = frozenset({"While", "StatelessWhile"})
 _BRANCHES = frozenset({"If", "StatelessIf", "Case", "StatelessCase"})
+OPAQUE = _CALLS | _LOOPS | _BRANCHES
+"""Ops that run functions. Their bodies are not looked into, but their memory is counted."""
 _COPIES = frozenset({"Identity", "IdentityN"})
 
 
@@ -203,7 +205,11 @@ def _resolved_shapes(
 
 def _with_hidden_bytes(graph: ir.Graph, func_graph: FuncGraph) -> ir.Graph:
     """Writes down the bytes that types don't show: of variables, and of the lists that loops pile up."""
-    handles = {internal.op.name: _variable_bytes(internal) for _, internal in func_graph.captures if internal.dtype == tf.resource}
+    handles = {
+        internal.op.name: _variable_bytes(internal)
+        for _, internal in func_graph.captures
+        if internal.dtype == tf.resource
+    }
     nodes = []
     for node in graph.nodes:
         facts: list[tuple[str, ir.Attr]] = []
@@ -214,11 +220,52 @@ def _with_hidden_bytes(graph: ir.Graph, func_graph: FuncGraph) -> ir.Graph:
             if nbytes:
                 facts = [("held_bytes", (allocator.rounded(nbytes),))]
         elif node.op in _LOOPS:
-            facts = _loop_bytes(graph, node, func_graph)
+            facts = _loop_bytes(node, func_graph)
         elif node.op in _BRANCHES or node.op in _CALLS:
             facts = _branch_bytes(node, func_graph)
-        nodes.append(ir.Node(**{**_fields(node), "attrs": tuple(sorted(facts))}) if facts else node)
+        if node.stateful and _only_reads(func_graph, func_graph.get_operation_by_name(node.name)):
+            facts.append(("only_reads", True))
+        nodes.append(dataclasses.replace(node, attrs=tuple(sorted(facts))) if facts else node)
     return graph.replace(nodes=tuple(nodes))
+
+
+_HARMLESS = frozenset({"ReadVariableOp", "VarHandleOp", "Placeholder", "ResourceGather", "ResourceGatherNd"}) | {
+    "RandomUniform",
+    "RandomStandardNormal",
+    "TruncatedNormal",
+    "RandomUniformInt",
+    "TensorListReserve",
+    "TensorListPopBack",
+    "Empty",
+    "VarIsInitializedOp",
+    "VariableShape",
+}
+"""Stateful ops that change nothing outside of the step."""
+
+
+def _only_reads(func_graph: FuncGraph, operation: Any) -> bool:
+    """Whether a stateful operation, its bodies included, changes nothing outside of the step."""
+    if operation.type in _HARMLESS:
+        return True
+    if operation.type not in OPAQUE:
+        return False
+    bodies = [_body(func_graph, name) for name in _body_names(operation)]
+    return all(
+        body is not None
+        and all(_only_reads(body, inner) for inner in body.get_operations() if inner.op_def.is_stateful)
+        for body in bodies
+    )
+
+
+def _body_names(operation: Any) -> list[str]:
+    """Names of the functions that an opaque operation runs."""
+    if operation.type in _CALLS:
+        return [operation.get_attr("f").name]
+    if operation.type in _LOOPS:
+        return [operation.get_attr("body").name, operation.get_attr("cond").name]
+    if operation.type in ("Case", "StatelessCase"):
+        return [function.name for function in operation.get_attr("branches")]
+    return [operation.get_attr("then_branch").name, operation.get_attr("else_branch").name]
 
 
 def _variable_bytes(handle: Any) -> int:
@@ -229,84 +276,98 @@ def _variable_bytes(handle: Any) -> int:
     return (shape.num_elements() or 0) * ir.ITEM_BYTES.get(tf.dtypes.as_dtype(entry.dtype).name, 0)
 
 
-def _loop_bytes(graph: ir.Graph, node: ir.Node, func_graph: FuncGraph) -> list[tuple[str, ir.Attr]]:
-    """Bytes of a While: what the lists it returns hold, and what its body needs beside them.
+def _loop_bytes(node: ir.Node, func_graph: FuncGraph) -> list[tuple[str, ir.Attr]]:
+    """Bytes of a While: what each of its results holds, and what its body needs beside them.
 
-    A list that the body pushes to grows by one element per trip; a list that it only reads shrinks
-    with its reader and is counted where it came from.
+    A list that the body pushes to grows by one element per trip. A result that the body passes on
+    unchanged is the argument's buffer.
     """
     operation = func_graph.get_operation_by_name(node.name)
     body = _body(func_graph, operation.get_attr("body").name)
     if body is None:
         return []
-    trips = _trips(graph, node)
+    trips = _trips(func_graph, operation)
+    states = {inner.op.name: _source(result) for inner, result in zip(body.inputs, body.outputs, strict=True)}
+    counted: set[str] = set()
     held = []
-    for index, tensor in enumerate(body.outputs):
-        value = node.outputs[index]
-        if value.dtype != "variant":
+    for value, argument, result in zip(node.outputs, body.inputs, body.outputs, strict=True):
+        source = _source(result)
+        if source is argument.op:
+            held.append(0)
+        elif value.dtype != "variant":
             held.append(allocator.rounded(value.nbytes))
-            continue
-        pushed = tensor.op
-        while pushed.type in _COPIES:
-            pushed = pushed.inputs[0].op
-        if pushed.type in ("TensorListPushBack", "TensorListSetItem"):
-            element = pushed.inputs[1 if pushed.type == "TensorListPushBack" else 2]
-            source = element.op
-            while source.type in _COPIES:
-                source = source.inputs[0].op
-            # A pushed argument of the loop is the same buffer on every trip.
-            grows = source.type != "Placeholder" or not _is_invariant(body, source)
-            held.append(trips * allocator.rounded(_nbytes(element)) if grows else 0)
+        elif source.type in _ELEMENT:
+            element = source.inputs[_ELEMENT[source.type]]
+            # A state that is pushed is what the trip before has made, perhaps in another list already.
+            maker = states.get(_source(element).name, _source(element))
+            is_new = maker.type not in _MAKE_NOTHING and maker.name not in counted
+            counted.add(maker.name)
+            held.append(trips * allocator.rounded(_nbytes(element)) if is_new else 0)
         else:
             held.append(0)
-    workspace = sum(
-        allocator.rounded(_nbytes(tensor)) for operation in body.get_operations() for tensor in operation.outputs
-    )
-    return [("held_bytes", tuple(held)), ("workspace_bytes", workspace)]
+    return [("held_bytes", tuple(held)), ("workspace_bytes", _body_peak(body))]
+
+
+_ELEMENT = {"TensorListPushBack": 1, "TensorListSetItem": 2}
+"""Ops that put an element into a list, and which input it is."""
+
+
+_MAKE_NOTHING = frozenset({"Placeholder", "Const", "ReadVariableOp", "TensorListGetItem"})
+"""Ops of a body whose results are buffers that exist outside of the loop."""
+
+
+def _source(tensor: tf.Tensor) -> Any:
+    operation = tensor.op
+    while operation.type in _COPIES:
+        operation = operation.inputs[0].op
+    return operation
+
+
+def _trips(func_graph: FuncGraph, operation: Any) -> int:
+    """How often a While runs: a static bound, that of the loop whose counter bounds it, or the length of its lists."""
+    bound = operation.inputs[1]
+    source = _source(bound)
+    if source.type in _LOOPS and source is not operation:
+        return _trips(func_graph, source)
+    static = tf.get_static_value(bound)
+    if static is not None and static > 0:
+        return int(static)
+    lengths: list[Any] = []
+    for producer in (tensor.op for tensor in operation.inputs):
+        if producer.type == "TensorListReserve":
+            lengths.append(tf.get_static_value(producer.inputs[1]))
+        elif producer.type == "TensorListFromTensor" and producer.inputs[0].shape.rank:
+            lengths.append(producer.inputs[0].shape[0])
+    return max((int(length) for length in lengths if length is not None and length > 0), default=1)
+
+
+def _body_peak(body: FuncGraph) -> int:
+    """The most bytes that a body's intermediate values hold at a time, run in the order of its trace."""
+    operations = body.get_operations()
+    last_use = {_ref(tensor): index for index, operation in enumerate(operations) for tensor in operation.inputs}
+    expiring: dict[int, int] = {}
+    live = peak = 0
+    for index, operation in enumerate(operations):
+        if operation.type not in _VIEWS:
+            for tensor in operation.outputs:
+                nbytes = allocator.rounded(_nbytes(tensor))
+                live += nbytes
+                end = last_use.get(_ref(tensor), index)
+                expiring[end] = expiring.get(end, 0) + nbytes
+        peak = max(peak, live)
+        live -= expiring.pop(index, 0)
+    return peak
 
 
 def _branch_bytes(node: ir.Node, func_graph: FuncGraph) -> list[tuple[str, ir.Attr]]:
     """Workspace of an If, Case or opaque call: the largest body with nothing freed in it, an upper estimate."""
     operation = func_graph.get_operation_by_name(node.name)
-    if node.op in _CALLS:
-        names = [operation.get_attr("f").name]
-    elif node.op in ("Case", "StatelessCase"):
-        names = [function.name for function in operation.get_attr("branches")]
-    else:
-        names = [operation.get_attr("then_branch").name, operation.get_attr("else_branch").name]
-    largest = 0
-    for body in (_body(func_graph, name) for name in names):
-        if body is not None:
-            outputs = (t for op in body.get_operations() if op.type not in _VIEWS for t in op.outputs)
-            largest = max(largest, sum(allocator.rounded(_nbytes(tensor)) for tensor in outputs))
+    bodies = [_body(func_graph, name) for name in _body_names(operation)]
+    largest = max((_body_peak(body) for body in bodies if body is not None), default=0)
     return [("workspace_bytes", largest)] if largest else []
 
 
 _VIEWS = frozenset({"Placeholder", "Const", "Identity", "IdentityN", "ReadVariableOp", "Reshape"})
-
-
-def _trips(graph: ir.Graph, node: ir.Node) -> int:
-    """How often a While runs: its maximum, the leading dimension of a list it fills, or 1 if nothing tells."""
-    for reference in node.inputs[:4]:
-        producer = graph.by_name[ir.producer(reference)]
-        if producer.op == "Const" and producer.outputs[0] == ir.Value("int32"):
-            trips = _constants.get(producer.name)
-            if trips:
-                return trips
-    return 1
-
-
-_constants: dict[str, int] = {}
-
-
-def _is_invariant(body: FuncGraph, placeholder: Any) -> bool:
-    for argument, result in zip(body.inputs, body.outputs, strict=False):
-        if argument.op is placeholder:
-            source = result.op
-            while source.type in _COPIES:
-                source = source.inputs[0].op
-            return source is placeholder
-    return False
 
 
 def _body(func_graph: FuncGraph, name: str) -> FuncGraph | None:
@@ -332,10 +393,6 @@ def _shape(tensor: tf.Tensor) -> Shape:
 
 def _ref(tensor: tf.Tensor) -> str:
     return ir.ref(tensor.op.name, tensor.value_index)
-
-
-def _fields(node: ir.Node) -> dict[str, Any]:
-    return {name: getattr(node, name) for name in node.__slots__}
 
 
 # --- export -----------------------------------------------------------------------------------------------------
@@ -557,7 +614,9 @@ def _copy_operations(
         The tensors of the copies by reference in `body`, and the operations whose end is the call's end.
     """
     tensors = {_ref(inner): given for inner, given in zip(body.inputs, arguments, strict=True)}
-    done: dict[str, list[Any]] = {inner.op.name: [given.op] for inner, given in zip(body.inputs, arguments, strict=True)}
+    done: dict[str, list[Any]] = {
+        inner.op.name: [given.op] for inner, given in zip(body.inputs, arguments, strict=True)
+    }
     for function in body._functions.values():
         outer._add_function_recursive(function)
     nodes = [
@@ -605,12 +664,12 @@ def _callee(func_graph: FuncGraph, operation: Any) -> FuncGraph | None:
     """The body that a call runs, if it can be dissolved: XLA-compiled functions can't."""
     if operation.type not in _CALLS:
         return None
-    if any(name in operation.node_def.attr and operation.node_def.attr[name].b for name in _OPAQUE):
+    if any(name in operation.node_def.attr and operation.node_def.attr[name].b for name in _KEPT_WHOLE):
         return None
     return _body(func_graph, operation.get_attr("f").name)
 
 
-_OPAQUE = ("_XlaMustCompile", "_noinline")
+_KEPT_WHOLE = ("_XlaMustCompile", "_noinline")
 
 
 # --- trace time -------------------------------------------------------------------------------------------------

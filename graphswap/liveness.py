@@ -26,6 +26,7 @@ ALIASES: Mapping[str, int] = dict.fromkeys(
         "EnsureShape",
         "ReadVariableOp",
         "PlaceholderWithDefault",
+        "TensorListFromTensor",
     ),
     0,
 )

@@ -222,8 +222,11 @@ class Session:
             except UnsupportedGraphError as error:
                 if self.options.on_unsupported == "raise":
                     raise
-                self._add_report(func_graph, shapes, StepReport(
-                    func_graph.name, 0, 0, Plan(), f"runs unchanged: {error}", 0, 0, 0.0, 0.0))
+                self._add_report(
+                    func_graph,
+                    shapes,
+                    StepReport(func_graph.name, 0, 0, Plan(), f"runs unchanged: {error}", 0, 0, 0.0, 0.0),
+                )
                 return
             with clock("measure"):
                 device = self._device()
@@ -250,7 +253,10 @@ class Session:
         captured = {internal.op.name for _, internal in func_graph.captures}
         arguments = [tensor for tensor in func_graph.inputs if tensor.op.name not in captured]
         return tuple(
-            tuple(seen if d is None else d for d, seen in zip(_shape(tensor) or (), self._largest.get(index) or (), strict=False))
+            tuple(
+                seen if d is None else d
+                for d, seen in zip(_shape(tensor) or (), self._largest.get(index) or (), strict=False)
+            )
             if _shape(tensor) is not None
             else self._largest.get(index)
             for index, tensor in enumerate(arguments)

@@ -22,16 +22,6 @@ from tensorflow.tsl.profiler.protobuf import xplane_pb2
 from graphswap import graphdef, ir, tiers
 from graphswap.cost_model import DeviceSpec, Link, Profile
 
-_KEPT_STATEFUL = frozenset({"ReadVariableOp", "VarHandleOp", "Placeholder", "ResourceGather", "ResourceGatherNd"}) | {
-    "RandomUniform",
-    "RandomStandardNormal",
-    "TruncatedNormal",
-    "RandomUniformInt",
-    "TensorListReserve",
-    "TensorListPopBack",
-    "Empty",
-}
-"""Stateful ops that change nothing outside of the step."""
 _LINK_BYTES = 8 << 20
 _LINK_COPIES = 7
 
@@ -154,7 +144,7 @@ def measure_step(
         ]
         space = _trace(lambda: function._call_flat([*tensors, *captures], []))
     events = _events(space)
-    seconds, workspace = _node_costs(events, {node.name for node in graph.nodes})
+    seconds, workspace = _node_costs(events, graph)
     return Profile(fingerprint, seconds, workspace, _links(events, graph))
 
 
@@ -175,7 +165,7 @@ def without_side_effects(graph: ir.Graph) -> ir.Graph:
         return [found for other in before for found in resolve(other)]
 
     for node in graph.nodes:
-        if node.stateful and node.op not in _KEPT_STATEFUL:
+        if node.stateful and not dict(node.attrs).get("only_reads"):
             dropped[node.name] = node
             continue
         needed = [ir.producer(r) for r in node.inputs if ir.producer(r) in dropped]
@@ -183,14 +173,14 @@ def without_side_effects(graph: ir.Graph) -> ir.Graph:
             raise CantMeasure(f"'{node.name}' needs the value of '{needed[0]}', which has side effects")
         controls = tuple(dict.fromkeys(found for name in node.control_inputs for found in resolve(name)))
         kept.append(dataclasses.replace(node, control_inputs=controls))
-    ends = tuple(
-        dict.fromkeys(found for name in (*graph.control_outputs, *dropped) for found in resolve(name))
-    )
+    ends = tuple(dict.fromkeys(found for name in (*graph.control_outputs, *dropped) for found in resolve(name)))
     return graph.replace(nodes=tuple(kept), control_outputs=ends)
 
 
 def _trace(run) -> xplane_pb2.XSpace:
-    options = tf.profiler.experimental.ProfilerOptions(host_tracer_level=1, python_tracer_level=0, device_tracer_level=0)
+    options = tf.profiler.experimental.ProfilerOptions(
+        host_tracer_level=1, python_tracer_level=0, device_tracer_level=0
+    )
     with tempfile.TemporaryDirectory(prefix="graphswap-profile-") as directory:
         try:
             tf.profiler.experimental.start(directory, options=options)
@@ -227,14 +217,18 @@ def _links(events: Sequence[Event], graph: ir.Graph) -> dict[str, Link]:
             seconds[str(attrs["tier"]), node.op] += spent[node.name]
             moved[str(attrs["tier"]), node.op] += int(attrs["nbytes"])  # pyright: ignore[reportArgumentType]
     return {
-        tier: Link(moved[tier, ir.SWAP_OUT] / seconds[tier, ir.SWAP_OUT], moved[tier, ir.SWAP_IN] / seconds[tier, ir.SWAP_IN])
+        tier: Link(
+            moved[tier, ir.SWAP_OUT] / seconds[tier, ir.SWAP_OUT], moved[tier, ir.SWAP_IN] / seconds[tier, ir.SWAP_IN]
+        )
         for tier in {tier for tier, _ in moved}
         if moved[tier, ir.SWAP_OUT] and moved[tier, ir.SWAP_IN]
     }
 
 
-def _node_costs(events: Sequence[Event], names: set[str]) -> tuple[Mapping[str, float], Mapping[str, int]]:
+def _node_costs(events: Sequence[Event], graph: ir.Graph) -> tuple[Mapping[str, float], Mapping[str, int]]:
     """Seconds and workspace bytes by node, from the events of ops and of the allocator."""
+    names = {node.name for node in graph.nodes}
+    opaque = {node.name for node in graph.nodes if node.op in graphdef.OPAQUE}
     seconds: dict[str, float] = collections.defaultdict(float)
     workspace: dict[str, int] = {}
     held: dict[str, int] = collections.defaultdict(int)
@@ -252,9 +246,16 @@ def _node_costs(events: Sequence[Event], names: set[str]) -> tuple[Mapping[str, 
             held[op] -= nbytes
         else:
             op = name.rpartition(":")[0]
-            if op in names:
+            if op not in names:  # inside a loop or a branch: "<node>/body/..."
+                op = next((op[:end] for end in _slashes(op) if op[:end] in opaque), "")
+            if op:
                 seconds[op] += duration_ps / 1e12
-    return dict(seconds), {name: workspace.get(name, 0) for name in seconds}
+    # What opaque nodes allocate is reported under other names.
+    return dict(seconds), {name: workspace.get(name, 0) for name in seconds if name not in opaque}
+
+
+def _slashes(name: str) -> list[int]:
+    return [end for end, letter in enumerate(name) if letter == "/"]
 
 
 def _events(space: xplane_pb2.XSpace) -> list[Event]:

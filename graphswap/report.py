@@ -51,17 +51,28 @@ class StepReport:
 
     def __str__(self) -> str:
         measured = "not run yet" if not self.measured_seconds else _step_time(self.measured_seconds)
-        peak = "not counted by this device" if self.measured_peak_bytes is None else format_bytes(self.measured_peak_bytes)
+        peak = (
+            "not counted by this device" if self.measured_peak_bytes is None else format_bytes(self.measured_peak_bytes)
+        )
         plan = self.plan
         repeated = sum(len(decision.nodes) for decision in plan.recomputes)
         rows = [
             ("budget", format_bytes(self.memory_budget)),
-            ("peak", f"plain {format_bytes(self.plain_peak_bytes)} predicted, "
-                     f"planned {format_bytes(self.predicted_peak_bytes)} predicted, measured {peak}"),
-            ("step", f"plain {self.plain_seconds:.3f} s predicted, planned {self.predicted_seconds:.3f} s predicted, "
-                     f"measured {measured}"),
-            ("plan", f"{plan.strategy or 'none'}: {len(plan.swaps)} swaps ({format_bytes(self.swapped_bytes)} out), "
-                     f"{repeated} nodes repeated ({self.recomputed_seconds:.3f} s)"),
+            (
+                "peak",
+                f"plain {format_bytes(self.plain_peak_bytes)} predicted, "
+                f"planned {format_bytes(self.predicted_peak_bytes)} predicted, measured {peak}",
+            ),
+            (
+                "step",
+                f"plain {self.plain_seconds:.3f} s predicted, planned {self.predicted_seconds:.3f} s predicted, "
+                f"measured {measured}",
+            ),
+            (
+                "plan",
+                f"{plan.strategy or 'none'}: {len(plan.swaps)} swaps ({format_bytes(self.swapped_bytes)} out), "
+                f"{repeated} nodes repeated ({self.recomputed_seconds:.3f} s)",
+            ),
             ("took", ", ".join(f"{what} {seconds:.1f} s" for what, seconds in self.breakdown.items())),
         ]
         lines = [f"{self.name} ({self.nodes} nodes): {self.status}"]

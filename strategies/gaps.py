@@ -74,12 +74,16 @@ class Gaps:
 
     def _find_gaps(self):
         for index, storage in enumerate(self.storages):
-            if storage.is_held or storage.nbytes <= SMALL_BYTES:
+            if storage.is_held or storage.nbytes <= SMALL_BYTES or not self._can_move(storage):
                 continue
             points = (storage.born, *storage.uses)
             for start, end in zip(points, points[1:], strict=False):
                 if end - start > 2:
                     yield Gap(index, start, end, storage.nbytes)
+
+    def _can_move(self, storage: liveness.Storage) -> bool:
+        """Whether all that names the buffer can be made anew: a list of its rows can't."""
+        return all(self.graph.value(value).dtype in ir.ITEM_BYTES for value in storage.values)
 
     def live_by_position(self, timeline: Timeline) -> np.ndarray:
         """Bytes in use at each position; what is inserted counts for the user's node after it."""
