@@ -139,7 +139,9 @@ class CostModel:
         return self.device.links[tier]
 
 
-NO_COMPUTE = frozenset({"Const", "Placeholder", "Identity", "IdentityN", "NoOp", "Reshape", "Squeeze", "ExpandDims"}) | {
+NO_COMPUTE = frozenset(
+    {"Const", "Placeholder", "Identity", "IdentityN", "NoOp", "Reshape", "Squeeze", "ExpandDims"}
+) | {
     "ReadVariableOp",
     "StopGradient",
     "PreventGradient",

@@ -23,6 +23,7 @@ from graphswap import graphdef, ir, tiers
 from graphswap.cost_model import DeviceSpec, Link, Profile
 
 _LINK_BYTES = 8 << 20
+_LEAST_LINK_BYTES = 64 << 10
 _LINK_COPIES = 7
 
 
@@ -61,9 +62,11 @@ def device_spec(emulated_bytes: int | None, swap_directory: str | os.PathLike[st
         memory = int(limit) << 20
     else:
         memory = None
-    links = {"host": measure_link("host", None)}
+    room = _LINK_BYTES if memory is None else max(0, memory - (memory_in_use() or 0)) // 8
+    nbytes = max(_LEAST_LINK_BYTES, min(_LINK_BYTES, 1 << (room.bit_length() - 1) if room else 0))
+    links = {"host": measure_link("host", None, nbytes)}
     if swap_directory is not None:
-        links["disk"] = measure_link("disk", os.fspath(swap_directory))
+        links["disk"] = measure_link("disk", os.fspath(swap_directory), nbytes)
     return DeviceSpec(
         name=f"{device_name()}/{os.cpu_count()}",
         memory_bytes=memory,
@@ -73,13 +76,13 @@ def device_spec(emulated_bytes: int | None, swap_directory: str | os.PathLike[st
 
 
 @functools.cache
-def measure_link(tier: str, directory: str | None) -> Link:
+def measure_link(tier: str, directory: str | None, nbytes: int = _LINK_BYTES) -> Link:
     """Times the swap path of a tier with several values that are away at the same time, as in a step.
 
     A single value would find its strings' memory still mapped and look several times too fast.
     """
     far = tiers.Tiers(directory)
-    shape = (_LINK_BYTES // 4,)
+    shape = (nbytes // 4,)
 
     @tf.function
     def out(value: tf.Tensor) -> list[tf.Tensor]:
@@ -96,8 +99,8 @@ def measure_link(tier: str, directory: str | None) -> Link:
         out_seconds = [_seconds(lambda: copies.append(out(value))) for _ in range(_LINK_COPIES)]
         in_seconds = [_seconds(lambda copy=copy: back(copy)) for copy in copies]
     return Link(
-        _LINK_BYTES / statistics.median(out_seconds),
-        _LINK_BYTES / statistics.median(in_seconds),
+        nbytes / statistics.median(out_seconds),
+        nbytes / statistics.median(in_seconds),
         20e-6,
         overlaps=device_name() != "CPU:0",
     )

@@ -54,6 +54,7 @@ def _list_schedule(graph: ir.Graph, depth_first: bool) -> tuple[str, ...]:
         for predecessor in before:
             followers[predecessor].append(index)
     urgent = _only_for_updates(graph)
+    old_readers, delayed = _old_readers(graph)
 
     def growth(index: int) -> int:
         node = nodes[index]
@@ -69,7 +70,7 @@ def _list_schedule(graph: ir.Graph, depth_first: bool) -> tuple[str, ...]:
     def priority(index: int) -> int:
         node = nodes[index]
         if node.op in liveness.ASSIGNS or node.op in liveness.UPDATES:
-            return _URGENT if len(readers[root_of[node.inputs[0]]]) == 1 else 0
+            return 0 if old_readers[index] else _URGENT
         if node.op in _AT_ONCE or node.name in urgent or not any(sizes[r] for r in node.refs()):
             return _URGENT
         return min(growth(index), 0)
@@ -98,6 +99,10 @@ def _list_schedule(graph: ir.Graph, depth_first: bool) -> tuple[str, ...]:
                 (last,) = left
                 if not waiting[last] and not done[last]:
                     offer(last)
+        for update in delayed.get(index, ()):
+            old_readers[update].discard(index)
+            if not (old_readers[update] or waiting[update] or done[update]):
+                offer(update)
         for follower in followers[index]:
             waiting[follower] -= 1
             if not waiting[follower]:
@@ -105,15 +110,46 @@ def _list_schedule(graph: ir.Graph, depth_first: bool) -> tuple[str, ...]:
     return tuple(order)
 
 
+def _old_readers(graph: ir.Graph) -> tuple[dict[int, set[int]], dict[int, list[int]]]:
+    """For every update the nodes that read the variable's value from before it, and the other way round.
+
+    An update that runs before them would have to copy the variable.
+    """
+    root_of = liveness.roots(graph)
+    reads: dict[str, list[ir.Node]] = {}
+    readers: dict[int, set[int]] = {}
+    delayed: dict[int, list[int]] = {}
+    for index, node in enumerate(graph.nodes):
+        if node.op == "ReadVariableOp":
+            reads.setdefault(root_of[node.inputs[0]], []).append(node)
+        elif node.op in liveness.ASSIGNS or node.op in liveness.UPDATES:
+            before = reads.get(root_of[node.inputs[0]], ())
+            names = [name for read in before for name in graph.consumers.get(read.name, ())]
+            readers[index] = {graph.position[name] for name in names} - {index}
+            for reader in readers[index]:
+                delayed.setdefault(reader, []).append(index)
+    return readers, delayed
+
+
+_UPDATES_OF_A_VARIABLE = 8
+"""At most so many updates belong to one gradient: the variable, its slots, averages and accumulators."""
+
+
 def _only_for_updates(graph: ir.Graph) -> frozenset[str]:
-    """Names of the nodes all of whose results end in updates of variables."""
-    found: set[str] = set()
+    """Names of the nodes all of whose results end in the update of one variable and its optimizer state.
+
+    All of the backward pass ends in updates; the number of updates tells the gradient of one variable
+    from what is passed on to the layers before.
+    """
     results = {ir.producer(reference) for reference in graph.outputs}
+    ends: dict[str, frozenset[str]] = {}
     for node in reversed(graph.nodes):
         if node.op in liveness.ASSIGNS or node.op in liveness.UPDATES:
-            found.add(node.name)
+            ends[node.name] = frozenset({node.name})
             continue
         consumers = [name for reference in node.refs() for name in graph.consumers.get(reference, ())]
-        if consumers and node.name not in results and found.issuperset(consumers):
-            found.add(node.name)
-    return frozenset(found)
+        if consumers and node.name not in results and all(name in ends for name in consumers):
+            reached = frozenset().union(*(ends[name] for name in consumers))
+            if len(reached) <= _UPDATES_OF_A_VARIABLE:
+                ends[node.name] = reached
+    return frozenset(ends)
