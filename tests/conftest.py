@@ -8,7 +8,11 @@ import hypothesis
 import pytest
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+# Must be set before TensorFlow is loaded; tests/trainings.py says why.
+os.environ["TF_ENABLE_ONEDNN_OPTS"] = "0"
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
+
+pytest.register_assert_rewrite("testing", "trainings")
 
 # Runners are slow at times; that is not a failure.
 hypothesis.settings.register_profile("graphswap", deadline=None)
