@@ -34,8 +34,8 @@ ALIASES: Mapping[str, int] = dict.fromkeys(
 
 IN_PLACE: Mapping[str, tuple[int, ...]] = {
     **dict.fromkeys(
-        "Abs Acos Asin Atan Ceil Cos Cosh Erf Erfc Exp Expm1 Floor Inv IsFinite Log Log1p LogicalNot Neg Reciprocal Relu "
-        "Relu6 LeakyRelu Elu Selu Rint Round Rsqrt Sigmoid Sign Sin Sinh Softplus Softsign Sqrt Square Tan Tanh "
+        "Abs Acos Asin Atan Ceil Cos Cosh Erf Erfc Exp Expm1 Floor Inv IsFinite Log Log1p LogicalNot Neg Reciprocal "
+        "Relu Relu6 LeakyRelu Elu Selu Rint Round Rsqrt Sigmoid Sign Sin Sinh Softplus Softsign Sqrt Square Tan Tanh "
         "Softmax LogSoftmax BiasAdd FusedBatchNormV3 FusedBatchNorm Cumsum".split(),
         (0,),
     ),
@@ -65,8 +65,9 @@ class Storage:
         values: All values that live in it, the root first.
         nbytes: Device bytes, rounded as the allocator does.
         born: Position of the root's node.
-        uses: Positions of the nodes that read it, rising. Nodes that only alias it are not uses.
-        is_held: Whether it outlives the step or was there before: variables, arguments, constants, results.
+        uses: Positions of the nodes that read it or make an alias of it, rising.
+        is_held: Whether it outlives the step or was there before: arguments, constants, results, variables and
+            what becomes one.
     """
 
     root: str
@@ -98,25 +99,22 @@ def roots(graph: ir.Graph) -> Mapping[str, str]:
 def storages(graph: ir.Graph) -> tuple[Storage, ...]:
     """All storages that hold device bytes, in the order of birth."""
     root_of = roots(graph)
-    results = {root_of[reference] for reference in graph.outputs}
+    kept = {root_of[reference] for reference in graph.outputs}
+    kept.update(root_of[node.inputs[1]] for node in graph.nodes if node.op in ASSIGNS)
     members: dict[str, list[str]] = {}
     uses: dict[str, list[int]] = {}
     for position, node in enumerate(graph.nodes):
         for reference in node.refs():
             members.setdefault(root_of[reference], []).append(reference)
-        aliased = {alias_of(node, index) for index in range(len(node.outputs))}
-        for slot, reference in enumerate(node.inputs):
-            if slot not in aliased:
-                positions = uses.setdefault(root_of[reference], [])
-                if not positions or positions[-1] != position:
-                    positions.append(position)
+        for root in {root_of[reference] for reference in node.inputs}:
+            uses.setdefault(root, []).append(position)
     found = []
     for root, values in members.items():
         node = graph.by_name[ir.producer(root)]
         nbytes = output_bytes(node)[ir.split_ref(root)[1]]
         if not nbytes:
             continue
-        held = root in results or node.op in ir.RESIDENT_OPS or node.outputs[0].dtype == "resource"
+        held = root in kept or node.op in ir.RESIDENT_OPS or node.outputs[0].dtype == "resource"
         found.append(
             Storage(
                 root=root,

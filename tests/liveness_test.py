@@ -51,21 +51,33 @@ def test_storages():
     at = GRAPH.position
     assert liveness.storages(GRAPH) == (
         Storage("x", ("x",), 256, at["x"], (at["a"],), is_held=True),
-        # The update reads the variable's buffer, by its handle and by what was read; making an alias is no use.
-        Storage("w", ("w", "read"), 512, at["w"], (at["update"],), is_held=True),
-        Storage("a", ("a", "flat"), 512, at["a"], (at["b"],), is_held=False),
-        Storage("a:1", ("a:1", "both"), 256, at["a"], (), is_held=False),
-        Storage("b", ("b", "both:1", "view"), 512, at["b"], (at["c"], at["shape"]), is_held=False),
+        Storage("w", ("w", "read"), 512, at["w"], (at["read"], at["update"]), is_held=True),
+        Storage("a", ("a", "flat"), 512, at["a"], (at["flat"], at["b"]), is_held=False),
+        Storage("a:1", ("a:1", "both"), 256, at["a"], (at["both"],), is_held=False),
+        Storage(
+            "b", ("b", "both:1", "view"), 512, at["b"], (at["both"], at["view"], at["c"], at["shape"]), is_held=False
+        ),
         Storage("c", ("c",), 512, at["c"], (at["list"], at["result"]), is_held=False),
         Storage("list", ("list",), 1024, at["list"], (at["result"],), is_held=False),
         Storage("result", ("result",), 256, at["result"], (), is_held=True),
     )
 
 
-def test_a_result_holds_the_buffer_that_it_aliases():
-    graph = parser.parse("graph g() -> (%b) { %a = Op() : (int8[])  %b = Identity(%a) : (int8[]) }")
+@pytest.mark.parametrize(
+    ("results", "line", "is_held"),
+    [
+        ("", "%b = Identity(%a) : (int8[])", False),
+        ("%b", "%b = Identity(%a) : (int8[])", True),
+        ("", "%b = AssignVariableOp(%w, %a) : ()", True),
+        ("", "%b = AssignSubVariableOp(%w, %a) : ()", False),
+    ],
+)
+def test_what_outlives_the_step_is_held(results, line, is_held):
+    graph = parser.parse(
+        f"graph g(%w) -> ({results}) {{ %w = Placeholder() : (resource[])  %a = Op() : (int8[])  {line} }}"
+    )
     (storage,) = liveness.storages(graph)
-    assert (storage.root, storage.is_held) == ("a", True)
+    assert (storage.root, storage.is_held) == ("a", is_held)
 
 
 @pytest.mark.parametrize(
