@@ -1,0 +1,161 @@
+"""Models to try graphswap on, each with real data: `MODELS[name]()` returns a `Training`."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import collections
+import dataclasses
+import importlib.resources
+import inspect
+import itertools
+import re
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+from keras import layers
+from sklearn import datasets
+
+VOCABULARY = 1000
+Batch = tuple[np.ndarray, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """A model, how it is compiled, and what it is trained on.
+
+    Attributes:
+        model: Not compiled yet.
+        optimizer: For `compile`.
+        loss: For `compile`.
+        batches: Endless, in numpy's memory.
+    """
+
+    model: keras.Model
+    optimizer: keras.optimizers.Optimizer
+    loss: str
+    batches: Iterator[Batch]
+
+
+def mlp() -> Training:
+    """A perceptron on scikit-learn's digits, to try things out: batch 1024, SGD."""
+    model = keras.Sequential([keras.Input((64,)), *(layers.Dense(512, "relu") for _ in range(12)), layers.Dense(10)])
+    images, digits = _digits()
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    return Training(model, keras.optimizers.SGD(0.1), loss, _batches(images[..., 0].reshape(-1, 64), digits, 1024))
+
+
+def resnet50() -> Training:
+    """ResNet-50 on scikit-learn's digits, scaled to 96x96x3: batch 32, SGD."""
+    model = keras.applications.ResNet50(weights=None, input_shape=(96, 96, 3), classes=10)
+    return Training(model, keras.optimizers.SGD(0.001), "sparse_categorical_crossentropy", _large_digits(32))
+
+
+def efficientnet() -> Training:
+    """EfficientNetB0 with its Dropout on scikit-learn's digits, scaled to 96x96x3: batch 16, Adam."""
+    model = keras.applications.EfficientNetB0(weights=None, input_shape=(96, 96, 3), classes=10)
+    return Training(model, keras.optimizers.Adam(1e-3), "sparse_categorical_crossentropy", _large_digits(16))
+
+
+def gpt(blocks: int = 8, width: int = 256, heads: int = 4, length: int = 128, batch: int = 16) -> Training:
+    """A GPT on the source text of Python's library, split into words: Adam."""
+    tokens = keras.Input((length,), dtype="int32")
+    x = layers.Embedding(VOCABULARY, width)(tokens) + layers.Embedding(length, width)(np.arange(length)[None])
+    for _ in range(blocks):
+        y = layers.LayerNormalization()(x)
+        x = x + layers.MultiHeadAttention(heads, width // heads)(y, y, use_causal_mask=True)
+        y = layers.Dense(4 * width, "gelu")(layers.LayerNormalization()(x))
+        x = x + layers.Dense(width)(y)
+    words = layers.Dense(VOCABULARY)(layers.LayerNormalization()(x))
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    return Training(keras.Model(tokens, words), keras.optimizers.Adam(3e-4), loss, _text(length, batch))
+
+
+def lstm(width: int = 256, length: int = 128, batch: int = 32) -> Training:
+    """Two stacked LSTMs on the source text of Python's library, split into words: Adam."""
+    tokens = keras.Input((length,), dtype="int32")
+    x = layers.Embedding(VOCABULARY, width)(tokens)
+    for _ in range(2):
+        x = layers.LSTM(width, return_sequences=True)(x)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model = keras.Model(tokens, layers.Dense(VOCABULARY)(x))
+    return Training(model, keras.optimizers.Adam(1e-3), loss, _text(length, batch))
+
+
+def unet(widths: Sequence[int] = (16, 32, 64, 128), size: int = 128, batch: int = 8) -> Training:
+    """A U-Net with skips and Conv2DTranspose that removes noise from photographs: Adam."""
+
+    def twice(x: Any, width: int) -> Any:
+        for _ in range(2):
+            x = layers.Conv2D(width, 3, padding="same", use_bias=False)(x)
+            x = layers.ReLU()(layers.BatchNormalization()(x))
+        return x
+
+    image = x = keras.Input((size, size, 3))
+    skips = []
+    for width in widths:
+        skips.append(twice(x, width))
+        x = layers.MaxPooling2D()(skips[-1])
+    x = twice(x, 2 * widths[-1])
+    for width, skip in zip(reversed(widths), reversed(skips), strict=True):
+        x = layers.Conv2DTranspose(width, 2, strides=2)(x)
+        x = twice(layers.Concatenate()([x, skip]), width)
+    model = keras.Model(image, layers.Conv2D(3, 1)(x))
+    return Training(model, keras.optimizers.Adam(1e-3), "mean_squared_error", _noisy_photographs(size, batch))
+
+
+MODELS: Mapping[str, Callable[[], Training]] = {
+    "mlp": mlp,
+    "resnet50": resnet50,
+    "gpt": gpt,
+    "unet": unet,
+    "efficientnet": efficientnet,
+    "lstm": lstm,
+}
+
+
+def _batches(inputs: np.ndarray, targets: np.ndarray, size: int) -> Iterator[Batch]:
+    """Whole batches, over and over."""
+    for start in itertools.cycle(range(0, len(inputs) - size + 1, size)):
+        yield inputs[start : start + size], targets[start : start + size]
+
+
+def _digits() -> Batch:
+    """Images (n, 8, 8, 1) from 0 to 1, and what they show."""
+    digits = datasets.load_digits()
+    return (digits.images[..., None] / 16).astype("float32"), digits.target.astype("int32")
+
+
+def _large_digits(batch: int) -> Iterator[Batch]:
+    images, digits = _digits()
+    for image, digit in _batches(images, digits, batch):
+        yield image.repeat(12, axis=1).repeat(12, axis=2).repeat(3, axis=3), digit
+
+
+def _text(length: int, batch: int) -> Iterator[Batch]:
+    """Stretches of words, and the word that follows each. Rare words are word 0."""
+    modules: tuple[types.ModuleType, ...] = (argparse, ast, collections, dataclasses, inspect)
+    words = re.findall(r"\w+|\s+|[^\w\s]", "".join(map(inspect.getsource, modules)))
+    common = collections.Counter(words).most_common(VOCABULARY - 1)
+    numbers = {word: number for number, (word, _) in enumerate(common, 1)}
+    text = np.array([numbers.get(word, 0) for word in words], "int32")
+    stretches = np.lib.stride_tricks.sliding_window_view(text, length + 1)[::length]
+    return _batches(stretches[:, :-1], stretches[:, 1:], batch)
+
+
+def _noisy_photographs(size: int, batch: int) -> Iterator[Batch]:
+    """Squares of scikit-learn's two photographs with noise, and without."""
+    folder = importlib.resources.files("sklearn.datasets.images")
+    squares = []
+    for name in ("china.jpg", "flower.jpg"):
+        photograph = tf.io.decode_jpeg((folder / name).read_bytes()).numpy()
+        height, width = (pixels // size * size for pixels in photograph.shape[:2])
+        rows = photograph[:height, :width].reshape(height // size, size, width // size, size, 3)
+        squares.append(rows.swapaxes(1, 2).reshape(-1, size, size, 3))
+    clean = np.concatenate(squares).astype("float32") / 255
+    noisy = clean + np.random.default_rng(0).normal(0, 0.1, clean.shape).astype("float32")
+    return _batches(noisy, clean, batch)

@@ -1,0 +1,168 @@
+"""One training run on an emulated accelerator, in a process of its own.
+
+The script that is run, plain or inside a memory budget:
+
+    graphswap run --memory=300MiB -- tools/trial.py --model=resnet50 --graphswap=300MiB
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from absl import app, flags
+
+from graphswap import emulate
+from graphswap.options import format_bytes
+
+AMPLE_BYTES = 4 << 30
+"""Memory of a device on which every model of `models` trains plainly."""
+_ERROR_LINES = 4
+_ERROR_WIDTH = 160
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """What to run.
+
+    Attributes:
+        model: A name of `models.MODELS`.
+        memory_bytes: Memory of the emulated accelerator, in whole MiB.
+        graphswap: The compile option; empty for plain Keras.
+        steps: How many steps to train.
+    """
+
+    model: str
+    memory_bytes: int
+    graphswap: str = ""
+    steps: int = 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What came of it.
+
+    Attributes:
+        error: The telling lines of the error that ended the run; empty if it went well.
+        losses: Of each step's batch.
+        seconds: Length of each step; the first includes tracing and planning.
+        peak_bytes: The most that the device's allocator has counted.
+        variables: Digest of all variables after the last step: weights, statistics, seeds, optimizer state.
+        report: The fields of the `StepReport`, with the plan's numbers; empty for plain Keras.
+    """
+
+    error: str = ""
+    losses: list[float] = dataclasses.field(default_factory=list)
+    seconds: list[float] = dataclasses.field(default_factory=list)
+    peak_bytes: int = 0
+    variables: str = ""
+    report: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def steady_seconds(self) -> list[float]:
+        """Length of each step but the first."""
+        return self.seconds[1:] or self.seconds
+
+    def equals(self, other: Result) -> bool:
+        """Whether both runs computed the same bits."""
+        return (self.losses, self.variables) == (other.losses, other.variables)
+
+
+def run(trial: Trial, say: Callable[[str], None], environment: Mapping[str, str] | None = None) -> Result:
+    """Runs a trial in a new process and waits for its end.
+
+    Args:
+        trial: What to run.
+        say: Gets the lines of the run's progress.
+        environment: Further variables for the process.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        result, errors = pathlib.Path(folder) / "result.json", pathlib.Path(folder) / "errors"
+        command = [sys.executable, "-m", "graphswap.emulate", __file__, f"--model={trial.model}"]
+        command += [f"--graphswap={trial.graphswap}", f"--steps={trial.steps}", f"--result={result}"]
+        variables = {**os.environ, **emulate.environment(trial.memory_bytes), **(environment or {})}
+        with (
+            errors.open("w") as stderr,
+            subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, stderr=stderr, text=True) as child,
+        ):
+            for line in child.stdout or ():
+                say(line.rstrip())
+        if child.returncode == 0:
+            return Result(**json.loads(result.read_text()))
+        return Result(error=telling_lines(errors.read_text()) or f"ended with exit status {child.returncode}")
+
+
+def telling_lines(errors: str) -> str:
+    """What a user needs of TensorFlow's hundred lines: the exception, and what ran out of memory where."""
+    lines = [line.strip() for line in errors.splitlines() if line.strip()]
+    telling = [line for line in lines if line.startswith(("tensorflow.python.framework.errors_impl.", "OOM when "))]
+    telling += [f"  {line}" for line in lines if line.startswith("[[{{node ")]
+    return "\n".join(line[:_ERROR_WIDTH] for line in (telling or lines)[-_ERROR_LINES:])
+
+
+def train(model: str, graphswap: str, steps: int) -> Result:
+    """Trains a model of `models` in this process, which must be emulated, and tells each step."""
+    import keras
+    import tensorflow as tf
+
+    import graphswap as graphswap_lib
+    from graphswap.tools import models
+
+    # Otherwise TensorFlow rearranges arithmetic by what stands nearby, and the last bits change with the graph.
+    tf.config.optimizer.set_experimental_options({"arithmetic_optimization": False})
+    keras.utils.set_random_seed(0)
+    training = models.MODELS[model]()
+    option = {"graphswap": graphswap} if graphswap else {}
+    training.model.compile(training.optimizer, training.loss, **option)
+    losses, seconds = [], []
+    print("tracing, measuring and planning the step" if graphswap else "tracing the step", flush=True)
+    for step, (inputs, targets) in zip(range(1, steps + 1), training.batches, strict=False):
+        training.model.reset_metrics()  # so that the loss is this batch's own
+        start = time.perf_counter()
+        losses.append(float(training.model.train_on_batch(inputs, targets)))
+        seconds.append(time.perf_counter() - start)
+        print(f"step {step}/{steps}: loss {losses[-1]:.4f}, {seconds[-1]:.2f} s", flush=True)
+    peak_bytes = tf.config.experimental.get_memory_info("CPU:0")["peak"]
+    print(f"peak {format_bytes(peak_bytes)}", flush=True)
+    report = _fields(graphswap_lib.report(training.model).step) if graphswap else {}
+    variables = [*training.model.variables, *training.optimizer.variables]
+    return Result("", losses, seconds, peak_bytes, _digest(variables), report)
+
+
+def _fields(step: Any) -> dict[str, Any]:
+    fields = {field.name: getattr(step, field.name) for field in dataclasses.fields(step) if field.name != "plan"}
+    repeated = sum(len(decision.nodes) for decision in step.plan.recomputes)
+    return {**fields, "strategy": step.plan.strategy, "swaps": len(step.plan.swaps), "repeated_nodes": repeated}
+
+
+def _digest(variables: Sequence[Any]) -> str:
+    digest = hashlib.sha256()
+    for variable in variables:
+        digest.update(variable.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _main(argv: Sequence[str]) -> None:
+    values = flags.FlagValues()
+    model = flags.DEFINE_string("model", "mlp", "A name of models.MODELS.", flag_values=values)
+    graphswap = flags.DEFINE_string("graphswap", "", "The compile option; empty for plain Keras.", flag_values=values)
+    steps = flags.DEFINE_integer("steps", 20, "How many steps to train.", flag_values=values)
+    path = flags.DEFINE_string("result", None, "File to write the result to, as JSON.", flag_values=values)
+    if values(argv)[1:]:
+        raise app.UsageError(f"expected flags, received {values(argv)[1:]}.")
+    result = train(model.value, graphswap.value, steps.value)
+    if path.value is not None:
+        pathlib.Path(path.value).write_text(json.dumps(dataclasses.asdict(result)))
+
+
+if __name__ == "__main__":
+    _main(sys.argv)
