@@ -36,10 +36,10 @@ $(BIN)/python:
 
 $(VENV)/.demo: pyproject.toml setup.py | $(BIN)/python
 	@echo "Installing graphswap with TensorFlow for CPUs (about 1 GB; minutes the first time)"
-	@$(INSTALL) ".[cpu]"
+	@$(INSTALL) ".[cpu,demo]"
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml setup.py | $(BIN)/python
 	@echo "Installing graphswap with TensorFlow for CPUs and the test tools (about 1.5 GB; minutes the first time)"
-	@$(INSTALL) ".[cpu,dev]"
+	@$(INSTALL) ".[cpu,demo,dev]"
 	@touch $@ $(VENV)/.demo
