@@ -28,6 +28,7 @@ OOM when allocating tensor with shape[32,24,24,64] and type float on CPU:0
   [[{{node conv/BiasAdd}}]]"""
 REPORT = {
     "nodes": 100,
+    "plans": 1,
     "strategy": "greedy",
     "swaps": 2,
     "repeated_nodes": 3,
@@ -162,6 +163,7 @@ def test_planning_table(case):
         "model": "mlp",
         "budget": "32.0MiB",
         "nodes": "100",
+        "plans": "1",
         "strategy": "greedy",
         "swaps": "2",
         "nodes repeated": "3",

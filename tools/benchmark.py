@@ -127,7 +127,9 @@ def memory_table(cases: Iterable[Case]) -> str:
 
 def planning_table(cases: Iterable[Case]) -> str:
     """What planning took, in the first run, and what came out."""
-    header = "model, budget, nodes, strategy, swaps, nodes repeated, import, measure, plan, rewrite, first step, "
+    header = (
+        "model, budget, nodes, plans, strategy, swaps, nodes repeated, import, measure, plan, rewrite, first step, "
+    )
     header += "plain first step"
     rows = (_planning_row(case) for case in cases if not case.graphswap[0].error)
     return markdown_table(header.split(", "), rows)
@@ -169,7 +171,7 @@ def _memory_row(case: Case) -> list[str]:
 def _planning_row(case: Case) -> list[str]:
     first, report = case.graphswap[0], case.graphswap[0].report
     phases = (f"{report['breakdown'].get(phase, 0.0):.1f} s" for phase in ("import", "measure", "plan", "rewrite"))
-    counts = (str(report[field]) for field in ("nodes", "strategy", "swaps", "repeated_nodes"))
+    counts = (str(report[field]) for field in ("nodes", "plans", "strategy", "swaps", "repeated_nodes"))
     first_steps = (f"{result.seconds[0]:.1f} s" for result in (first, case.plain[0]))
     return [case.model, format_bytes(case.memory_bytes), *counts, *phases, *first_steps]
 

@@ -57,7 +57,7 @@ class Result:
         seconds: Length of each step; the first includes tracing and planning.
         peak_bytes: The most that the device's allocator has counted.
         variables: Digest of all variables after the last step: weights, statistics, seeds, optimizer state.
-        report: The fields of the `StepReport`, with the plan's numbers; empty for plain Keras.
+        report: The fields of the last `StepReport`, with the plan's numbers; empty for plain Keras.
     """
 
     error: str = ""
@@ -133,15 +133,25 @@ def train(model: str, graphswap: str, steps: int) -> Result:
         print(f"step {step}/{steps}: loss {losses[-1]:.4f}, {seconds[-1]:.2f} s", flush=True)
     peak_bytes = tf.config.experimental.get_memory_info("CPU:0")["peak"]
     print(f"peak {format_bytes(peak_bytes)}", flush=True)
-    report = _fields(graphswap_lib.report(training.model).step) if graphswap else {}
+    report = _fields(graphswap_lib.report(training.model)) if graphswap else {}
+    for note in report.get("notes", ()):
+        print(f"note: {note}", flush=True)
     variables = [*training.model.variables, *training.optimizer.variables]
     return Result("", losses, seconds, peak_bytes, _digest(variables), report)
 
 
-def _fields(step: Any) -> dict[str, Any]:
+def _fields(report: Any) -> dict[str, Any]:
+    """The step that ran last, in numbers; the notes are those of all steps."""
+    step = report.steps[-1]
     fields = {field.name: getattr(step, field.name) for field in dataclasses.fields(step) if field.name != "plan"}
-    repeated = sum(len(decision.nodes) for decision in step.plan.recomputes)
-    return {**fields, "strategy": step.plan.strategy, "swaps": len(step.plan.swaps), "repeated_nodes": repeated}
+    return {
+        **fields,
+        "notes": [note for planned in report.steps for note in planned.notes],
+        "plans": len(report.steps),
+        "strategy": step.plan.strategy,
+        "swaps": len(step.plan.swaps),
+        "repeated_nodes": sum(len(decision.nodes) for decision in step.plan.recomputes),
+    }
 
 
 def _digest(variables: Sequence[Any]) -> str:
