@@ -37,7 +37,7 @@ class Training:
 
     model: keras.Model
     optimizer: keras.optimizers.Optimizer
-    loss: str
+    loss: str | keras.losses.Loss
     batches: Iterator[Batch]
 
 
