@@ -65,7 +65,8 @@ def import_function(func_graph: FuncGraph, argument_shapes: Sequence[Shape] | No
         for tensor in operation.inputs:
             reference = _ref(tensor)
             inputs.append(source.get(reference, reference))
-        controls = tuple(control.name for control in operation.control_inputs)
+        # TensorFlow keeps them in sets: their order differs from process to process.
+        controls = tuple(sorted(control.name for control in operation.control_inputs))
         if operation.type in _COPIES and not controls:
             for tensor, original in zip(operation.outputs, inputs, strict=True):
                 source[_ref(tensor)] = original
@@ -86,7 +87,7 @@ def import_function(func_graph: FuncGraph, argument_shapes: Sequence[Shape] | No
         nodes=_topological(_live(_folded(nodes), func_graph)),
         inputs=tuple(tensor.op.name for tensor in func_graph.inputs),
         outputs=tuple(_ref(tensor) for tensor in func_graph.outputs),
-        control_outputs=tuple(operation.name for operation in func_graph.control_outputs),
+        control_outputs=tuple(sorted(operation.name for operation in func_graph.control_outputs)),
     )
     graph = _with_hidden_bytes(graph, func_graph)
     for node in graph.nodes:
