@@ -84,11 +84,11 @@ def measure_link(tier: str, directory: str | None, nbytes: int = _LINK_BYTES) ->
     far = tiers.Tiers(directory)
     shape = (nbytes // 4,)
 
-    @tf.function
+    @tf.function(autograph=False)
     def out(value: tf.Tensor) -> list[tf.Tensor]:
         return far.swap_out(value, tier).pieces
 
-    @tf.function
+    @tf.function(autograph=False)
     def back(pieces: list[tf.Tensor]) -> tf.Tensor:
         return far.swap_in(tiers.FarCopy(pieces, [], is_file=tier == "disk"), "float32", shape)
 
