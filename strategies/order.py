@@ -18,15 +18,15 @@ def traced(graph: ir.Graph) -> tuple[str, ...]:
 
 def breadth_first(graph: ir.Graph) -> tuple[str, ...]:
     """Memory-greedy list scheduling; ties keep the order of the trace."""
-    return _list_schedule(graph, depth_first=False)
+    return _just_in_time(graph, _list_schedule(graph, depth_first=False))
 
 
 def depth_first(graph: ir.Graph) -> tuple[str, ...]:
     """Memory-greedy list scheduling; ties go on where the last node left off, so branches run one by one."""
-    return _list_schedule(graph, depth_first=True)
+    return _just_in_time(graph, _list_schedule(graph, depth_first=True))
 
 
-def _list_schedule(graph: ir.Graph, depth_first: bool) -> tuple[str, ...]:
+def _list_schedule(graph: ir.Graph, depth_first: bool) -> list[str]:
     """Of the nodes that could run, runs first the one that frees the most beyond what it allocates.
 
     A node whose results only feed updates of variables runs at once, and the update as soon as nobody
@@ -70,7 +70,7 @@ def _list_schedule(graph: ir.Graph, depth_first: bool) -> tuple[str, ...]:
     def priority(index: int) -> int:
         node = nodes[index]
         if node.op in liveness.ASSIGNS or node.op in liveness.UPDATES:
-            return 0 if old_readers[index] else _URGENT
+            return 0 if old_readers[index] else 2 * _URGENT
         if node.op in _AT_ONCE or node.name in urgent or not any(sizes[r] for r in node.refs()):
             return _URGENT
         return min(growth(index), 0)
@@ -107,7 +107,35 @@ def _list_schedule(graph: ir.Graph, depth_first: bool) -> tuple[str, ...]:
             waiting[follower] -= 1
             if not waiting[follower]:
                 offer(follower)
-    return tuple(order)
+    return order
+
+
+def _just_in_time(graph: ir.Graph, order: list[str]) -> tuple[str, ...]:
+    """Moves what is made of variables and constants alone right before the first node that needs it.
+
+    The scaled momentum of every variable could be there before the first layer runs.
+    """
+    fixed: set[str] = set()
+    movable: set[str] = set()
+    needed_by: dict[str, list[str]] = {name: [] for name in order}
+    for node in graph.nodes:
+        producers = [ir.producer(reference) for reference in node.inputs]
+        for name in (*producers, *node.control_inputs):
+            needed_by[name].append(node.name)
+        is_data = node.op == "Placeholder" and any(value.nbytes for value in node.outputs)
+        if is_data or not fixed.issuperset(producers):
+            continue
+        if node.op in ir.RESIDENT_OPS or node.op == "ReadVariableOp":
+            fixed.add(node.name)
+        elif not node.stateful:
+            fixed.add(node.name)
+            movable.add(node.name)
+    place = {name: place for place, name in enumerate(order)}
+    due = dict(place)
+    for name in reversed(order):
+        if name in movable and needed_by[name]:
+            due[name] = min(due[follower] for follower in needed_by[name])
+    return tuple(sorted(order, key=lambda name: (due[name], name not in movable, place[name])))
 
 
 def _old_readers(graph: ir.Graph) -> tuple[dict[int, set[int]], dict[int, list[int]]]:

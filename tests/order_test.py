@@ -1,0 +1,127 @@
+import pytest
+import testing
+import tiny_graphs
+from hypothesis import given
+
+from graphswap import ir, parser
+from graphswap.cost_model import CostModel
+from graphswap.plan import Plan
+from graphswap.simulator import simulate
+from graphswap.strategies import order
+
+ORDERS = (order.traced, order.breadth_first, order.depth_first)
+MLP = parser.parse(tiny_graphs.MLP_STEP)
+
+
+@pytest.mark.parametrize("make", ORDERS)
+@given(graph=testing.random_graphs())
+def test_orders_are_topological_and_the_same_every_time(make, graph):
+    found = make(graph)
+    assert sorted(found) == sorted(graph.position)
+    ir.verify(graph.replace(nodes=tuple(graph.by_name[name] for name in found)))
+    assert make(graph) == found
+
+
+def test_traced_keeps_the_order():
+    assert order.traced(MLP) == tuple(MLP.position)
+
+
+def test_updates_run_as_soon_as_nobody_reads_the_old_value():
+    # Gradients that only feed an update come first; update2 waits for grad_relu, which reads w2.
+    names = ["grad_w2", "step2", "grad_relu", "update2", "grad_hidden", "grad_w1", "step1", "update1"]
+    assert [name for name in order.depth_first(MLP) if name in names] == names
+
+
+BRANCHES = parser.parse("""
+graph branches(%x) -> (%join) {
+  %x = Placeholder() : (float32[64])
+  %a1 = Op(%x) : (float32[64])
+  %b1 = Op(%x) : (float32[64])
+  %a2 = Op(%x, %a1) : (float32[64])
+  %b2 = Op(%x, %b1) : (float32[64])
+  %a3 = Op(%x, %a1, %a2) : (float32[64])
+  %b3 = Op(%x, %b1, %b2) : (float32[64])
+  %join = Op(%a3, %b3) : (float32[64])
+}
+""")
+
+
+def test_depth_first_runs_branches_one_by_one():
+    found = order.depth_first(BRANCHES)
+    assert found in (
+        ("x", "a1", "a2", "a3", "b1", "b2", "b3", "join"),
+        ("x", "b1", "b2", "b3", "a1", "a2", "a3", "join"),
+    )
+    planned, traced = (simulate(BRANCHES, Plan(order=names), CostModel()).peak_bytes for names in (found, ()))
+    assert planned == 5 * 256 < traced == 6 * 256
+
+
+def test_breadth_first_takes_what_frees_memory_before_what_needs_more():
+    graph = parser.parse("""
+    graph g(%x) -> () {
+      %x = Placeholder() : (float32[64])
+      %a = Op(%x) : (float32[6400])
+      %b = Op(%x) : (float32[6400])
+      %c = Op(%a) : (float32[64])
+      %d = Op(%b) : (float32[64])
+    }
+    """)
+    assert order.breadth_first(graph) == ("x", "a", "c", "b", "d")
+
+
+def test_what_is_made_of_variables_alone_waits_for_its_reader():
+    graph = parser.parse("""
+    graph g(%x, %m) -> (%c) {
+      %x = Placeholder() : (float32[64])
+      %m = Placeholder() : (resource[])
+      %read = ReadVariableOp!(%m) : (float32[64])
+      %two = Const() : (float32[])
+      %scaled = Mul(%read, %two) : (float32[64])
+      %halved = Mul(%scaled, %two) : (float32[64])
+      %noise = RandomUniform!() : (float32[64])
+      %a = Op(%x) : (float32[64])
+      %b = Op(%a) : (float32[64])
+      %step = Op(%b, %halved) : (float32[64])
+      %update = AssignVariableOp!(%m, %step) : ()
+      %c = Op(%b, %noise) : (float32[64])
+    }
+    """)
+    found = order.depth_first(graph)
+    at = found.index("step")
+    assert found[at - 2 : at + 2] == ("scaled", "halved", "step", "update")
+    assert simulate(graph, Plan(order=found), CostModel()).peak_bytes < simulate(graph, Plan(), CostModel()).peak_bytes
+
+
+def test_a_node_that_makes_no_bytes_runs_at_once():
+    graph = parser.parse("""
+    graph g(%x, %w) -> (%c) {
+      %x = Placeholder() : (float32[64])
+      %a = Op(%x) : (float32[64])
+      %b = Op(%a) : (float32[64])
+      %c = Op(%a, %b) : (float32[64])
+      %w = Placeholder() : (resource[])
+      %read = ReadVariableOp(%w) : (float32[64])
+      %shape = Shape(%a) : (int32[1])
+      %check = Assert(%a) : ()
+    }
+    """)
+    assert order.depth_first(graph) == ("x", "w", "read", "a", "shape", "check", "b", "c")
+
+
+def test_a_buffer_that_an_alias_or_a_result_keeps_is_not_freed():
+    graph = parser.parse("""
+    graph g(%x) -> (%kept) {
+      %x = Placeholder() : (float32[64])
+      %kept = Op(%x) : (float32[6400])
+      %seen = Op(%x) : (float32[6400])
+      %view = Reshape(%seen) : (float32[6400])
+      %gone = Op(%x) : (float32[6400])
+      %use_kept = Op(%kept) : (float32[64])
+      %use_seen = Op(%seen) : (float32[64])
+      %use_gone = Op(%gone) : (float32[64])
+      %use_view = Op(%view) : (float32[64])
+    }
+    """)
+    found = order.breadth_first(graph)
+    assert found.index("use_gone") == found.index("gone") + 1
+    assert found.index("use_kept") > found.index("seen")
