@@ -9,6 +9,9 @@ from collections.abc import Mapping
 
 from graphswap import ir
 
+MEMORY_VARIABLE = "GRAPHSWAP_EMULATED_MEMORY"
+"""The environment variable that holds the bytes of an emulated device (`emulate`)."""
+
 _MIB = 1 << 20
 
 

@@ -20,13 +20,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from graphswap.cost_model import MEMORY_VARIABLE
 from graphswap.options import format_bytes
 
 if TYPE_CHECKING:  # the variables of `environment` must be set before TensorFlow is loaded
     import tensorflow as tf
-
-MEMORY_VARIABLE = "GRAPHSWAP_EMULATED_MEMORY"
-"""The environment variable that holds the emulated device's bytes."""
 
 _MIB = 1 << 20
 _DEVICE = "CPU:0"
@@ -128,7 +126,10 @@ def run_script(memory_bytes: int, argv: Sequence[str]) -> int:
 
 
 def _main(argv: Sequence[str]) -> None:
-    reserve()
+    from graphswap import profiler
+
+    # Not at once: it would initialise TensorFlow, and the script may still want to configure it.
+    profiler.on_context_initialized(reserve)
     sys.argv[:] = argv
     sys.path[0] = str(pathlib.Path(argv[0]).resolve().parent)
     runpy.run_path(argv[0], run_name="__main__")

@@ -13,14 +13,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import tensorflow as tf
-from tensorflow.core.framework import graph_pb2
 from tensorflow.python.eager.polymorphic_function import concrete_function as concrete_function_lib
 from tensorflow.python.eager.polymorphic_function import transform
 from tensorflow.python.framework import func_graph as func_graph_lib
 from tensorflow.python.framework import importer
 from tensorflow.python.ops import handle_data_util
 
-from graphswap import allocator, ir, tiers
+from graphswap import allocator, ir, liveness, tiers
 
 FuncGraph = func_graph_lib.FuncGraph
 Shape = tuple[int | None, ...] | None
@@ -44,8 +43,8 @@ def import_function(func_graph: FuncGraph, argument_shapes: Sequence[Shape] | No
     """Turns a traced function into a Graph.
 
     Nodes that nothing needs are left out. What depends on constants alone is a Const here: TensorFlow
-    computes it once, when the function is made, and keeps it. Copies (Identity, IdentityN) are looked through: their readers
-    read the source. Nested function calls are dissolved at trace time (`call_inline`); what is left of
+    computes it once, when the function is made, and keeps it. Copies (Identity, IdentityN) are looked
+    through: their readers read the source. Nested function calls are dissolved at trace time (`call_inline`); what is left of
     them is opaque, like While and If, and its memory is counted.
 
     Args:
@@ -548,6 +547,17 @@ def variable_handles(func_graph: FuncGraph) -> list[tf.Tensor]:
     ]
 
 
+def moving_handles(func_graph: FuncGraph) -> list[tf.Tensor]:
+    """Handles of the variables that are assigned: they take over the buffer of their new value, wherever it is."""
+    assigned = {
+        _source(operation.inputs[0]).name
+        for operation in func_graph.get_operations()
+        if operation.type in liveness.ASSIGNS
+    }
+    moving = [external for external, internal in func_graph.captures if internal.op.name in assigned]
+    return [handle for handle in variable_handles(func_graph) if any(handle is other for other in moving)]
+
+
 def is_initialized(func_graph: FuncGraph) -> bool:
     """Whether all captured variables have values. In the trace that makes them they have none yet."""
     with tf.init_scope():
@@ -563,9 +573,11 @@ def read_variables(handles: Sequence[tf.Tensor]) -> list[Any]:
 
 
 def write_variables(handles: Sequence[tf.Tensor], values: Sequence[Any]) -> None:
-    """Assigns what `read_variables` returned, in device memory."""
+    """Assigns what `read_variables` returned, in device memory, packed: no holes are left between variables."""
     for handle, value in zip(handles, values, strict=True):
-        tf.raw_ops.AssignVariableOp(resource=handle, value=tf.raw_ops.DeepCopy(x=value))
+        tf.raw_ops.AssignVariableOp(resource=handle, value=tf.zeros((0,), value.dtype))
+    for index in sorted(range(len(handles)), key=lambda index: -values[index].nbytes):
+        tf.raw_ops.AssignVariableOp(resource=handles[index], value=tf.raw_ops.DeepCopy(x=values[index]))
 
 
 def _variable_type(handle: Any) -> Any:

@@ -15,18 +15,18 @@ import tensorflow as tf
 
 from graphswap import graphdef, ir, profiler, rewrites, simulator, strategies, tiers
 from graphswap.allocator import Allocator
-from graphswap.cost_model import CostModel, DeviceSpec, Profile
+from graphswap.cost_model import MEMORY_VARIABLE, CostModel, DeviceSpec, Profile
 from graphswap.graphdef import UnsupportedGraphError
 from graphswap.options import Options
 from graphswap.plan import Plan
 from graphswap.report import Report, StepReport
 from graphswap.strategies.base import InfeasibleBudgetError, Strategy
 
-EMULATED_MEMORY = "GRAPHSWAP_EMULATED_MEMORY"
 _WIDENING = 1.03
 _WIDENINGS = 24
 _TIGHTENING = 0.95
-_REPLANS = 4
+_TIGHTEST = 0.75
+_CHEAP = 0.05
 _USABLE = 0.97
 """Of the budget: the rest is for what wanders, such as the input pipeline's buffers."""
 _FRUGAL = 0.93
@@ -69,10 +69,11 @@ class Session:
         self._planned: list[tuple[tuple[graphdef.Shape, ...], tuple[graphdef.Shape, ...], StepReport]] = []
         self._functions: dict[tuple[graphdef.Shape, ...], Callable[..., Any]] = {}
         self._arguments: list[Any] = []  # of the step that runs now
-        self._handles: list[tf.Tensor] = []
+        self._handles: list[tf.Tensor] = []  # of all variables of the step
+        self._moving: list[tf.Tensor] = []  # of those that leave their place in memory
         self._snapshot: list[Any] | None = None
         self._trials = _TRIALS
-        self._settled_bytes = 0
+        self._snapshot_seconds = self._settle_seconds = self._step_seconds = 0.0
 
     # --- running -----------------------------------------------------------------------------------------------
 
@@ -96,8 +97,8 @@ class Session:
         key = shapes if shapes in self._functions or len(self._functions) < _STATIC_TRACES else ()
         if key == () and self._outgrown(shapes):
             del self._functions[()]
-        for _ in range(_REPLANS):
-            self._snapshot = self._read_variables() if self._is_trial() else None
+        while True:
+            self._take_snapshot()
             start = time.perf_counter()
             planning = self._planning_seconds()
             try:
@@ -105,28 +106,27 @@ class Session:
             except _NestedCalls:
                 self._inlines = True
                 self._forget()
-                continue
             except tf.errors.ResourceExhaustedError as error:
+                can_repeat = self._restore_variables()
                 if "No space left" in str(error):
-                    self._restore_variables()
                     raise self._swap_space_error(error) from error
-                if self._snapshot is None:
+                if not can_repeat or self._scale < _TIGHTEST:
                     raise
-                self._restore_variables()
                 self._tighten(error)
                 self._forget()
-                continue
             except (tf.errors.PermissionDeniedError, tf.errors.NotFoundError) as error:
                 self._restore_variables()
-                if self._tiers.used_directory() is not None and str(self._tiers.used_directory()) in str(error):
+                directory = self._tiers.used_directory()
+                if directory is not None and str(directory) in str(error):
                     raise self._swap_space_error(error) from error
                 raise
             except Exception:
                 self._restore_variables()
                 raise
-            self._record(shapes, time.perf_counter() - start - (self._planning_seconds() - planning))
-            return result
-        raise AssertionError("unreachable: the last tightening raises")
+            else:
+                self._record(shapes, time.perf_counter() - start - (self._planning_seconds() - planning))
+                self._settle()
+                return result
 
     def trace(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Calls the step while it is traced, so that the function being traced will be rewritten."""
@@ -162,17 +162,24 @@ class Session:
         self._planned.clear()
         self._trials = _TRIALS
 
-    def _is_trial(self) -> bool:
-        """Whether memory could run out in this step: it is new, or more is in use than when it last went well."""
+    def _take_snapshot(self) -> None:
+        """Keeps the variables' values for the case that the step fails half way.
+
+        On a device that counts its memory: always for the first steps of a plan, later while it costs
+        little beside the step. Without it, an out-of-memory error leaves some variables updated.
+        """
+        self._snapshot = None
         if not self._handles or profiler.memory_in_use() is None:
-            return False
-        return self._trials > 0 or (profiler.memory_in_use() or 0) > self._settled_bytes
+            return
+        if self._trials > 0 or self._snapshot_seconds < _CHEAP * self._step_seconds:
+            start = time.perf_counter()
+            self._snapshot = graphdef.read_variables(self._handles)
+            self._snapshot_seconds = time.perf_counter() - start
 
     def _record(self, shapes: tuple[graphdef.Shape, ...], seconds: float) -> None:
         self._snapshot = None
         self._trials -= 1
-        current = profiler.memory_in_use()
-        self._settled_bytes = max(self._settled_bytes, current or 0)
+        self._step_seconds = seconds
         for accepted, _, step in reversed(self._planned):
             if _accepts(accepted, shapes):
                 step.measured_seconds.append(seconds)
@@ -192,13 +199,24 @@ class Session:
 
     # --- variables ---------------------------------------------------------------------------------------------
 
-    def _read_variables(self) -> list[Any]:
-        return graphdef.read_variables(self._handles)
+    def _restore_variables(self) -> bool:
+        """Puts the variables back to where they were before the step, if that is known."""
+        if self._snapshot is None:
+            return False
+        graphdef.write_variables(self._handles, self._snapshot)
+        self._snapshot = None
+        return True
 
-    def _restore_variables(self) -> None:
-        if self._snapshot is not None:
-            graphdef.write_variables(self._handles, self._snapshot)
-            self._snapshot = None
+    def _settle(self) -> None:
+        """Puts assigned variables back to where they were, so that every step meets the same layout of memory.
+
+        On a device that counts its memory, unless that takes long beside the step.
+        """
+        if not self._moving or profiler.memory_in_use() is None or self._settle_seconds > _CHEAP * self._step_seconds:
+            return
+        start = time.perf_counter()
+        graphdef.write_variables(self._moving, graphdef.read_variables(self._moving))
+        self._settle_seconds = time.perf_counter() - start
 
     # --- planning ----------------------------------------------------------------------------------------------
 
@@ -213,6 +231,13 @@ class Session:
             return  # the trace that makes the variables; TensorFlow traces again
         if not self._inlines and graphdef.has_calls(func_graph):
             raise _NestedCalls
+        self._handles = graphdef.variable_handles(func_graph)
+        self._moving = graphdef.moving_handles(func_graph)
+        if profiler.memory_in_use() is not None:
+            with tf.init_scope():
+                # Building the model has left holes between its variables.
+                self._snapshot = self._snapshot or graphdef.read_variables(self._handles)
+                graphdef.write_variables(self._handles, self._snapshot)
         with _progress(func_graph.name) as progress:
             clock = _Clock(progress)
             shapes = self._argument_shapes(func_graph)
@@ -238,10 +263,6 @@ class Session:
                     rewritten = rewrites.rewrite(graph, planned.plan)
                     graphdef.export_function(func_graph, rewritten, self._tiers)
             self._add_report(func_graph, shapes, _step_report(graph, budget, planned, clock.seconds))
-        self._handles = graphdef.variable_handles(func_graph)
-        if self._snapshot is None and profiler.memory_in_use() is not None:
-            with tf.init_scope():
-                self._snapshot = self._read_variables()
 
     def _add_report(self, func_graph, shapes: tuple[graphdef.Shape, ...], step: StepReport) -> None:
         accepted = tuple(_shape(tensor) for tensor in func_graph.inputs if tensor.dtype != tf.resource)[: len(shapes)]
@@ -263,7 +284,7 @@ class Session:
         )
 
     def _device(self) -> DeviceSpec:
-        emulated = os.environ.get(EMULATED_MEMORY)
+        emulated = os.environ.get(MEMORY_VARIABLE)
         directory = self.options.swap_directory()
         if directory is None and self._far_tier() == "disk":
             directory = tiers.default_directory()

@@ -1,6 +1,7 @@
 """Measures: the device, the links to the far tiers, and every node of a step.
 
-Private TensorFlow used here (2.21): the profiler's XSpace protobuf and `ConcreteFunction._call_flat`.
+Private TensorFlow used here (2.21): the profiler's XSpace protobuf, `ConcreteFunction._call_flat` and the eager
+context's initialisation.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ import pathlib
 import statistics
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import tensorflow as tf
+from tensorflow.python.eager import context
 from tensorflow.tsl.profiler.protobuf import xplane_pb2
 
 from graphswap import graphdef, ir, tiers
@@ -37,6 +39,23 @@ class CantMeasure(Exception):
 def device_name() -> str:
     """The device that the step's memory is planned for."""
     return "GPU:0" if tf.config.list_logical_devices("GPU") else "CPU:0"
+
+
+def on_context_initialized(callback: Callable[[], None]) -> None:
+    """Calls `callback` once, as soon as TensorFlow has initialised its devices; now if it has done so."""
+    current = context.context()
+    if current._initialized:
+        callback()
+        return
+    initialize = current.ensure_initialized
+
+    def ensure_initialized() -> None:
+        initialize()
+        if "ensure_initialized" in vars(current):
+            del current.ensure_initialized  # back to the class's method
+            callback()
+
+    current.ensure_initialized = ensure_initialized
 
 
 def memory_in_use(kind: str = "current") -> int | None:

@@ -11,7 +11,7 @@ from graphswap.plan import Plan, Swap
 def swap(graph: ir.Graph, plan: Plan) -> ir.Graph:
     """Returns the graph with the plan's `Swap` decisions carried out.
 
-    The SwapOut stands right after `out_after`, and `freed_before` gets a control input from it; the
+    The SwapOut stands right after `out_after` and runs after it, and `freed_before` gets a control input from it; the
     SwapIn stands right after `in_after` and runs after it. A value that is already in the far tier is not
     copied out again.
     """
@@ -53,7 +53,7 @@ def swap(graph: ir.Graph, plan: Plan) -> ir.Graph:
             continue
         for decision in by_anchor["out_after"].get(anchor, ()):
             if decision.value not in copied:
-                out = _swap_out(graph, decision, current.get(decision.value, decision.value), taken)
+                out = _swap_out(graph, decision, current.get(decision.value, decision.value), anchor, taken)
                 nodes.append(out)
                 copied[decision.value] = fences[decision] = out.name
         for decision in by_anchor["in_after"].get(anchor, ()):
@@ -74,13 +74,15 @@ def _anchors(graph: ir.Graph) -> dict[str, str]:
     return anchors
 
 
-def _swap_out(graph: ir.Graph, decision: Swap, source: str, taken: set[str]) -> ir.Node:
+def _swap_out(graph: ir.Graph, decision: Swap, source: str, after: str, taken: set[str]) -> ir.Node:
     value = graph.value(decision.value)
     device = graph.by_name[ir.producer(decision.value)].device
     return ir.Node(
         name=ir.fresh_name(f"{decision.value.replace(':', '_')}/swap_out", taken),
         op=ir.SWAP_OUT,
         inputs=(source,),
+        # Earlier, the copy would decide by chance whether a reader may write over its source.
+        control_inputs=() if ir.producer(source) == after else (after,),
         outputs=(ir.Value("variant"),),
         device=device,
         attrs=(("nbytes", value.nbytes), ("tier", decision.tier)),

@@ -23,6 +23,7 @@ from graphswap.strategies import order as order_lib
 SMALL_BYTES = 64 << 10
 """Storages up to this size stay on the device: moving them costs more than it frees."""
 
+_ROOMY = 1.1
 _NEVER_REPEATED = frozenset({"While", "StatelessWhile", "If", "StatelessIf", "Case", "StatelessCase"})
 
 
@@ -210,11 +211,16 @@ class Gaps:
     def place(self, decisions: tuple[Decision, ...], memory_budget: int) -> Timeline:
         """Simulates with the device's allocator, over several steps.
 
+        Of a device that is hardly larger than the budget only the budget is used: what is left over makes
+        up for holes that the model can't know.
+
         Raises:
             simulator.NoRoom: If it runs out of memory.
         """
         device = self.cost_model.device
-        limit = max(memory_budget, device.memory_bytes or 0)
+        limit = device.memory_bytes or 0
+        if limit < _ROOMY * memory_budget:
+            limit = memory_budget
         allocator = allocator_lib.Allocator(limit, device.reserves_memory)
         return simulate(self.graph, Plan(decisions=decisions), self.cost_model, allocator=allocator, repetitions=4)
 
