@@ -70,7 +70,7 @@ def _list_schedule(graph: ir.Graph, depth_first: bool) -> list[str]:
     def priority(index: int) -> int:
         node = nodes[index]
         if node.op in liveness.ASSIGNS or node.op in liveness.UPDATES:
-            return 0 if old_readers[index] else 2 * _URGENT
+            return -_URGENT if old_readers[index] else 2 * _URGENT
         if node.op in _AT_ONCE or node.name in urgent or not any(sizes[r] for r in node.refs()):
             return _URGENT
         return min(growth(index), 0)
