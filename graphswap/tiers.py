@@ -28,6 +28,10 @@ _WHOLE_BYTES = 16 << 20
 _PREFIX = "graphswap-"
 
 
+class SwapSpaceError(OSError):
+    """The swap directory is full or can't be written."""
+
+
 @dataclasses.dataclass(frozen=True)
 class FarCopy:
     """A value in a far tier.
@@ -97,11 +101,17 @@ class Tiers:
         """The private directory of this process, made on the first call.
 
         Raises:
-            OSError: If it can't be made.
+            SwapSpaceError: If it can't be made.
         """
         if self._files is None:
             remove_stale(self._parent)
-            path = pathlib.Path(tempfile.mkdtemp(prefix=_PREFIX, dir=self._parent))
+            try:
+                path = pathlib.Path(tempfile.mkdtemp(prefix=_PREFIX, dir=self._parent))
+            except OSError as error:
+                raise SwapSpaceError(
+                    f"swapping to '{self._parent}' failed: {error.strerror}. "
+                    "Name a directory that takes files in graphswap.Options(swap_to=...)."
+                ) from error
             lock = open(path / "lock", "w")  # noqa: SIM115 (held until exit: it tells the living from the dead)
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             atexit.register(shutil.rmtree, path, ignore_errors=True)
