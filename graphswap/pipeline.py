@@ -21,6 +21,7 @@ from graphswap.options import Options
 from graphswap.plan import Plan
 from graphswap.report import Report, StepReport
 from graphswap.strategies.base import InfeasibleBudgetError, Strategy
+from graphswap.tiers import SwapSpaceError
 
 _WIDENING = 1.03
 _WIDENINGS = 24
@@ -35,10 +36,6 @@ _TRIALS = 3
 _STATIC_TRACES = 4
 _WANDERING = 1.15
 """How far the peak of TensorFlow's own order has been seen above the planned order's (ResNet-50: 11 %)."""
-
-
-class SwapSpaceError(OSError):
-    """The swap directory is full or can't be written."""
 
 
 @dataclasses.dataclass
