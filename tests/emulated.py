@@ -27,7 +27,8 @@ def call(memory_bytes: int, file: str, function: str, *arguments: Any, **variabl
     Returns:
         What the function returns.
     """
-    environment = {**os.environ, **emulate.environment(memory_bytes), **variables}
+    path = os.pathsep.join(sys.path)
+    environment = {**os.environ, "PYTHONPATH": path, **emulate.environment(memory_bytes), **variables}
     command = [sys.executable, "-m", "graphswap.emulate", file, function, json.dumps(arguments)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]

@@ -1,0 +1,390 @@
+"""What a session does when things go well, and when they don't."""
+
+import json
+import os
+import re
+import shutil
+
+import emulated
+import numpy as np
+import pytest
+import tensorflow as tf
+import trainings
+
+import graphswap
+from graphswap import graphdef, pipeline, profiler
+from graphswap.options import parse_bytes
+
+MIB = 1 << 20
+LAYERS = 6
+
+
+def make_step(extra=None):
+    """A step of gradient descent with momentum on a perceptron, and its variables.
+
+    Args:
+        extra: Called in the step with its first activation; returns what replaces it.
+    """
+    random = np.random.default_rng(0)
+    weights = [tf.Variable(random.normal(0, 0.1, (64, 64)).astype("float32")) for _ in range(LAYERS)]
+    momenta = [tf.Variable(tf.zeros_like(weight)) for weight in weights]
+
+    def step(x):
+        with tf.GradientTape() as tape:
+            for index, weight in enumerate(weights):
+                x = tf.nn.relu(x @ weight)
+                x = extra(x) if extra and not index else x
+            loss = tf.reduce_mean(tf.square(x - 1))
+        for weight, momentum, gradient in zip(weights, momenta, tape.gradient(loss, weights), strict=True):
+            momentum.assign(0.9 * momentum + gradient)
+            weight.assign_sub(0.01 * momentum)
+        return loss
+
+    return step, [*weights, *momenta]
+
+
+def batch(rows=1024, seed=0):
+    return tf.constant(np.random.default_rng(seed).normal(size=(rows, 64)).astype("float32"))
+
+
+def values(variables):
+    return [variable.numpy() for variable in variables]
+
+
+def assert_same(received, expected):
+    for left, right in zip(received, expected, strict=True):
+        np.testing.assert_array_equal(left, right)
+
+
+def train_plainly(steps, extra=None):
+    """The variables after some plain steps."""
+    step, variables = make_step(extra)
+    function = tf.function(step)
+    for _ in range(steps):
+        function(batch())
+    return values(variables)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "graphswap" / "profiles"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def pins():
+    with trainings.reproducible():
+        yield
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """A device that seems to count its memory, so that steps can be repeated."""
+    monkeypatch.setattr(profiler, "memory_in_use", lambda kind="current": 1000)
+
+
+def evict_all(**options):
+    return {"memory_budget": "min", "strategy": trainings.EvictAll(), "swap_to": "host", **options}
+
+
+# --- budgets ----------------------------------------------------------------------------------------------------
+
+
+def test_an_impossible_budget_names_one_that_works():
+    step, variables = make_step()
+    before = values(variables)
+    with pytest.raises(graphswap.InfeasibleBudgetError, match="smallest reachable peak") as caught:
+        graphswap.function(step, memory_budget="1MiB", swap_to="host")(batch())
+    assert "memory_budget=1.0MiB is below" in str(caught.value)
+    assert_same(values(variables), before)
+    smallest = re.search(r"at least ([\d.]+MiB)", str(caught.value))
+    assert smallest is not None
+    again = graphswap.function(step, memory_budget=smallest[1], swap_to="host")
+    again(batch())
+    assert graphswap.report(again).step.predicted_peak_bytes <= parse_bytes(smallest[1])
+    assert_same(values(variables), train_plainly(1))
+
+
+def test_min_is_the_smallest_reachable_budget():
+    step, _ = make_step()
+    smallest = graphswap.function(step, memory_budget="min", swap_to="host")
+    smallest(batch())
+    report = graphswap.report(smallest).step
+    assert report.plan.decisions
+    assert report.predicted_peak_bytes <= report.memory_budget < report.plain_peak_bytes
+    with pytest.raises(graphswap.InfeasibleBudgetError):
+        graphswap.function(step, memory_budget=report.memory_budget * 9 // 10, swap_to="host")(batch())
+
+
+def test_a_step_that_fits_is_left_alone(monkeypatch):
+    monkeypatch.setattr(graphdef, "export_function", lambda *args: pytest.fail("the step was rewritten"))
+    monkeypatch.setattr(profiler, "measure_step", lambda *args: pytest.fail("the step was measured"))
+    step, variables = make_step()
+    function = graphswap.function(step, memory_budget="1GiB")
+    function(batch())
+    assert graphswap.report(function).step.status == "needs nothing"
+    assert_same(values(variables), train_plainly(1))
+
+
+@pytest.mark.parametrize("budget", ["auto", "free"])
+def test_budgets_in_words_train(budget):
+    step, variables = make_step()
+    graphswap.function(step, memory_budget=budget, swap_to="host")(batch())
+    assert_same(values(variables), train_plainly(1))
+
+
+# --- errors -----------------------------------------------------------------------------------------------------
+
+
+def test_an_error_inside_a_step_leaves_the_variables():
+    def refuse_large(x):
+        with tf.control_dependencies([tf.debugging.assert_less(tf.reduce_max(x), 50.0)]):
+            return tf.identity(x)
+
+    step, variables = make_step(refuse_large)
+    function = graphswap.function(step, **evict_all())
+    function(batch())
+    before = values(variables)
+    with pytest.raises(tf.errors.InvalidArgumentError):
+        function(batch() * 1000)
+    assert_same(values(variables), before)
+    function(batch())
+    assert_same(values(variables), train_plainly(2))
+
+
+def test_out_of_memory_in_spite_of_the_plan_is_planned_again(counted):
+    failures = []
+
+    def run_out_once():
+        if not failures:
+            failures.append(1)
+            raise MemoryError  # TensorFlow makes it a ResourceExhaustedError
+
+    step, variables = make_step()
+
+    def fail_after_updates(x):
+        loss = step(x)
+        with tf.control_dependencies([loss, *variables]):
+            tf.py_function(run_out_once, [], [])
+        return loss
+
+    function = graphswap.function(fail_after_updates, memory_budget="3MiB", swap_to="host")
+    function(batch())
+    assert failures
+    assert_same(values(variables), train_plainly(1))
+    first, second = graphswap.report(function).steps
+    assert "ran out of memory" in first.notes[-1]
+    assert second.memory_budget < first.memory_budget
+
+
+def test_out_of_memory_that_no_plan_prevents_is_raised(counted):
+    def run_out():
+        raise MemoryError
+
+    step, variables = make_step()
+
+    def fail(x):
+        loss = step(x)
+        with tf.control_dependencies([loss]):
+            tf.py_function(run_out, [], [])
+        return loss
+
+    before = values(variables)
+    with pytest.raises((tf.errors.ResourceExhaustedError, graphswap.InfeasibleBudgetError)):
+        graphswap.function(fail, memory_budget="3MiB", swap_to="host")(batch())
+    assert_same(values(variables), before)
+
+
+def test_ctrl_c_while_planning_leaves_the_step_trainable():
+    class Interrupted(trainings.EvictAll):
+        def plan(self, graph, cost_model, memory_budget):
+            if not interrupts:
+                interrupts.append(1)
+                raise KeyboardInterrupt
+            return super().plan(graph, cost_model, memory_budget)
+
+    interrupts = []
+    step, variables = make_step()
+    before = values(variables)
+    function = graphswap.function(step, memory_budget="min", strategy=Interrupted(), swap_to="host")
+    with pytest.raises(KeyboardInterrupt):
+        function(batch())
+    assert_same(values(variables), before)
+    function(batch())
+    assert graphswap.report(function).step.plan.swaps
+    assert_same(values(variables), train_plainly(1))
+
+
+def unknown_sizes(x):
+    return tf.tile(tf.boolean_mask(x, tf.reduce_sum(x, 1) > 0), (2, 1))
+
+
+def test_an_unsupported_graph_is_refused_by_name():
+    step, variables = make_step(unknown_sizes)
+    before = values(variables)
+    with pytest.raises(graphswap.UnsupportedGraphError, match="from node 'boolean_mask/") as caught:
+        graphswap.function(step, memory_budget="1MiB")(batch())
+    assert "on_unsupported='run_unchanged'" in str(caught.value)
+    assert_same(values(variables), before)
+
+
+def test_an_unsupported_graph_runs_unchanged_if_asked():
+    step, variables = make_step(unknown_sizes)
+    function = graphswap.function(step, memory_budget="1MiB", on_unsupported="run_unchanged")
+    function(batch())
+    assert graphswap.report(function).step.status.startswith("runs unchanged: expected known shapes")
+    assert_same(values(variables), train_plainly(1, unknown_sizes))
+
+
+# --- swap space -------------------------------------------------------------------------------------------------
+
+
+def test_a_full_disk_is_named_and_leaves_the_variables(tmp_path):
+    step, variables = make_step()
+    function = graphswap.function(step, **evict_all(swap_to=tmp_path, strategy=trainings.EvictAll(("swap",))))
+    function(batch())
+    before = values(variables)
+    (directory,) = tmp_path.glob("graphswap-*")
+    for file in directory.iterdir():
+        if file.name != "lock":
+            file.unlink()
+            file.symlink_to("/dev/full")
+    with pytest.raises(pipeline.SwapSpaceError, match=f"swapping to '{directory}' failed") as caught:
+        function(batch())
+    assert "name another directory" in str(caught.value)
+    assert_same(values(variables), before)
+
+
+def test_a_swap_directory_that_was_removed_is_made_again(tmp_path):
+    step, variables = make_step()
+    function = graphswap.function(step, **evict_all(swap_to=tmp_path))
+    function(batch())
+    (directory,) = tmp_path.glob("graphswap-*")
+    shutil.rmtree(directory)
+    function(batch())
+    assert directory.is_dir()
+    assert_same(values(variables), train_plainly(2))
+
+
+def test_a_swap_directory_that_takes_no_files_is_named():
+    step, variables = make_step()
+    before = values(variables)
+    with pytest.raises(pipeline.SwapSpaceError, match="/proc"):
+        graphswap.function(step, **evict_all(swap_to="/proc"))(batch())
+    assert_same(values(variables), before)
+
+
+# --- shapes -----------------------------------------------------------------------------------------------------
+
+
+def test_growing_batches_are_planned_again():
+    sizes = (512, 544, 576, 608, 640, 672, 704, 640, 1024, 512)
+    plain_step, plain_variables = make_step()
+    step, variables = make_step()
+    plain = tf.function(plain_step, reduce_retracing=True)
+    function = graphswap.function(step, **evict_all())
+    with trainings.reproducible("constant_folding"):
+        for rows in sizes:
+            assert function(batch(rows)) == plain(batch(rows)), rows
+    assert_same(values(variables), values(plain_variables))
+    steps = graphswap.report(function).steps
+    assert steps[-1].plain_peak_bytes > 1024 * 64 * 4 * LAYERS  # planned for the largest
+    for rows in (640, *sizes):
+        function(batch(rows))
+    assert len(steps) <= len(sizes) + 1  # one plan with open sizes serves all
+
+
+# --- the cache of profiles --------------------------------------------------------------------------------------
+
+
+def count_measurements(monkeypatch):
+    counted, measure = [], profiler.measure_step
+
+    def measure_step(*args):
+        counted.append(args)
+        return measure(*args)
+
+    monkeypatch.setattr(profiler, "measure_step", measure_step)
+    return counted
+
+
+def test_a_step_is_measured_once(monkeypatch, cache):
+    measured = count_measurements(monkeypatch)
+    for _ in range(2):
+        graphswap.function(make_step()[0], **evict_all())(batch())
+    assert len(measured) == 1
+    assert len(list(cache.iterdir())) == 1
+
+
+def test_a_damaged_profile_is_measured_again(monkeypatch, cache):
+    graphswap.function(make_step()[0], **evict_all())(batch())
+    (file,) = cache.iterdir()
+    text = file.read_text()
+    measured = count_measurements(monkeypatch)
+    for damaged in ("", text[: len(text) // 2], "[]", '{"seconds": 3}'):
+        file.write_text(damaged)
+        graphswap.function(make_step()[0], **evict_all())(batch())
+        assert json.loads(file.read_text()).keys() == json.loads(text).keys()
+    assert len(measured) == 4
+
+
+def test_a_profile_serves_other_processes(cache):
+    for _ in range(2):
+        emulated.call(1 << 30, __file__, "train_once")
+        assert len(list(cache.iterdir())) == 1
+
+
+def train_once():
+    import keras
+
+    x = inputs = keras.Input((64,))
+    for _ in range(LAYERS):
+        x = keras.layers.Dropout(0.1)(keras.layers.BatchNormalization()(keras.layers.Dense(64, "relu")(x)))
+    model = keras.Model(inputs, x)
+    model.compile("adam", "mse", metrics=["mae"], graphswap=graphswap.Options("min", swap_to="host"))
+    model.train_on_batch(batch(), batch())
+
+
+# --- side effects -----------------------------------------------------------------------------------------------
+
+
+def test_tensorflows_settings_stay_as_they_were():
+    def settings():
+        return (
+            tf.config.optimizer.get_experimental_options(),
+            tf.config.threading.get_inter_op_parallelism_threads(),
+            tf.config.get_soft_device_placement(),
+            tf.config.functions_run_eagerly(),
+            tf.config.optimizer.get_jit(),
+            {name: value for name, value in os.environ.items() if name.startswith(("TF_", "XLA_"))},
+        )
+
+    before = settings()
+    random = tf.random.get_global_generator().state.numpy()
+    graphswap.function(make_step()[0], **evict_all())(batch())
+    assert settings() == before
+    np.testing.assert_array_equal(tf.random.get_global_generator().state.numpy(), random)
+
+
+# --- on an emulated accelerator ---------------------------------------------------------------------------------
+
+
+def train_with_rosy_profile():
+    """Trains under a profile that knows nothing of half of the memory that the step needs."""
+    measure = profiler.measure_step
+
+    def rosy(*args):
+        profile = measure(*args)
+        return type(profile)(profile.fingerprint, profile.seconds, dict.fromkeys(profile.workspace, 0), profile.links)
+
+    profiler.measure_step = rosy
+    step, variables = make_step(lambda x: tf.reshape(tf.sort(tf.reshape(x, (-1,))), x.shape))
+    budget = 11 * MIB
+    function = graphswap.function(step, memory_budget=budget, swap_to="host")
+    losses = [float(function(batch(4096))) for _ in range(3)]
+    peak = tf.config.experimental.get_memory_info("CPU:0")["peak"]
+    return {"losses": losses, "peak": peak, "text": str(graphswap.report(function))}
+
+
+if __name__ == "__main__":
+    emulated.main(globals())
