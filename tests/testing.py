@@ -4,17 +4,40 @@ from __future__ import annotations
 
 import math
 import random
+from typing import Any
 
 from hypothesis import strategies as st
 
 from graphswap import ir, parser
+from graphswap.cost_model import CostModel, DeviceSpec, Link, Profile
 
 _WIDTHS = (8, 40, 64)
+_MEBIBYTE = ir.Value("float32", (512, 512))
 
 
 def assert_graph_text(graph: ir.Graph, text: str) -> None:
     """Compares a graph with a text, whose white space and comments do not matter, line by line."""
     assert str(graph).splitlines() == str(parser.parse(text)).splitlines()
+
+
+def chain(layers: int) -> ir.Graph:
+    """Matrix products f1, f2 ... and b of the last, ... b2, b1, which reads f1; every value takes a MiB."""
+    nodes = [ir.Node(name, "Placeholder", outputs=(_MEBIBYTE,)) for name in ("w", "x")]
+
+    def multiply(name: str, other: str) -> None:
+        nodes.append(ir.Node(name, "MatMul", (nodes[-1].name, other), outputs=(_MEBIBYTE,)))
+
+    for layer in range(1, layers + 1):
+        multiply(f"f{layer}", "w")
+    for layer in reversed(range(1, layers + 1)):
+        multiply(f"b{layer}", f"f{layer}" if layer < layers else "w")
+    return ir.verify(ir.Graph("chain", tuple(nodes), ("w", "x"), ("b1",)))
+
+
+def seconds_per_node(seconds: float, link: Link, **device: Any) -> CostModel:
+    """A cost model under which all nodes take the same time."""
+    spec = DeviceSpec(launch_seconds=seconds, links={"host": link, "disk": link}, **device)
+    return CostModel(spec, Profile("", {}, {}))
 
 
 def random_graphs(max_layers: int = 8, batch: int = 8) -> st.SearchStrategy[ir.Graph]:
