@@ -59,7 +59,7 @@ def test_all_passes_together():
             "  %x = Placeholder() : (float32[8,8])",
             "  %f1 = MatMul(%x, %w) : (float32[8,8])",
             "  %f2 = MatMul(%f1, %w) : (float32[8,8])",
-            '  %f1/swap_out = SwapOut(%f1) {"nbytes": 256, "tier": "host"} : (variant[])',
+            '  %f1/swap_out = SwapOut(%f1) {"nbytes": 256, "tier": "host"} after(%f2) : (variant[])',
             "  %f3 = MatMul(%f2, %w) after(%f1/swap_out) : (float32[8,8])",
             "  %b3 = MatMul(%f3, %w) : (float32[8,8])",
             '  %f1/swap_in = SwapIn(%f1/swap_out) {"nbytes": 256, "tier": "host"} after(%b3) : (float32[8,8])',

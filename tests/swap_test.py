@@ -24,7 +24,7 @@ def test_a_swap():
           %w = Placeholder() : (float32[8,8])
           %f1 = MatMul(%x, %w) : (float32[8,8])
           %f2 = MatMul(%f1, %w) : (float32[8,8])
-          %f1/swap_out = SwapOut(%f1) {"nbytes": 256, "tier": "host"} : (variant[])
+          %f1/swap_out = SwapOut(%f1) {"nbytes": 256, "tier": "host"} after(%f2) : (variant[])
           %f3 = MatMul(%f2, %w) after(%f1/swap_out) : (float32[8,8])
           %b3 = MatMul(%f3, %w) : (float32[8,8])
           %f1/swap_in = SwapIn(%f1/swap_out) {"nbytes": 256, "tier": "host"} after(%b3) : (float32[8,8])
@@ -40,7 +40,7 @@ def test_a_second_swap_uses_the_far_copy():
     second = Swap("x", out_after="f3", freed_before="b3", in_after="b3", in_before="b2", tier="disk")
     graph = swapped(CHAIN, second, first)
     assert [str(node) for node in graph.nodes if node.op in (ir.SWAP_OUT, ir.SWAP_IN)] == [
-        '%x/swap_out = SwapOut(%x) {"nbytes": 256, "tier": "disk"} : (variant[])',
+        '%x/swap_out = SwapOut(%x) {"nbytes": 256, "tier": "disk"} after(%f1) : (variant[])',
         '%x/swap_in = SwapIn(%x/swap_out) {"nbytes": 256, "tier": "disk"} after(%f2) : (float32[8,8])',
         '%x/swap_in_1 = SwapIn(%x/swap_out) {"nbytes": 256, "tier": "disk"} after(%b3) : (float32[8,8])',
     ]
