@@ -99,7 +99,9 @@ class Session:
             start = time.perf_counter()
             planning = self._planning_seconds()
             try:
-                result = self._functions.setdefault(key, make())(*args, **kwargs)
+                if key not in self._functions:
+                    self._functions[key] = make()
+                result = self._functions[key](*args, **kwargs)
             except _NestedCalls:
                 self._inlines = True
                 self._forget()
@@ -313,7 +315,11 @@ class Session:
             profile = self._profile(func_graph, graph, cost_model, budget, notes)
         with clock("plan"):
             cost_model = dataclasses.replace(cost_model, profile=profile)
-            plan = _plan_within(self._strategy(), graph, cost_model, budget)
+            try:
+                plan = _plan_within(self._strategy(), graph, cost_model, budget)
+            except InfeasibleBudgetError as error:
+                asked, smallest = (int(nbytes / self._scale / _USABLE) for nbytes in (budget, error.smallest_bytes))
+                raise InfeasibleBudgetError(asked, smallest + 1, error.node) from None
         plain = simulator.simulate(graph, Plan(), cost_model)
         plan.check(graph)
         allocator = Allocator(
@@ -336,10 +342,12 @@ class Session:
         cached = profiler.cached_profile(graph.fingerprint, device)
         if cached is not None:
             return cached
+        greedy = strategies.Greedy(planning_seconds=0.0)
         try:
-            plan = _plan_within(strategies.Greedy(planning_seconds=0.0), graph, cost_model, int(budget * _FRUGAL))
+            plan = greedy.plan(graph, cost_model, max(1, int(budget * _FRUGAL)))
         except InfeasibleBudgetError:
-            plan = _plan_within(self._strategy(), graph, cost_model, budget)
+            # By estimates, which are high for some kernels' workspace: the run will tell.
+            plan = _plan_within(greedy, graph, cost_model, 0)
         try:
             frugal = rewrites.rewrite(graph, plan)
             profile = profiler.measure_step(func_graph, frugal, self._arguments, self._tiers, graph.fingerprint)
