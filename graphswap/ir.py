@@ -180,6 +180,18 @@ class Graph:
         return "\n".join([head + " {", *(f"  {node}" for node in self.nodes), "}"])
 
 
+_WHOLE_BYTES = 16 << 20
+_PIECE_BYTES = 4 << 20
+
+
+def swap_pieces(value: Value) -> int:
+    """In how many equal pieces a value travels to the far tier: 1 up to 16 MiB, else pieces of about 4 MiB."""
+    if value.nbytes <= _WHOLE_BYTES:
+        return 1
+    elements = value.nbytes // ITEM_BYTES[value.dtype]
+    return next(count for count in range(-(-value.nbytes // _PIECE_BYTES), elements + 1) if elements % count == 0)
+
+
 def ref(name: str, index: int = 0) -> str:
     """The reference to output `index` of node `name`."""
     return f"{name}:{index}" if index else name

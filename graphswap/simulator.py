@@ -172,6 +172,12 @@ class _Copy(NamedTuple):
     value: str
     nbytes: int
     tier: str
+    piece_bytes: int  # what is on the device twice while the value comes back in pieces
+
+
+def _piece_bytes(value: ir.Value) -> int:
+    pieces = ir.swap_pieces(value)
+    return value.nbytes // pieces if pieces > 1 else 0
 
 
 class _Plain(NamedTuple):
@@ -192,7 +198,8 @@ def _plain(graph: ir.Graph, cost_model: CostModel) -> _Plain:
         if node.op in (ir.SWAP_OUT, ir.SWAP_IN):
             kind = "swap_out" if node.op == ir.SWAP_OUT else "swap_in"
             attrs: Any = dict(node.attrs)
-            actions[node.name] = _Copy(kind, inputs, outputs, origin[node.name], attrs["nbytes"], attrs["tier"])
+            value, nbytes, tier = origin[node.name], attrs["nbytes"], attrs["tier"]
+            actions[node.name] = _Copy(kind, inputs, outputs, value, nbytes, tier, _piece_bytes(graph.value(value)))
         else:
             kind = "recompute" if node.like else "run"
             waits = [version[name] for name in node.control_inputs if graph.by_name[name].op == ir.SWAP_OUT]
@@ -269,7 +276,9 @@ def _expand(graph: ir.Graph, plan: Plan, plain: _Plain) -> tuple[list[_Action | 
 
     def copy(kind: str, source: int, swap: Swap) -> int:
         nonlocal versions
-        actions.append(_Copy(kind, (source,), (versions,), swap.value, graph.value(swap.value).nbytes, swap.tier))
+        value = graph.value(swap.value)
+        piece_bytes = _piece_bytes(value)
+        actions.append(_Copy(kind, (source,), (versions,), swap.value, value.nbytes, swap.tier, piece_bytes))
         versions += 1
         return versions - 1
 
@@ -368,7 +377,7 @@ class _Run:
     def layout(self) -> list[tuple[int, int, str | None]]:
         """All chunks as (address, bytes, owner), by address; nothing without an allocator."""
         chunks = self.allocator.layout() if self.allocator else []
-        return [(address, nbytes, self.owners[address] if used else None) for address, nbytes, used in chunks]
+        return [(address, nbytes, self.owners.get(address, "") if used else None) for address, nbytes, used in chunks]
 
     def _copy(self, action: _Copy) -> Step:
         (source,), (target,) = action.inputs, action.outputs
@@ -383,7 +392,9 @@ class _Run:
             end = start + link.in_seconds(action.nbytes)
             buffer = self.buffers[target] = self._allocate(allocator_lib.rounded(action.nbytes), action.value)
             buffer.readers = self.readers[target]
+            piece = self._allocate(allocator_lib.rounded(action.piece_bytes), "") if action.piece_bytes else None
             live = self.live
+            self._drop(piece)
             self._drop(buffer)
         self.lanes[lane] = self.ready[target] = end
         if not link.overlaps:

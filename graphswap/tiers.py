@@ -3,7 +3,7 @@
 * host: a string tensor per piece. Strings live outside the device allocator.
 * disk: a file per piece in a private directory, removed at exit, or by the next process after a crash.
 
-A value above 16 MiB travels in pieces of 8 MiB: glibc then serves the strings from memory it already
+A value above 16 MiB travels in pieces of about 4 MiB: glibc then serves the strings from memory it already
 has, and neither protobuf's 2 GiB limit nor a second full copy gets in the way. The bits do not change.
 """
 
@@ -23,8 +23,8 @@ from typing import Any
 
 import tensorflow as tf
 
-PIECE_BYTES = 8 << 20
-_WHOLE_BYTES = 16 << 20
+from graphswap import ir
+
 _PREFIX = "graphswap-"
 
 
@@ -61,7 +61,7 @@ class Tiers:
 
     def swap_out(self, tensor: tf.Tensor, tier: str) -> FarCopy:
         """Adds the ops that copy `tensor` (static shape) to the tier."""
-        count = piece_count(tuple(tensor.shape.as_list()), tensor.dtype.size)
+        count = ir.swap_pieces(ir.Value(tensor.dtype.name, tuple(tensor.shape.as_list())))
         parts = [tensor] if count == 1 else _split(tensor, count)
         strings = [tf.io.serialize_tensor(part) for part in parts]
         if tier == "host":
@@ -130,15 +130,6 @@ def remove_stale(parent: pathlib.Path) -> None:
         with contextlib.suppress(OSError), open(path / "lock") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(path, ignore_errors=True)
-
-
-def piece_count(shape: tuple[int | None, ...], item_bytes: int) -> int:
-    """In how many equal pieces a value travels: 1 up to 16 MiB, else the first fitting divisor."""
-    elements = math.prod(d or 0 for d in shape)
-    if elements * item_bytes <= _WHOLE_BYTES:
-        return 1
-    least = -(-elements * item_bytes // PIECE_BYTES)
-    return next(count for count in range(least, elements + 1) if elements % count == 0)
 
 
 def _split(tensor: tf.Tensor, count: int) -> list[tf.Tensor]:

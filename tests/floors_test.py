@@ -12,21 +12,23 @@ ROOT = pathlib.Path(__file__).parent.parent
 # exposes, which it imports on first use.
 FLOORS = (
     {"package"},
-    {"ir", "allocator", "tiers"},
+    {"ir", "allocator"},
+    {"tiers"},
     {"plan", "cost_model", "liveness", "graphdef", "parser"},
     {"simulator", "bound", "profiler"},
     {"strategies", "rewrites"},
     {"options"},
-    {"pipeline", "report"},
+    {"report"},
+    {"pipeline"},
     {"keras_compile", "distribute", "emulate"},
     {"graphswap"},
     {"tools"},
     {"__main__"},
 )
 STEPS = {
-    "strategies": ({"base", "gaps", "order"}, {"fitting"}, None, {"auto"}, {"__init__"}),
+    "strategies": ({"base", "order"}, {"gaps"}, {"fitting"}, None, {"auto"}, {"__init__"}),
     "rewrites": ({"pass_manager"}, None, {"__init__"}),
-    "tools": ({"__init__"}, None, {"graphswap_cli"}),
+    "tools": ({"__init__"}, {"models"}, {"trial"}, {"benchmark"}, None, {"graphswap_cli"}),
 }
 TENSORFLOW_DOORS = {"graphdef", "tiers", "profiler"}
 PRIVATE_TENSORFLOW_DOORS = {"graphdef", "profiler"}
