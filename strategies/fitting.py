@@ -78,6 +78,7 @@ def fit(
     lowest: Timeline | None = None
     for attempt in attempts:
         target = float(memory_budget)
+        tried: Mapping[int, str] | None = None
         for _ in range(_TARGETS):
             if best is not None and time.monotonic() > deadline:
                 return problem.plan(best.decisions, strategy, memory_budget)
@@ -85,8 +86,9 @@ def fit(
             if lowest is None or state.timeline.peak_bytes < lowest.peak_bytes:
                 lowest = state.timeline
             limit = math.inf if best is None else best.timeline.seconds
-            if state.timeline.peak_bytes > target or state.timeline.seconds >= limit:
+            if state.timeline.peak_bytes > target or state.timeline.seconds >= limit or state.evicted == tried:
                 break
+            tried = state.evicted
             placed = _place(problem, state, memory_budget, limit, actions)
             if placed is not None:
                 best = placed

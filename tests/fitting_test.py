@@ -104,6 +104,16 @@ def test_the_target_is_lowered_where_no_window_can_be_cleared():
     )
 
 
+def test_an_attempt_that_does_not_go_by_the_target_is_placed_once(monkeypatch):
+    problem = holes()
+    budgets = []
+    place = problem.place
+    monkeypatch.setattr(problem, "place", lambda decisions, budget: budgets.append(budget) or place(decisions, budget))
+    with pytest.raises(InfeasibleBudgetError):
+        fitting.fit(problem, [functools.partial(evict, {}, problem=problem)], 7 * MIB // 2, "s", actions=())
+    assert budgets == [7 * MIB // 2]
+
+
 def test_offer_names_the_cheapest_way():
     problem = gaps.problem(testing.chain(4), testing.seconds_per_node(1.0, Link(MIB, MIB, 0.25)))
     gap = problem.long_gap[problem.storage_of["f2"]]
