@@ -58,7 +58,6 @@ class Session:
     def __init__(self, options: Options):
         self.options = options
         self.report = Report()
-        graphdef.on_traced(_optimize)
         self._tiers = tiers.Tiers(options.swap_directory())
         self._inlines = False  # whether nested function calls are to be dissolved
         self._scale = 1.0  # of the budget; lowered when memory ran out in spite of a plan
@@ -128,8 +127,18 @@ class Session:
                 return result
 
     def trace(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Calls the step while it is traced, so that the function being traced will be rewritten."""
-        graphdef.mark_current_graph(self)
+        """Calls the step while it is traced, so that the function being traced will be rewritten.
+
+        Raises:
+            ValueError: If the step is run eagerly.
+        """
+        if not graphdef.mark_current_graph(self):
+            raise ValueError(
+                "graphswap: expected a step that is traced, received one that runs eagerly. graphswap rewrites the "
+                "step's graph, and an eager step has none. Set run_eagerly=False and "
+                "tf.config.run_functions_eagerly(False), or train without graphswap."
+            )
+        graphdef.on_traced(_optimize)
         if self._inlines:
             return graphdef.call_inline(step, args, kwargs)
         return step(*args, **kwargs)
