@@ -182,14 +182,19 @@ class Graph:
 
 _WHOLE_BYTES = 16 << 20
 _PIECE_BYTES = 4 << 20
+_SMALLEST_PIECE_BYTES = 1 << 20
 
 
 def swap_pieces(value: Value) -> int:
-    """In how many equal pieces a value travels to the far tier: 1 up to 16 MiB, else pieces of about 4 MiB."""
+    """In how many equal pieces a value travels to the far tier: 1 up to 16 MiB, else pieces of 1 to 4 MiB.
+
+    A value that has no such pieces, as its number of elements has few divisors, travels whole.
+    """
     if value.nbytes <= _WHOLE_BYTES:
         return 1
     elements = value.nbytes // ITEM_BYTES[value.dtype]
-    return next(count for count in range(-(-value.nbytes // _PIECE_BYTES), elements + 1) if elements % count == 0)
+    fewest, most = -(-value.nbytes // _PIECE_BYTES), value.nbytes // _SMALLEST_PIECE_BYTES
+    return next((count for count in range(fewest, most + 1) if elements % count == 0), 1)
 
 
 def ref(name: str, index: int = 0) -> str:
