@@ -1,0 +1,310 @@
+"""From TensorFlow's graphs to ours and back: nothing is lost, nothing is added, the values stay."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+import trainings
+
+from graphswap import graphdef, ir, profiler, rewrites, tiers
+from graphswap.cost_model import CostModel, DeviceSpec
+from graphswap.plan import Plan
+
+
+def traced(function, *specs):
+    """The graph of a function as the pipeline meets it: traced, and not optimised yet."""
+    return tf.function(function, autograph=False).get_concrete_function(*specs).graph
+
+
+def floats(*shape):
+    return tf.TensorSpec(shape, tf.float32)
+
+
+def ops(graph):
+    return [node.op for node in graph.nodes]
+
+
+def run(func_graph, graph, *arguments):
+    """The results of `graph`, run as a function of its own."""
+    function = graphdef.build_function(func_graph, graph, tiers.Tiers())
+    captures = [external for external, _ in func_graph.captures]
+    return function._call_flat([*map(tf.convert_to_tensor, arguments), *captures], [])
+
+
+def training_step():
+    """A step with everything that import has to mind: variables, dropout, state, control edges."""
+    random = np.random.default_rng(0)
+    weights = [tf.Variable(random.normal(0, 0.1, (64, 64)).astype("float32")) for _ in range(5)]
+    count = tf.Variable(0)
+
+    def step(x):
+        count.assign_add(1)
+        with tf.GradientTape() as tape:
+            y = x
+            for weight in weights:
+                y = tf.nn.relu(y @ weight)
+                y = tf.nn.experimental.stateless_dropout(y, 0.1, (count.read_value(), 0))
+            loss = tf.reduce_mean(tf.square(y))
+        for weight, gradient in zip(weights, tape.gradient(loss, weights), strict=True):
+            weight.assign_sub(gradient)
+        return loss, tf.identity(count)
+
+    return step, [*weights, count]
+
+
+# --- import -----------------------------------------------------------------------------------------------------
+
+
+def test_copies_are_looked_through():
+    def function(x):
+        a, b = tf.identity_n([tf.identity(x + 1), x])
+        return a * b
+
+    graph = graphdef.import_function(traced(function, floats(2)))
+    product = next(node for node in graph.nodes if node.op == "Mul")
+    assert product.inputs == ("add", "x")
+
+
+def test_copies_that_wait_for_something_stay():
+    def function(x):
+        with tf.control_dependencies([tf.debugging.assert_positive(x)]):
+            return tf.identity(x) * 2
+
+    graph = graphdef.import_function(traced(function, floats(2)))
+    product = next(node for node in graph.nodes if node.op == "Mul")
+    assert graph.by_name[product.inputs[0]].op == "Identity"
+
+
+def test_nodes_that_nothing_needs_are_left_out():
+    def function(x):
+        tf.exp(x)
+        return x + 1
+
+    assert "Exp" not in ops(graphdef.import_function(traced(function, floats(2))))
+
+
+def test_state_changes_are_kept_though_nothing_reads_them():
+    variable = tf.Variable(tf.zeros(2))
+
+    def function(x):
+        variable.assign(x)
+        return x
+
+    assert "AssignVariableOp" in ops(graphdef.import_function(traced(function, floats(2))))
+
+
+def test_what_depends_on_constants_alone_is_a_constant():
+    def function(x):
+        return x + tf.exp(tf.fill((64, 64), 2.0)) + tf.random.uniform((64, 64))
+
+    graph = graphdef.import_function(traced(function, floats(64, 64)))
+    assert "Exp" not in ops(graph)
+    assert "Fill" not in ops(graph)
+    assert "RandomUniform" in ops(graph)
+
+
+def test_large_constants_are_not_folded():
+    def function(x):
+        return x + tf.fill((1 << 22,), 2.0)  # 16 MiB; TensorFlow folds up to 10 MiB
+
+    assert "Fill" in ops(graphdef.import_function(traced(function, floats(1 << 22))))
+
+
+def test_open_sizes_are_resolved_for_the_batch():
+    def function(x):
+        flat = tf.reshape(tf.nn.relu(x), (-1, tf.shape(x)[1] * 3))
+        return tf.concat([flat, flat], 0)
+
+    func_graph = traced(function, floats(None, None, 3))
+    graph = graphdef.import_function(func_graph, [(8, 5, 3)])
+    shapes = {node.op: node.outputs[0].shape for node in graph.nodes}
+    assert shapes["Relu"] == (8, 5, 3)
+    assert shapes["Reshape"] == (8, 15)
+    assert shapes["ConcatV2"] == (16, 15)
+    with pytest.raises(graphdef.UnsupportedGraphError, match=r"from node 'x' \(Placeholder\)"):
+        graphdef.import_function(func_graph)
+
+
+def test_variables_hold_their_bytes():
+    variable, table = tf.Variable(tf.zeros((100, 3))), tf.Variable(tf.zeros((7,), tf.float64))
+    graph = graphdef.import_function(traced(lambda x: x + variable + tf.cast(table[0], "float32"), floats(100, 3)))
+    handles = [node for node in graph.nodes if node.outputs[:1] == (ir.Value("resource"),)]
+    held = [dict(node.attrs)["held_bytes"] for node in handles]
+    assert sorted(held) == [(256,), (1280,)]  # in the allocator's units of 256
+
+
+def test_control_edges_survive():
+    variable = tf.Variable(0.0)
+
+    def function(x):
+        variable.assign(x)
+        before = variable.read_value()
+        variable.assign(2 * x)
+        return before
+
+    graph = graphdef.import_function(traced(function, floats()))
+    first, second = (node for node in graph.nodes if node.op == "AssignVariableOp")
+    read = next(node for node in graph.nodes if node.op == "ReadVariableOp")
+    assert first.name in read.control_inputs
+    assert {first.name, read.name} & set(second.control_inputs)
+    assert set(graph.control_outputs) >= {second.name}
+
+
+def test_two_traces_have_one_fingerprint():
+    step, _ = training_step()
+    first, second = (graphdef.import_function(traced(step, floats(8, 64))) for _ in range(2))
+    assert first.fingerprint == second.fingerprint
+
+
+# --- export -----------------------------------------------------------------------------------------------------
+
+
+def as_text(definition):
+    """A GraphDef as text, control inputs sorted: their order means nothing."""
+    for node in definition.node:
+        controls = sorted(name for name in node.input if name.startswith("^"))
+        node.input[:] = [name for name in node.input if not name.startswith("^")] + controls
+    return str(definition)
+
+
+def test_export_of_what_was_imported_computes_the_same_and_adds_nothing():
+    step, _ = training_step()
+    func_graph = traced(step, floats(8, 64))
+    names = [operation.name for operation in func_graph.get_operations()]
+    graph = graphdef.import_function(func_graph)
+    graphdef.export_function(func_graph, graph, tiers.Tiers())
+    assert [operation.name for operation in func_graph.get_operations()] == names
+    assert graphdef.import_function(func_graph) == graph
+    before = as_text(func_graph.as_graph_def())
+    graphdef.export_function(func_graph, graph, tiers.Tiers())
+    assert as_text(func_graph.as_graph_def()) == before
+
+
+def test_a_built_function_equals_the_original():
+    step, variables = training_step()
+    concrete = tf.function(step, autograph=False).get_concrete_function(floats(8, 64))
+    x = tf.random.stateless_normal((8, 64), (1, 2))
+    before = [variable.numpy() for variable in variables]
+    expected = concrete(x)
+    after = [variable.numpy() for variable in variables]
+    for variable, value in zip(variables, before, strict=True):
+        variable.assign(value)
+    received = run(concrete.graph, graphdef.import_function(concrete.graph), x)
+    np.testing.assert_array_equal(received[0], expected[0])
+    for variable, value in zip(variables, after, strict=True):
+        np.testing.assert_array_equal(variable.numpy(), value)
+
+
+def evicting_plan(graph) -> Plan:
+    return trainings.EvictAll().plan(graph, CostModel(DeviceSpec()), 1)
+
+
+def test_swaps_and_repeats_run_after_tensorflows_optimisers():
+    step, variables = training_step()
+    func_graph = traced(step, floats(512, 64))
+    graph = graphdef.import_function(func_graph)
+    plan = evicting_plan(graph)
+    rewritten = rewrites.rewrite(graph, plan)
+    inserted = [node for node in rewritten.nodes if node.name not in graph.by_name]
+    repeated = [node.name for node in inserted if node.like]
+    assert repeated
+    assert plan.swaps
+    function = graphdef.build_function(func_graph, rewritten, tiers.Tiers())
+    x = tf.random.stateless_normal((512, 64), (1, 2))
+    arguments = [x, *(external for external, _ in func_graph.captures)]
+    executed = [name for _, _, name, _ in profiler._events(profiler._trace(lambda: function._call_flat(arguments, [])))]
+    names = {name.rpartition(":")[0] for name in executed}
+    assert set(repeated) <= names
+    for node in inserted:
+        kind = {ir.SWAP_OUT: "SerializeTensor", ir.SWAP_IN: "ParseTensor"}.get(node.op)
+        assert kind is None or f"{node.name}/{kind}:{kind}" in executed, node
+
+
+def test_the_planned_order_is_the_executed_order():
+    step, variables = training_step()
+    func_graph = traced(step, floats(512, 64))
+    graph = graphdef.import_function(func_graph)
+    rewritten = rewrites.rewrite(graph, evicting_plan(graph))
+    function = graphdef.build_function(func_graph, rewritten, tiers.Tiers())
+    arguments = [tf.ones((512, 64)), *(external for external, _ in func_graph.captures)]
+    events = profiler._events(profiler._trace(lambda: function._call_flat(arguments, [])))
+    starts = {name.rpartition(":")[0]: start for start, _, name, _ in events}
+    # Grappler drops a node if all its readers read a repeated one.
+    times = [starts[node.name] for node in rewritten.nodes if node.op in ("MatMul", "Relu") and node.name in starts]
+    assert len(times) > 15
+    assert times == sorted(times)
+
+
+# --- variables --------------------------------------------------------------------------------------------------
+
+
+def test_variables_are_read_and_written_back():
+    step, variables = training_step()
+    func_graph = traced(step, floats(8, 64))
+    handles = graphdef.variable_handles(func_graph)
+    assert len(handles) == len(variables)
+    saved = graphdef.read_variables(handles)
+    before = [variable.numpy() for variable in variables]
+    for variable in variables:
+        variable.assign(tf.ones_like(variable))
+    graphdef.write_variables(handles, saved)
+    for variable, value in zip(variables, before, strict=True):
+        np.testing.assert_array_equal(variable.numpy(), value)
+
+
+def test_uninitialised_variables_are_noticed():
+    created = []
+
+    @tf.function(autograph=False)
+    def function(x):
+        if not created:
+            created.append(tf.Variable(x))
+        seen.append(graphdef.is_initialized(tf.compat.v1.get_default_graph()))
+        return x + created[0]
+
+    seen = []
+    function(tf.ones(2))
+    assert seen[0] is False
+    assert seen[-1] is True
+
+
+# --- trace time -------------------------------------------------------------------------------------------------
+
+
+def test_only_marked_functions_are_seen():
+    seen = []
+    graphdef.off_traced()
+    graphdef.on_traced(lambda func_graph, mark: seen.append(mark))
+    try:
+
+        @tf.function
+        def marked(x):
+            assert graphdef.mark_current_graph("mine")
+            return x + 1
+
+        @tf.function
+        def other(x):
+            return marked(x) + 1
+
+        other(tf.ones(2))
+        tf.function(lambda x: x + 1)(tf.ones(2))
+        assert seen == ["mine"]
+    finally:
+        graphdef.off_traced()
+    assert not graphdef.mark_current_graph("eager")
+
+
+def test_keras_layers_import():
+    keras.utils.set_random_seed(0)
+    layers = [keras.layers.LSTM(8, return_sequences=True), keras.layers.BatchNormalization(), keras.layers.Dropout(0.5)]
+    model = keras.Sequential([keras.Input((6, 4)), *layers])
+
+    def function(x):
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_sum(model(x, training=True))
+        return tape.gradient(loss, model.trainable_variables)
+
+    graph = ir.verify(graphdef.import_function(traced(function, floats(3, 6, 4))))
+    loops = [node for node in graph.nodes if node.op.endswith("While")]
+    forward, backward = (dict(loop.attrs) for loop in loops)
+    assert sum(forward["held_bytes"]) > sum(backward["held_bytes"])
