@@ -1,0 +1,83 @@
+"""What the report says before, during and after training."""
+
+import pytest
+
+from graphswap.plan import Declined, Plan, Recompute, Swap
+from graphswap.report import Report, StepReport, report
+
+MIB = 1 << 20
+
+
+def step_report(**changes):
+    swap = Swap("conv", out_after="relu", freed_before="pool", in_after="loss", in_before="relu_grad")
+    decisions = (swap, Recompute(("norm", "relu"), before="norm_grad"))
+    plan = Plan(decisions=decisions, declined=(Declined("bias", "too small"),), strategy="karma", memory_budget=97 * MIB)
+    facts = {
+        "name": "train_step",
+        "nodes": 12,
+        "memory_budget": 100 * MIB,
+        "plan": plan,
+        "status": "rewritten",
+        "plain_peak_bytes": 200 * MIB,
+        "predicted_peak_bytes": 96 * MIB,
+        "plain_seconds": 0.5,
+        "predicted_seconds": 0.75,
+        "swapped_bytes": 50 * MIB,
+        "recomputed_seconds": 0.125,
+        "breakdown": {"import": 0.25, "plan": 1.5},
+    }
+    return StepReport(**{**facts, **changes})
+
+
+def test_a_planned_step_before_it_runs():
+    assert str(step_report()).splitlines() == [
+        "train_step (12 nodes): rewritten",
+        "  budget  100.0MiB",
+        "  peak    plain 200.0MiB predicted, planned 96.0MiB predicted, measured not counted by this device",
+        "  step    plain 0.500 s predicted, planned 0.750 s predicted, measured not run yet",
+        "  plan    karma: 1 swaps (50.0MiB out), 2 nodes repeated (0.125 s)",
+        "  took    import 0.2 s, plan 1.5 s",
+    ]
+
+
+def test_a_planned_step_after_it_has_run():
+    text = str(step_report(measured_seconds=[9.0, 0.75, 0.5, 1.0], measured_peak_bytes=95 * MIB, notes=["tightened"]))
+    assert "measured 95.0MiB" in text
+    assert "measured 0.750 s (median of 3)" in text  # the first run also sets kernels up
+    assert text.endswith("note    tightened")
+
+
+def test_a_step_that_has_run_once_shows_that_run():
+    assert "measured 9.000 s (median of 1)" in str(step_report(measured_seconds=[9.0]))
+
+
+def test_a_step_that_needs_nothing():
+    text = str(step_report(plan=Plan(), status="needs nothing", swapped_bytes=0, recomputed_seconds=0.0, breakdown={}))
+    assert text.startswith("train_step (12 nodes): needs nothing\n")
+    assert "none: 0 swaps (0B out), 0 nodes repeated" in text
+    assert "took" not in text
+
+
+def test_explain_lists_every_decision_and_what_was_declined():
+    text = Report([step_report()]).explain()
+    for part in ("swap       conv  out after relu", "recompute  norm, relu  before norm_grad", "keep       bias  too small"):
+        assert part in text
+
+
+def test_the_step_of_a_report_is_the_one_that_ran_most():
+    once, often = step_report(name="partial", measured_seconds=[1.0]), step_report(measured_seconds=[1.0, 1.0])
+    whole = Report([often, once])
+    assert whole.step is often
+    assert str(whole).splitlines()[0].startswith("train_step")
+    assert "partial" in str(whole)
+
+
+def test_a_report_before_any_step():
+    assert str(Report()) == "graphswap: no step has been traced yet."
+    with pytest.raises(ValueError, match="Run one training step"):
+        _ = Report().step
+
+
+def test_report_refuses_what_was_made_without_graphswap():
+    with pytest.raises(ValueError, match=r"received 3\. Compile it with"):
+        report(3)
