@@ -14,7 +14,7 @@ import pathlib
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -176,26 +176,22 @@ def without_side_effects(graph: ir.Graph) -> ir.Graph:
     Raises:
         CantMeasure: If the value of such a node is needed.
     """
-    dropped: dict[str, ir.Node] = {}
     kept: list[ir.Node] = []
+    waited_for: dict[str, tuple[str, ...]] = {}  # dropped node -> kept nodes before it
 
-    def resolve(name: str) -> list[str]:
-        if name not in dropped:
-            return [name]
-        node = dropped[name]
-        before = [*map(ir.producer, node.inputs), *node.control_inputs]
-        return [found for other in before for found in resolve(other)]
+    def kept_before(names: Iterable[str]) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(found for name in names for found in waited_for.get(name, (name,))))
 
     for node in graph.nodes:
+        read = [ir.producer(reference) for reference in node.inputs]
         if node.stateful and not dict(node.attrs).get("only_reads"):
-            dropped[node.name] = node
+            waited_for[node.name] = kept_before([*read, *node.control_inputs])
             continue
-        needed = [ir.producer(r) for r in node.inputs if ir.producer(r) in dropped]
+        needed = [name for name in read if name in waited_for]
         if needed:
             raise CantMeasure(f"'{node.name}' needs the value of '{needed[0]}', which has side effects")
-        controls = tuple(dict.fromkeys(found for name in node.control_inputs for found in resolve(name)))
-        kept.append(dataclasses.replace(node, control_inputs=controls))
-    ends = tuple(dict.fromkeys(found for name in (*graph.control_outputs, *dropped) for found in resolve(name)))
+        kept.append(dataclasses.replace(node, control_inputs=kept_before(node.control_inputs)))
+    ends = kept_before([*graph.control_outputs, *waited_for])
     return graph.replace(nodes=tuple(kept), control_outputs=ends)
 
 

@@ -1,0 +1,132 @@
+"""What is measured: the device, the links, and every node of a step, without a trace in the variables."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+import testing
+
+from graphswap import graphdef, ir, parser, profiler, tiers
+from graphswap.cost_model import Link, Profile
+
+# --- the device -------------------------------------------------------------------------------------------------
+
+
+def test_a_plain_cpu_has_no_limit_and_counts_nothing():
+    assert profiler.memory_in_use() is None
+    spec = profiler.device_spec(None)
+    assert spec.memory_bytes is None
+    assert not spec.reserves_memory
+    assert not spec.links["host"].overlaps
+
+
+@pytest.mark.parametrize("tier", ["host", "disk"])
+def test_links_are_as_fast_as_a_machine_may_be(tier, tmp_path):
+    link = profiler.measure_link(tier, str(tmp_path) if tier == "disk" else None)
+    assert 1e7 < link.out_bytes_per_second < 1e12
+    assert 1e7 < link.in_bytes_per_second < 1e12
+
+
+# --- without side effects ---------------------------------------------------------------------------------------
+
+
+def test_updates_are_dropped_and_what_they_read_is_still_computed():
+    graph = parser.parse("""
+        graph step(%x, %w) -> (%loss) after(%update) {
+          %x = Placeholder() : (float32[4])
+          %w = Placeholder() : (resource[])
+          %read = ReadVariableOp!(%w) {"only_reads": true} : (float32[4])
+          %loss = Mul(%x, %read) : (float32[4])
+          %update = AssignVariableOp!(%w, %loss) after(%read) : ()
+          %later = Neg(%loss) after(%update) : (float32[4])
+        }""")
+    testing.assert_graph_text(
+        profiler.without_side_effects(graph),
+        """
+        graph step(%x, %w) -> (%loss) after(%w, %loss, %read) {
+          %x = Placeholder() : (float32[4])
+          %w = Placeholder() : (resource[])
+          %read = ReadVariableOp!(%w) {"only_reads": true} : (float32[4])
+          %loss = Mul(%x, %read) : (float32[4])
+          %later = Neg(%loss) after(%w, %loss, %read) : (float32[4])
+        }""",
+    )
+
+
+def test_a_needed_side_effect_can_not_be_left_out():
+    graph = parser.parse("""
+        graph step(%x) -> (%y) {
+          %x = Placeholder() : (float32[4])
+          %popped = QueueDequeue!(%x) : (float32[4])
+          %y = Neg(%popped) : (float32[4])
+        }""")
+    with pytest.raises(profiler.CantMeasure, match="'y' needs the value of 'popped', which has side effects"):
+        profiler.without_side_effects(graph)
+
+
+def test_long_chains_of_updates_are_dropped():
+    count = 5000
+    nodes = [ir.Node("x", "Placeholder", outputs=(ir.Value("float32", (4,)),))]
+    for index in range(count):
+        before = (f"update_{index - 1}", f"update_{index - 2}") if index > 1 else ()
+        nodes.append(ir.Node(f"update_{index}", "AssignVariableOp", ("x",), before, stateful=True))
+    graph = ir.Graph("updates", tuple(nodes), ("x",), ("x",), (f"update_{count - 1}",))
+    kept = profiler.without_side_effects(graph)
+    assert [node.name for node in kept.nodes] == ["x"]
+    assert kept.control_outputs == ("x",)
+
+
+# --- a step -----------------------------------------------------------------------------------------------------
+
+
+def step_of(weight):
+    def step(x):
+        y = tf.nn.relu(tf.matmul(x, weight, name="product"))
+        spread = tf.sort(y, name="sorted")
+        weight.assign_add(tf.matmul(x, spread, transpose_a=True))
+        return tf.reduce_sum(y)
+
+    return tf.function(step, autograph=False).get_concrete_function(tf.TensorSpec((512, 256))).graph
+
+
+def test_every_heavy_node_gets_its_seconds_and_variables_stay():
+    weight = tf.Variable(tf.ones((256, 256)))
+    func_graph = step_of(weight)
+    graph = graphdef.import_function(func_graph)
+    x = np.ones((512, 256), np.float32)
+    profile = profiler.measure_step(func_graph, graph, [x], tiers.Tiers(), graph.fingerprint)
+    np.testing.assert_array_equal(weight, np.ones((256, 256)))
+    assert profile.fingerprint == graph.fingerprint
+    products = [node.name for node in graph.nodes if node.op == "MatMul"]
+    assert all(1e-6 < profile.seconds[name] < 10 for name in products)
+    assert all(nbytes >= 0 for nbytes in profile.workspace_bytes.values())
+
+
+def test_a_busy_profiler_is_no_error_of_the_step(tmp_path):
+    func_graph = step_of(tf.Variable(tf.ones((256, 256))))
+    graph = graphdef.import_function(func_graph)
+    tf.profiler.experimental.start(str(tmp_path))
+    try:
+        with pytest.raises(profiler.CantMeasure, match="profiler is busy"):
+            profiler.measure_step(func_graph, graph, [np.ones((512, 256), np.float32)], tiers.Tiers(), "")
+    finally:
+        tf.profiler.experimental.stop()
+
+
+# --- the cache --------------------------------------------------------------------------------------------------
+
+
+def test_profiles_are_kept_per_graph_and_device(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    profile = Profile("abc", {"conv": 0.5}, {"conv": 1024}, {"host": Link(1e9, 2e9, 1e-5)})
+    assert profiler.cached_profile("abc", "CPU:0/2") is None
+    profiler.store_profile(profile, "CPU:0/2")
+    assert profiler.cached_profile("abc", "CPU:0/2") == profile
+    assert profiler.cached_profile("abc", "GPU:0/2") is None
+    assert profiler.cached_profile("abd", "CPU:0/2") is None
+
+
+def test_a_cache_that_can_not_be_written_is_no_error(tmp_path, monkeypatch):
+    (tmp_path / "graphswap").write_text("a file where a directory should be")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    profiler.store_profile(Profile("abc", {}, {}, {}), "CPU:0/2")
+    assert profiler.cached_profile("abc", "CPU:0/2") is None
