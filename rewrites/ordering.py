@@ -8,7 +8,8 @@ from graphswap import ir
 from graphswap.plan import Plan
 
 FLOATING = frozenset({ir.SWAP_OUT, ir.SWAP_IN})
-"""Nodes outside the chain: copies run beside compute; the plan says what waits for them."""
+"""Nodes outside the chain: copies run beside compute, in a chain for each direction; the plan says what waits
+for them."""
 
 
 def ordering(graph: ir.Graph, plan: Plan) -> ir.Graph:
@@ -19,12 +20,21 @@ def ordering(graph: ir.Graph, plan: Plan) -> ir.Graph:
     del plan  # the order is the graph's own by now
     nodes = []
     previous = ""
+    lanes: dict[str, str] = {}  # op of a copy -> the copy before it
+    departing: list[str] = []  # SwapOuts since the last node of the chain
     for node in graph.nodes:
-        if node.op in FLOATING or node.op in ir.RESIDENT_OPS:
+        if node.op in ir.RESIDENT_OPS:
             nodes.append(node)
             continue
-        if previous and previous not in node.control_inputs and previous not in map(ir.producer, node.inputs):
-            node = dataclasses.replace(node, control_inputs=(*node.control_inputs, previous))
-        nodes.append(node)
-        previous = node.name
+        if node.op in FLOATING:
+            before = [lanes.get(node.op, ""), *(departing if node.op == ir.SWAP_IN else ())]
+            lanes[node.op] = node.name
+            departing += [node.name] if node.op == ir.SWAP_OUT else []
+        else:
+            before = [previous]
+            previous = node.name
+            departing = []
+        known = {"", *node.control_inputs, *map(ir.producer, node.inputs)}
+        controls = (*node.control_inputs, *(name for name in before if name not in known))
+        nodes.append(dataclasses.replace(node, control_inputs=controls))
     return graph.replace(nodes=tuple(nodes))
