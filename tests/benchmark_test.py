@@ -157,6 +157,13 @@ def test_memory_table_hides_nothing(case):
     assert row[4:] == ["-"] * 5 + ["1 of 3 runs failed: InfeasibleBudgetError"]
 
 
+def test_memory_table_tells_when_plain_keras_does_not_repeat_its_bits(case):
+    case.plain.append(Result("", [2.5, 1.4], [1.0], 60 * MIB, "abd"))
+    case.graphswap.append(Result("", [2.5, 1.3], [1.0], 30 * MIB, "abe", REPORT))
+    row = cells(benchmark.memory_table([case]))[2]
+    assert row[-1] == "plain runs differ; 1 of 2 runs equal one of them"
+
+
 def test_planning_table(case):
     header, _, row = cells(benchmark.planning_table([case]))
     assert dict(zip(header, row, strict=True)) == {
