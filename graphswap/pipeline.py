@@ -196,8 +196,9 @@ class Session:
 
     def _tighten(self, error: tf.errors.ResourceExhaustedError) -> None:
         self._scale *= _TIGHTENING
+        why = next((line for line in error.message.splitlines() if line.startswith("OOM")), _summary(error))
         for _, _, step in self._planned:
-            step.notes.append(f"ran out of memory ({error.message.splitlines()[0][:120]}); planned again, tighter")
+            step.notes.append(f"ran out of memory ({why[:120]}); planned again, tighter")
 
     def _swap_space_error(self, error: tf.errors.OpError) -> SwapSpaceError:
         return SwapSpaceError(
