@@ -1,5 +1,6 @@
 """What a session does when things go well, and when they don't."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -16,7 +17,6 @@ import graphswap
 from graphswap import graphdef, pipeline, profiler
 from graphswap.options import parse_bytes
 
-MIB = 1 << 20
 LAYERS = 6
 
 
@@ -390,21 +390,40 @@ def test_tensorflows_settings_stay_as_they_were():
 # --- on an emulated accelerator ---------------------------------------------------------------------------------
 
 
-def train_with_rosy_profile():
-    """Trains under a profile that knows nothing of half of the memory that the step needs."""
+def train_with_rosy_costs(budget):
+    """Trains a chain of convolutions although a tenth of their workspace goes unnoticed."""
     measure = profiler.measure_step
 
     def rosy(*args):
         profile = measure(*args)
-        return type(profile)(profile.fingerprint, profile.seconds, dict.fromkeys(profile.workspace, 0), profile.links)
+        workspace = {name: nbytes * 9 // 10 for name, nbytes in profile.workspace_bytes.items()}
+        return dataclasses.replace(profile, workspace_bytes=workspace)
 
     profiler.measure_step = rosy
-    step, variables = make_step(lambda x: tf.reshape(tf.sort(tf.reshape(x, (-1,))), x.shape))
-    budget = 11 * MIB
-    function = graphswap.function(step, memory_budget=budget, swap_to="host")
-    losses = [float(function(batch(4096))) for _ in range(3)]
+    kernel = tf.Variable(tf.random.stateless_normal((3, 3, 16, 16), (0, 0), 0, 0.1))
+
+    def step(x):
+        with tf.GradientTape() as tape:
+            for _ in range(16):
+                x = tf.nn.relu(tf.nn.conv2d(x, kernel, 1, "SAME"))
+            loss = tf.reduce_mean(tf.square(x - 1))
+        kernel.assign_sub(0.01 * tape.gradient(loss, kernel))
+        return loss
+
+    function = graphswap.function(step, memory_budget=budget)
+    images = tf.random.stateless_normal((16, 32, 32, 16), (0, 1))
+    losses = [float(function(images)) for _ in range(3)]
     peak = tf.config.experimental.get_memory_info("CPU:0")["peak"]
-    return {"losses": losses, "peak": peak, "text": str(graphswap.report(function))}
+    return {"losses": losses, "peak": peak, "notes": [step.notes for step in graphswap.report(function).steps]}
+
+
+def test_a_step_that_runs_out_of_memory_is_planned_tighter_and_repeated():
+    budget = 46 << 20
+    ours = emulated.call(budget, __file__, "train_with_rosy_costs", budget)
+    ample = emulated.call(1 << 30, __file__, "train_with_rosy_costs", 1 << 30)
+    assert "ran out of memory (OOM when allocating tensor with shape" in str(ours["notes"])
+    assert ours["peak"] <= budget
+    assert ours["losses"] == ample["losses"]
 
 
 if __name__ == "__main__":
