@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import tensorflow as tf
 from tensorflow.python.eager.polymorphic_function import concrete_function as concrete_function_lib
@@ -19,9 +19,9 @@ from tensorflow.python.framework import func_graph as func_graph_lib
 from tensorflow.python.framework import importer
 from tensorflow.python.ops import handle_data_util
 
-from graphswap import allocator, ir, liveness, tiers
+from graphswap import allocator, ir, tiers
 
-FuncGraph = func_graph_lib.FuncGraph
+FuncGraph: TypeAlias = func_graph_lib.FuncGraph
 Shape = tuple[int | None, ...] | None
 
 _CALLS = frozenset({"PartitionedCall", "StatefulPartitionedCall"})
@@ -44,8 +44,8 @@ def import_function(func_graph: FuncGraph, argument_shapes: Sequence[Shape] | No
 
     Nodes that nothing needs are left out. What depends on constants alone is a Const here: TensorFlow
     computes it once, when the function is made, and keeps it. Copies (Identity, IdentityN) are looked
-    through: their readers read the source. Nested function calls are dissolved at trace time (`call_inline`); what is left of
-    them is opaque, like While and If, and its memory is counted.
+    through: their readers read the source. Nested function calls are dissolved at trace time
+    (`call_inline`); what is left of them is opaque, like While and If, and its memory is counted.
 
     Args:
         func_graph: The traced function.
@@ -552,7 +552,7 @@ def moving_handles(func_graph: FuncGraph) -> list[tf.Tensor]:
     assigned = {
         _source(operation.inputs[0]).name
         for operation in func_graph.get_operations()
-        if operation.type in liveness.ASSIGNS
+        if operation.type == "AssignVariableOp"
     }
     moving = [external for external, internal in func_graph.captures if internal.op.name in assigned]
     return [handle for handle in variable_handles(func_graph) if any(handle is other for other in moving)]

@@ -395,7 +395,7 @@ def function(step: Callable[..., Any] | None = None, *, memory_budget: int | str
     def call(*args: Any, **kwargs: Any) -> Any:
         return session.run(make, *args, **kwargs)
 
-    call._graphswap_session = session  # pyright: ignore[reportFunctionMemberAccess]
+    setattr(call, "_graphswap_session", session)  # noqa: B010 (a function has no such attribute to type checkers)
     return call
 
 

@@ -86,6 +86,19 @@ class Gaps:
         """Whether all that names the buffer can be made anew: a list of its rows can't."""
         return all(self.graph.value(value).dtype in ir.ITEM_BYTES for value in storage.values)
 
+    def stays(self, storage: int | None) -> bool:
+        """Whether a storage is always on the device; None for what takes no bytes there."""
+        if storage is None:
+            return True
+        details = self.storages[storage]
+        return details.is_held or details.nbytes <= SMALL_BYTES
+
+    def _makes_its_aliases(self, storage: liveness.Storage) -> bool:
+        """Whether all aliases can be made again from the storage alone. An IdentityN may read others, too."""
+        makers = [self.graph.by_name[ir.producer(value)] for value in storage.values[1:]]
+        roots = {self.root_of[reference] for node in makers for reference in node.inputs}
+        return all(root == storage.root or self.stays(self.storage_of.get(root)) for root in roots)
+
     def live_by_position(self, timeline: Timeline) -> np.ndarray:
         """Bytes in use at each position; what is inserted counts for the user's node after it."""
         live = np.zeros(len(self.order))
@@ -312,11 +325,9 @@ class _Restorer:
         """Makes the value readable right before `position`."""
         root = self.gaps.root_of[reference]
         storage = self.gaps.storage_of.get(root)
-        if storage is None:  # no device bytes: it is still there
+        if storage is None or self.gaps.stays(storage):
             return
         details = self.gaps.storages[storage]
-        if details.is_held or details.nbytes <= SMALL_BYTES:
-            return
         if storage in self.absent:
             self._bring_back(storage, position, nodes, visiting)
         elif storage in self.anchors or (details.uses and details.uses[-1] >= position):

@@ -1,5 +1,7 @@
 """From TensorFlow's graphs to ours and back: nothing is lost, nothing is added, the values stay."""
 
+from typing import Any, cast
+
 import keras
 import numpy as np
 import pytest
@@ -306,5 +308,5 @@ def test_keras_layers_import():
 
     graph = ir.verify(graphdef.import_function(traced(function, floats(3, 6, 4))))
     loops = [node for node in graph.nodes if node.op.endswith("While")]
-    forward, backward = (dict(loop.attrs) for loop in loops)
+    forward, backward = (cast(dict[str, Any], dict(loop.attrs)) for loop in loops)
     assert sum(forward["held_bytes"]) > sum(backward["held_bytes"])

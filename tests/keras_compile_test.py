@@ -15,7 +15,6 @@ from keras import layers
 import graphswap
 from graphswap import graphdef, keras_compile, strategies
 from graphswap.cost_model import CostModel
-from graphswap.keras_compile import TensorFlowTrainer, Trainer
 
 X, Y = np.ones((8, 4), "float32"), np.ones((8, 1), "float32")
 
@@ -92,7 +91,11 @@ def test_a_misspelt_option_is_refused_by_keras():
 
 
 def patched():
-    return Trainer.compile, Trainer.get_compile_config, TensorFlowTrainer.make_train_function
+    return (
+        keras_compile.Trainer.compile,
+        keras_compile.Trainer.get_compile_config,
+        keras_compile.TensorFlowTrainer.make_train_function,
+    )
 
 
 def test_disable_leaves_keras_as_it_was():

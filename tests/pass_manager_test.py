@@ -45,7 +45,7 @@ def test_a_pass_that_refuses_is_named_too():
 
 def test_an_order_that_breaks_the_graph_is_blamed_on_schedule():
     with pytest.raises(ir.GraphError, match="^after pass 'schedule': "):
-        rewrites.rewrite(CHAIN, Plan(order=tuple(reversed(CHAIN.position))))
+        rewrites.rewrite(CHAIN, Plan(order=tuple(reversed(list(CHAIN.position)))))
 
 
 def test_all_passes_together():
