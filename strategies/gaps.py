@@ -75,7 +75,7 @@ class Gaps:
 
     def _find_gaps(self):
         for index, storage in enumerate(self.storages):
-            if storage.is_held or storage.nbytes <= SMALL_BYTES or not self._can_move(storage):
+            if self.stays(storage.root) or not self._can_move(storage):
                 continue
             points = (storage.born, *storage.uses)
             for start, end in zip(points, points[1:], strict=False):
@@ -83,21 +83,20 @@ class Gaps:
                     yield Gap(index, start, end, storage.nbytes)
 
     def _can_move(self, storage: liveness.Storage) -> bool:
-        """Whether all that names the buffer can be made anew: a list of its rows can't."""
-        return all(self.graph.value(value).dtype in ir.ITEM_BYTES for value in storage.values)
+        """Whether all that names the buffer can be made anew from it alone.
 
-    def stays(self, storage: int | None) -> bool:
-        """Whether a storage is always on the device; None for what takes no bytes there."""
-        if storage is None:
-            return True
-        details = self.storages[storage]
-        return details.is_held or details.nbytes <= SMALL_BYTES
-
-    def _makes_its_aliases(self, storage: liveness.Storage) -> bool:
-        """Whether all aliases can be made again from the storage alone. An IdentityN may read others, too."""
+        A list of its rows can't, nor can an IdentityN that reads more than this storage.
+        """
         makers = [self.graph.by_name[ir.producer(value)] for value in storage.values[1:]]
         roots = {self.root_of[reference] for node in makers for reference in node.inputs}
-        return all(root == storage.root or self.stays(self.storage_of.get(root)) for root in roots)
+        return all(root == storage.root or self.stays(root) for root in roots) and all(
+            self.graph.value(value).dtype in ir.ITEM_BYTES for value in storage.values
+        )
+
+    def stays(self, root: str) -> bool:
+        """Whether a storage is on the device all the time, or takes no bytes there."""
+        index = self.storage_of.get(root)
+        return index is None or self.storages[index].is_held or self.storages[index].nbytes <= SMALL_BYTES
 
     def live_by_position(self, timeline: Timeline) -> np.ndarray:
         """Bytes in use at each position; what is inserted counts for the user's node after it."""
@@ -146,7 +145,7 @@ class Gaps:
         last_early: dict[int, int] = {}
         turn = int(np.argmax(self.live))
         for index, storage in enumerate(self.storages):
-            if storage.is_held or storage.nbytes <= SMALL_BYTES or storage.born > turn:
+            if self.stays(storage.root) or storage.born > turn:
                 continue
             long = self.long_gap.get(index)
             gap = self.gaps[long] if long is not None else None
@@ -324,9 +323,9 @@ class _Restorer:
     def _need(self, reference: str, position: int, nodes: list[str], visiting: set[str]) -> None:
         """Makes the value readable right before `position`."""
         root = self.gaps.root_of[reference]
-        storage = self.gaps.storage_of.get(root)
-        if storage is None or self.gaps.stays(storage):
+        if self.gaps.stays(root):
             return
+        storage = self.gaps.storage_of[root]
         details = self.gaps.storages[storage]
         if storage in self.absent:
             self._bring_back(storage, position, nodes, visiting)

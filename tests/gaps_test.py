@@ -233,6 +233,18 @@ def test_an_alias_is_made_again_from_what_came_back(action, decisions):
     assert found.decide({gap_of(found, "a"): action}) == decisions
 
 
+def test_what_an_identityn_names_beside_other_values_stays():
+    # To make the alias again would take x2 as well.
+    both = ALIASED.replace(
+        "%flat = Reshape(%a) : (float32[262144])",
+        """
+      %x2 = Op(%x) : (float32[512,512])
+      %flat = IdentityN(%a, %x2) : (float32[512,512], float32[512,512])""",
+    )
+    assert problem(both).gaps == ()
+    assert problem(both.replace("%x2 = Op(%x)", "%x2 = Placeholder()")).gaps
+
+
 def test_making_an_alias_ends_a_gap():
     # The alias of the first buffer would keep it.
     late = ALIASED.replace("Op(%flat)", "Op(%a)").replace("%flat = Reshape(%a) : (float32[262144])\n", "")
