@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import signal
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -573,11 +574,18 @@ def read_variables(handles: Sequence[tf.Tensor]) -> list[Any]:
 
 
 def write_variables(handles: Sequence[tf.Tensor], values: Sequence[Any]) -> None:
-    """Assigns what `read_variables` returned, in device memory, packed: no holes are left between variables."""
-    for handle, value in zip(handles, values, strict=True):
-        tf.raw_ops.AssignVariableOp(resource=handle, value=tf.zeros((0,), value.dtype))
-    for index in sorted(range(len(handles)), key=lambda index: -values[index].nbytes):
-        tf.raw_ops.AssignVariableOp(resource=handles[index], value=tf.raw_ops.DeepCopy(x=values[index]))
+    """Assigns what `read_variables` returned, in device memory, packed: no holes are left between variables.
+
+    Ctrl-C waits until all of them have their values again.
+    """
+    masked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        for handle, value in zip(handles, values, strict=True):
+            tf.raw_ops.AssignVariableOp(resource=handle, value=tf.zeros((0,), value.dtype))
+        for index in sorted(range(len(handles)), key=lambda index: -values[index].nbytes):
+            tf.raw_ops.AssignVariableOp(resource=handles[index], value=tf.raw_ops.DeepCopy(x=values[index]))
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, masked)
 
 
 def _variable_type(handle: Any) -> Any:

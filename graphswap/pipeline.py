@@ -53,9 +53,17 @@ class Session:
 
     Args:
         options: What the user asked for.
+
+    Raises:
+        ValueError: If the options ask for what is not there yet.
     """
 
     def __init__(self, options: Options):
+        if options.memory_budget == "free":
+            raise ValueError(
+                "memory_budget: expected a size, 'auto' or 'min', received 'free', which is not supported yet. "
+                "Name a size such as '2GiB'."
+            )
         self.options = options
         self.report = Report()
         self._tiers = tiers.Tiers(options.swap_directory())
@@ -118,7 +126,7 @@ class Session:
                 if directory is not None and str(directory) in str(error):
                     raise self._swap_space_error(error) from error
                 raise
-            except Exception:
+            except BaseException:
                 self._restore_variables()
                 raise
             else:

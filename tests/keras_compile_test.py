@@ -253,3 +253,8 @@ def test_a_model_under_a_distribution_is_refused():
         model = small_model()
         with pytest.raises(ValueError, match="outside of tf.distribute, received one under MirroredStrategy"):
             model.compile("sgd", "mse", graphswap="1GiB")
+
+
+def test_the_free_budget_is_refused_for_now():
+    with pytest.raises(ValueError, match="received 'free', which is not supported yet. Name a size such as '2GiB'"):
+        small_model().compile("sgd", "mse", graphswap="free")
