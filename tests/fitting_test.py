@@ -87,6 +87,24 @@ def test_a_window_is_cleared_where_a_request_finds_no_chunk(link, actions, decis
     assert fitting.fit(problem, [nothing], 4 * MIB, "s", actions).decisions == ()
 
 
+@pytest.mark.parametrize(
+    ("layout", "nbytes", "cleared"),
+    [
+        ([(0, 4, "f1"), (4, 6, "f2"), (10, 2, None)], 8, ["f2"]),  # f1 may stay
+        ([(0, 4, "f1"), (4, 6, "f2"), (10, 2, None)], 12, ["f1", "f2"]),
+        ([(0, 4, "f1"), (4, 6, "x"), (10, 2, None)], 8, []),  # arguments stay
+        ([(0, 4, "f1"), (4, 6, ""), (10, 2, None)], 8, []),  # so does what the graph does not show
+        ([(0, 4, "f1"), (4, 6, "b4"), (10, 2, None)], 8, []),  # and what is in use
+        ([(0, 6, None), (90, 4, "f1"), (94, 2, None)], 8, []),  # regions lie apart
+    ],
+)
+def test_the_cheapest_window_is_cleared(layout, nbytes, cleared):
+    state = fitting.evictions(CHAIN, {})
+    error = NoRoom(CHAIN.graph.position["b4"], nbytes, layout)
+    window = fitting._window(CHAIN, state, error, ("recompute",))
+    assert [CHAIN.storages[CHAIN.gaps[gap].storage].root for gap in window] == cleared
+
+
 def test_the_target_is_lowered_where_no_window_can_be_cleared():
     problem = holes()
     targets = []
