@@ -40,10 +40,11 @@ def train(model_name, budget):
     """Trains a few steps; the losses and what the device's allocator counted, or the error."""
     import keras
     import tensorflow as tf
+    import trainings
 
     import graphswap
 
-    tf.config.optimizer.set_experimental_options({"arithmetic_optimization": False})
+    tf.config.optimizer.set_experimental_options(trainings.PINS)
     keras.utils.set_random_seed(0)
     model, x, y = {"cnn": cnn, "gpt": gpt}[model_name]()
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)

@@ -303,9 +303,8 @@ def test_growing_batches_are_planned_again():
     step, variables = make_step()
     plain = tf.function(plain_step, reduce_retracing=True)
     function = graphswap.function(step, **evict_all())
-    with trainings.reproducible("constant_folding"):
-        for rows in sizes:
-            assert function(batch(rows)) == plain(batch(rows)), rows
+    for rows in sizes:
+        assert function(batch(rows)) == plain(batch(rows)), rows
     assert_same(values(variables), values(plain_variables))
     steps = graphswap.report(function).steps
     assert steps[-1].plain_peak_bytes > 1024 * 64 * 4 * LAYERS  # planned for the largest

@@ -13,7 +13,6 @@ BATCH = 8
 ROWS = 5 * BATCH
 LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 CASES: dict[str, trainings.Training] = {}
-CHANGING_SIZES: set[str] = set()
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -240,17 +239,12 @@ def class_weight_and_validation_data(log, **option):
 # --- ways to feed -----------------------------------------------------------------------------------------------
 
 
-def changing_sizes(train: trainings.Training) -> trainings.Training:
-    CHANGING_SIZES.add(train.__name__)
-    return case(train)
-
-
-@changing_sizes
+@case
 def partial_last_batch(log, **option):
     return train(log, cnn(), images(ROWS - 5), fitting={"epochs": 2}, **option)
 
 
-@changing_sizes
+@case
 def partial_last_batch_of_a_dataset(log, **option):
     return train(log, cnn(), tf.data.Dataset.from_tensor_slices(images(ROWS - 5)).batch(BATCH), **option)
 
@@ -260,7 +254,7 @@ def steps_per_execution(log, **option):
     return train(log, cnn(), images(), fitting={"epochs": 3}, steps_per_execution=3, **option)
 
 
-@changing_sizes
+@case
 def train_on_batch_of_changing_size(log, **option):
     model = cnn()
     model.compile("adam", LOSS, metrics=["accuracy"], **option)
@@ -284,8 +278,7 @@ def evaluate_and_predict_around_fit(log, **option):
 
 @pytest.mark.parametrize("name", CASES)
 def test_equals_plain_keras(name):
-    # Constants are folded differently where the batch size is known; plain Keras also differs by that.
-    with trainings.analytic_costs(), trainings.reproducible(*["constant_folding"] * (name in CHANGING_SIZES)):
+    with trainings.analytic_costs():
         trainings.assert_equal_to_plain(CASES[name])
 
 

@@ -45,24 +45,24 @@ class EvictAll:
         return problem.plan(decisions, "evict_all", max(memory_budget, enough))
 
 
+PINS = {"arithmetic_optimization": False, "constant_folding": False}
+"""Grappler's optimisers that regroup sums and products of floats: they round differently.
+
+Both do it only where a part has no second reader and no control edge, and constant folding also only where
+sizes are known. A repeated node is a second reader; a trace for one batch size knows more sizes than Keras's
+own. TF_ENABLE_ONEDNN_OPTS=0, in conftest.py, belongs to the pins: oneDNN fuses by the same rules.
+"""
+
+
 @contextlib.contextmanager
-def reproducible(*more: str) -> Iterator[None]:
-    """Makes TensorFlow compute the same bits for a graph and for the same graph with more edges.
-
-    Grappler's arithmetic optimizer regroups sums and products where their parts have no other readers or
-    controls, so that rounding differs. TF_ENABLE_ONEDNN_OPTS=0, in conftest.py, belongs to the pins: oneDNN
-    fuses by the same rule.
-
-    Args:
-        *more: Further optimizers to switch off.
-    """
-    switched = ("arithmetic_optimization", *more)
+def reproducible() -> Iterator[None]:
+    """Makes TensorFlow compute the same bits for a graph and for the same graph with more nodes and edges."""
     before = tf.config.optimizer.get_experimental_options()
-    tf.config.optimizer.set_experimental_options({**before, **dict.fromkeys(switched, False)})
+    tf.config.optimizer.set_experimental_options({**before, **PINS})
     try:
         yield
     finally:
-        tf.config.optimizer.set_experimental_options({**dict.fromkeys(switched, True), **before})
+        tf.config.optimizer.set_experimental_options({**dict.fromkeys(PINS, True), **before})
 
 
 def assert_equal_to_plain(
