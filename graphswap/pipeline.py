@@ -181,13 +181,15 @@ class Session:
     def _take_snapshot(self) -> None:
         """Keeps the variables' values for the case that the step fails half way.
 
-        On a device that counts its memory: always for the first steps of a plan, later while it costs
-        little beside the step. Without it, an out-of-memory error leaves some variables updated.
+        On the emulated accelerator always: the input pipeline shares its memory, so any step may run out.
+        On a GPU for the first steps of a plan, later while it costs little beside the step. Without it, an
+        out-of-memory error leaves some variables updated.
         """
         self._snapshot = None
         if not self._handles or profiler.memory_in_use() is None:
             return
-        if self._trials > 0 or self._snapshot_seconds < _CHEAP * self._step_seconds:
+        is_emulated = profiler.device_name() == "CPU:0"
+        if is_emulated or self._trials > 0 or self._snapshot_seconds < _CHEAP * self._step_seconds:
             start = time.perf_counter()
             self._snapshot = graphdef.read_variables(self._handles)
             self._snapshot_seconds = time.perf_counter() - start
@@ -360,12 +362,12 @@ class Session:
         cached = profiler.cached_profile(graph.fingerprint, device)
         if cached is not None:
             return cached
-        greedy = strategies.Greedy(planning_seconds=0.0)
         try:
+            greedy = strategies.Greedy(planning_seconds=0.0)
             plan = greedy.plan(graph, cost_model, max(1, int(budget * _FRUGAL)))
         except InfeasibleBudgetError:
             # By estimates, which are high for some kernels' workspace: the run will tell.
-            plan = _plan_within(greedy, graph, cost_model, 0)
+            plan = _plan_within(self._strategy(), graph, cost_model, 0)
         try:
             frugal = rewrites.rewrite(graph, plan)
             profile = profiler.measure_step(func_graph, frugal, self._arguments, self._tiers, graph.fingerprint)
