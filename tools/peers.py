@@ -82,7 +82,7 @@ class Block(layers.Layer):
 class BlockWithoutArguments(Block):
     """The same for RematScope, which fails on calls with keyword arguments; Keras passes `training` on by itself."""
 
-    def call(self, x: Any) -> Any:
+    def call(self, x: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride] (Keras reads the signature)
         return self.body(x, None)
 
 
