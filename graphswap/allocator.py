@@ -15,6 +15,8 @@ from __future__ import annotations
 import bisect
 
 ALIGNMENT_BYTES = 256
+HOLE_BYTES = 16 << 10
+"""Size of the holes that `placement` leaves for small buffers, so that they cut no large chunks."""
 _SPLIT_SLACK_BYTES = 128 << 20
 _FIRST_REGION_BYTES = 2 << 20
 _REGION_STRIDE = 1 << 48

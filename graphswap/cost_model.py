@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Mapping
+from typing import NamedTuple
 
 from graphswap import ir
 
@@ -46,6 +47,7 @@ class DeviceSpec:
         name: For reports and cache keys.
         memory_bytes: Size of its memory; None if nothing limits it.
         reserves_memory: Whether its allocator takes all memory as one region at the start.
+        holes: How many holes `placement` leaves for small buffers.
         flops_per_second: For the analytic estimate of matrix products and convolutions.
         memory_bytes_per_second: For the analytic estimate of everything else.
         launch_seconds: Added to every node.
@@ -55,12 +57,29 @@ class DeviceSpec:
     name: str = "cpu"
     memory_bytes: int | None = None
     reserves_memory: bool = True
+    holes: int = 0
     flops_per_second: float = 5e10
     memory_bytes_per_second: float = 8e9
     launch_seconds: float = 10e-6
     links: Mapping[str, Link] = dataclasses.field(
         default_factory=lambda: {"host": Link(), "disk": Link(0.7e9, 0.9e9, 100e-6)}
     )
+
+
+class Workspace(NamedTuple):
+    """Buffers that a node holds only while it runs, in the order in which it asks for them.
+
+    Attributes:
+        early: Bytes of those it asks for before its outputs.
+        late: Of those after.
+    """
+
+    early: tuple[int, ...] = ()
+    late: tuple[int, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        return sum(self.early) + sum(self.late)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,17 +89,18 @@ class Profile:
     Attributes:
         fingerprint: `Graph.fingerprint` of the measured graph.
         seconds: Node name to seconds; nodes that never showed up are missing.
-        workspace_bytes: Node name to the bytes it allocates while it runs, beyond its outputs.
+        workspace: Node name to what it allocates while it runs, beyond its outputs.
         links: Tier name to the measured `Link`.
     """
 
     fingerprint: str
     seconds: Mapping[str, float]
-    workspace_bytes: Mapping[str, int]
+    workspace: Mapping[str, Workspace]
     links: Mapping[str, Link] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name, value in (*self.seconds.items(), *self.workspace_bytes.items()):
+        workspace_bytes = {name: workspace.nbytes for name, workspace in self.workspace.items()}
+        for name, value in (*self.seconds.items(), *workspace_bytes.items()):
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"expected a finite cost >= 0 for node '{name}', received {value!r}. Measure again.")
 
@@ -91,7 +111,9 @@ class Profile:
     @classmethod
     def from_json(cls, text: str) -> Profile:
         fields = json.loads(text)
-        return cls(**{**fields, "links": {k: Link(**v) for k, v in fields["links"].items()}})
+        workspace = {k: Workspace(tuple(early), tuple(late)) for k, (early, late) in fields["workspace"].items()}
+        links = {k: Link(**v) for k, v in fields["links"].items()}
+        return cls(**{**fields, "workspace": workspace, "links": links})
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -124,16 +146,17 @@ class CostModel:
             + moved / self.device.memory_bytes_per_second
         )
 
-    def workspace_bytes(self, graph: ir.Graph, node: ir.Node) -> int:
-        """Device bytes that the node holds only while it runs, beyond its outputs."""
+    def workspace(self, graph: ir.Graph, node: ir.Node) -> Workspace:
+        """Device buffers that the node holds only while it runs, beyond its outputs."""
         if self.profile is not None:
-            measured = self.profile.workspace_bytes.get(node.like or node.name)
+            measured = self.profile.workspace.get(node.like or node.name)
             if measured is not None:
                 return measured
-        for name, value in node.attrs:
-            if name == "workspace_bytes":
-                return int(value)  # pyright: ignore[reportArgumentType]
-        return _convolution_workspace(graph, node)
+        if node.op == "MaxPoolGrad":
+            pooled = graph.value(node.inputs[1]).nbytes
+            return Workspace(early=(pooled, 2 * pooled))  # maximums, and where they were as 64-bit integers
+        nbytes = dict(node.attrs).get("workspace_bytes") or _convolution_workspace(graph, node)
+        return Workspace(late=(int(nbytes),)) if nbytes else Workspace()  # pyright: ignore[reportArgumentType]
 
     def link(self, tier: str) -> Link:
         """The way to a far tier, as measured, else as the device spec has it."""
@@ -188,8 +211,8 @@ def flops(graph: ir.Graph, node: ir.Node) -> float:
 def _convolution_workspace(graph: ir.Graph, node: ir.Node) -> int:
     """The im2col buffer of TensorFlow's CPU kernels for convolution gradients.
 
-    The kernels (conv_grad_input_ops.h, conv_grad_filter_ops.cc) size it so that a shard of the batch
-    fills 30 MiB.
+    It holds one image for the gradient of the image (conv_grad_input_ops.h, where all threads work on one), and as
+    many as fill 30 MiB for that of the filter (conv_grad_filter_ops.cc).
     """
     if node.op not in ("Conv2DBackpropInput", "Conv2DBackpropFilter"):
         return 0
@@ -203,5 +226,5 @@ def _convolution_workspace(graph: ir.Graph, node: ir.Node) -> int:
     depth = filter_shape[3] or 1
     unit = pixels * depth + taps * depth + pixels * taps
     item = ir.ITEM_BYTES.get(image.dtype, 4)
-    shard = -(-(30 * _MIB // item) // unit)
+    shard = 1 if node.op == "Conv2DBackpropInput" else -(-(30 * _MIB // item) // unit)
     return shard * pixels * taps * item

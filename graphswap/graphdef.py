@@ -1,29 +1,32 @@
 """The door to TensorFlow's graphs: FuncGraph to ir.Graph and back, and the hook at trace time.
 
 Private TensorFlow used here (2.21): FuncGraph and its captures, `transform.FUNC_GRAPH_TRANSFORMS`,
-`Operation._update_input` / `_add_control_inputs`, `Graph._get_function`, the graph importer and resource
-handle data. No other module but `profiler` uses any.
+`Operation._update_input` / `_add_control_inputs`, `Graph._get_function`, the graph importer, Grappler's Python
+door and resource handle data. No other module but `profiler` uses any.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
-import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import tensorflow as tf
 from tensorflow.python.eager.polymorphic_function import concrete_function as concrete_function_lib
 from tensorflow.python.eager.polymorphic_function import transform
 from tensorflow.python.framework import func_graph as func_graph_lib
-from tensorflow.python.framework import importer
+from tensorflow.python.framework import importer, meta_graph
+from tensorflow.python.grappler import tf_optimizer
 from tensorflow.python.ops import handle_data_util
 
-from graphswap import allocator, ir, tiers
+from graphswap import allocator, ir, placement, tiers
 
 FuncGraph: TypeAlias = func_graph_lib.FuncGraph
 Shape = tuple[int | None, ...] | None
+Folding: TypeAlias = Mapping[str, Any]
+"""Definitions of a function's nodes after TensorFlow's constant folding, by name."""
 
 _CALLS = frozenset({"PartitionedCall", "StatefulPartitionedCall"})
 _LOOPS = frozenset({"While", "StatelessWhile"})
@@ -40,7 +43,9 @@ class UnsupportedGraphError(ValueError):
 # --- import -----------------------------------------------------------------------------------------------------
 
 
-def import_function(func_graph: FuncGraph, argument_shapes: Sequence[Shape] | None = None) -> ir.Graph:
+def import_function(
+    func_graph: FuncGraph, argument_shapes: Sequence[Shape] | None = None, folding: Folding | None = None
+) -> ir.Graph:
     """Turns a traced function into a Graph.
 
     Nodes that nothing needs are left out. What depends on constants alone is a Const here: TensorFlow
@@ -52,6 +57,7 @@ def import_function(func_graph: FuncGraph, argument_shapes: Sequence[Shape] | No
         func_graph: The traced function.
         argument_shapes: Shapes of the arguments (not the captures) in the coming step; needed where the
             trace left dimensions open.
+        folding: What TensorFlow's constant folding makes of the function; if None, all that it could is folded.
 
     Raises:
         UnsupportedGraphError: If the size of a value stays unknown.
@@ -66,7 +72,7 @@ def import_function(func_graph: FuncGraph, argument_shapes: Sequence[Shape] | No
             reference = _ref(tensor)
             inputs.append(source.get(reference, reference))
         # TensorFlow keeps them in sets: their order differs from process to process.
-        controls = tuple(sorted(control.name for control in operation.control_inputs))
+        controls = tuple(sorted(c.name for c in operation.control_inputs)) if operation.type != "Const" else ()
         if operation.type in _COPIES and not controls:
             for tensor, original in zip(operation.outputs, inputs, strict=True):
                 source[_ref(tensor)] = original
@@ -84,12 +90,12 @@ def import_function(func_graph: FuncGraph, argument_shapes: Sequence[Shape] | No
         )
     graph = ir.Graph(
         name=func_graph.name,
-        nodes=_topological(_live(_folded(nodes), func_graph)),
+        nodes=_topological(_live(_folded(nodes, func_graph, folding), func_graph)),
         inputs=tuple(tensor.op.name for tensor in func_graph.inputs),
         outputs=tuple(_ref(tensor) for tensor in func_graph.outputs),
         control_outputs=tuple(sorted(operation.name for operation in func_graph.control_outputs)),
     )
-    graph = _with_hidden_bytes(graph, func_graph)
+    graph = _with_hidden_bytes(graph, func_graph, folding)
     for node in graph.nodes:
         for value in node.outputs:
             if not value.is_resolved and node.op not in _SMALL:
@@ -123,16 +129,18 @@ def _live(nodes: Sequence[ir.Node], func_graph: FuncGraph) -> list[ir.Node]:
     return [node for node in nodes if node.name in live]
 
 
-def _folded(nodes: Sequence[ir.Node]) -> list[ir.Node]:
+def _folded(nodes: Sequence[ir.Node], func_graph: FuncGraph, folding: Folding | None) -> list[ir.Node]:
     """The nodes, with those that TensorFlow's constant folding computes ahead as Const nodes."""
     constant: set[str] = set()
     folded = []
     for node in nodes:
+        is_known_shape = node.op in _SHAPES and _has_static_inputs(func_graph.get_operation_by_name(node.name))
         if node.op == "Const" or (
             node.inputs
             and not node.stateful
             and not node.control_inputs
-            and constant.issuperset(map(ir.producer, node.inputs))
+            and (folding is None or node.name not in folding or folding[node.name].op == "Const")
+            and (is_known_shape or constant.issuperset(map(ir.producer, node.inputs)))
             and all(value.dtype in ir.ITEM_BYTES and value.is_resolved for value in node.outputs)
             and sum(value.nbytes for value in node.outputs) <= _FOLDED_BYTES
         ):
@@ -142,12 +150,19 @@ def _folded(nodes: Sequence[ir.Node]) -> list[ir.Node]:
     return folded
 
 
+_SHAPES = frozenset({"Shape", "ShapeN"})
+
+
+def _has_static_inputs(operation: Any) -> bool:
+    return all(tensor.shape.is_fully_defined() for tensor in operation.inputs)
+
+
 _FOLDED_BYTES = 10 << 20
 """The largest constant that folding makes (ConstantFoldingOptions in TensorFlow 2.21)."""
 
 
 def _topological(nodes: Sequence[ir.Node]) -> tuple[ir.Node, ...]:
-    """The nodes in trace order as far as inputs and control inputs allow."""
+    """The nodes in trace order as far as inputs and control inputs allow. What is read from elsewhere is left out."""
     by_name = {node.name: node for node in nodes}
     done: set[str] = set()
     ordered = []
@@ -159,7 +174,7 @@ def _topological(nodes: Sequence[ir.Node]) -> tuple[ir.Node, ...]:
                 pending.pop()
                 continue
             before = [*map(ir.producer, node.inputs), *node.control_inputs]
-            missing = [by_name[name] for name in before if name not in done]
+            missing = [by_name[name] for name in before if name in by_name and name not in done]
             if missing:
                 pending += reversed(missing)
             else:
@@ -204,7 +219,7 @@ def _resolved_shapes(
     return resolve
 
 
-def _with_hidden_bytes(graph: ir.Graph, func_graph: FuncGraph) -> ir.Graph:
+def _with_hidden_bytes(graph: ir.Graph, func_graph: FuncGraph, folding: Folding | None) -> ir.Graph:
     """Writes down the bytes that types don't show: of variables, and of the lists that loops pile up."""
     handles = {
         internal.op.name: _variable_bytes(internal)
@@ -212,6 +227,7 @@ def _with_hidden_bytes(graph: ir.Graph, func_graph: FuncGraph) -> ir.Graph:
         if internal.dtype == tf.resource
     }
     nodes = []
+    constants: set[str] = set()
     for node in graph.nodes:
         facts: list[tuple[str, ir.Attr]] = []
         if node.outputs and node.outputs[0].dtype == "resource":
@@ -222,12 +238,52 @@ def _with_hidden_bytes(graph: ir.Graph, func_graph: FuncGraph) -> ir.Graph:
                 facts = [("held_bytes", (allocator.rounded(nbytes),))]
         elif node.op in _LOOPS:
             facts = _loop_bytes(node, func_graph)
+        elif node.op == "Const" and node.outputs[0].nbytes > _MERGED_BYTES:
+            digest = _digest(func_graph.get_operation_by_name(node.name))
+            facts = [("held_bytes", (0,))] if digest in constants else []
+            constants.add(digest)
+        elif node.op in _REDUCTIONS and node.outputs[0] == graph.value(node.inputs[0]) and _folds_constants():
+            facts = [("copy_of_input", 0)]
+        elif (copied := _copied_input(node, folding)) is not None:
+            facts = [("copy_of_input", copied)]
+        elif node.op == "TensorListFromTensor" or (node.op == "ZerosLike" and node.outputs[0].dtype == "variant"):
+            facts = [("held_bytes", (_list_bytes(func_graph.get_operation_by_name(node.name).outputs[0], func_graph),))]
         elif node.op in _BRANCHES or node.op in _CALLS:
             facts = _branch_bytes(node, func_graph)
         if node.stateful and _only_reads(func_graph, func_graph.get_operation_by_name(node.name)):
             facts.append(("only_reads", True))
         nodes.append(dataclasses.replace(node, attrs=tuple(sorted(facts))) if facts else node)
     return graph.replace(nodes=tuple(nodes))
+
+
+def _copied_input(node: ir.Node, folding: Folding | None) -> int | None:
+    """Which input the node will be a copy of after constant folding, such as of a product with 1; None if of none."""
+    after = None if folding is None else folding.get(node.name)
+    if after is None or after.op == node.op or after.op not in ("Identity", "Snapshot"):
+        return None
+    (source,) = _data_inputs(after)
+    return node.inputs.index(source) if source in node.inputs else None
+
+
+_MERGED_BYTES = 16 << 10
+"""Of equal constants above this size one is counted: TensorFlow merges them."""
+
+
+def _digest(operation: Any) -> str:
+    """Equal for operations that compute the same of the same constants."""
+    definition = type(operation.node_def)()
+    definition.CopyFrom(operation.node_def)
+    definition.name = ""
+    del definition.input[:]
+    if operation.type in _SHAPES:
+        definition.input.extend(str(tensor.shape) for tensor in operation.inputs)
+    else:
+        definition.input.extend(f"{_digest(tensor.op)}:{tensor.value_index}" for tensor in operation.inputs)
+    return hashlib.sha256(definition.SerializeToString(deterministic=True)).hexdigest()
+
+
+_REDUCTIONS = frozenset({"Sum", "Mean", "Max", "Min", "Prod"})
+"""Ops that TensorFlow replaces by a copy where they reduce nothing, as in the gradient of a sum of equal shapes."""
 
 
 _HARMLESS = frozenset({"ReadVariableOp", "VarHandleOp", "Placeholder", "ResourceGather", "ResourceGatherNd"}) | {
@@ -290,30 +346,48 @@ def _loop_bytes(node: ir.Node, func_graph: FuncGraph) -> list[tuple[str, ir.Attr
     trips = _trips(func_graph, operation)
     states = {inner.op.name: _source(result) for inner, result in zip(body.inputs, body.outputs, strict=True)}
     counted: set[str] = set()
-    held = []
-    for value, argument, result in zip(node.outputs, body.inputs, body.outputs, strict=True):
+    held = [0] * len(node.outputs)
+    results = list(enumerate(zip(node.outputs, body.inputs, body.outputs, strict=True)))
+    # An element may be in two lists: those that are pushed to wait for the backward loop.
+    for index, (value, argument, result) in sorted(results, key=lambda r: _source(r[1][2]).type != _PUSH):
         source = _source(result)
         if source is argument.op:
-            held.append(0)
-        elif value.dtype != "variant":
-            held.append(allocator.rounded(value.nbytes))
+            continue
+        if value.dtype != "variant":
+            held[index] = allocator.rounded(value.nbytes)
         elif source.type in _ELEMENT:
             element = source.inputs[_ELEMENT[source.type]]
             # A state that is pushed is what the trip before has made, perhaps in another list already.
             maker = states.get(_source(element).name, _source(element))
-            is_new = maker.type not in _MAKE_NOTHING and maker.name not in counted
-            counted.add(maker.name)
-            held.append(trips * allocator.rounded(_nbytes(element)) if is_new else 0)
-        else:
-            held.append(0)
+            # An element of a list keeps the list's buffer: once the loop is over, nothing else does.
+            owner = _source(maker.inputs[0]) if maker.type == "TensorListGetItem" else maker
+            if maker.type not in _MAKE_NOTHING and owner.name not in counted:
+                counted.add(owner.name)
+                held[index] = trips * allocator.rounded(_nbytes(element))
     return [("held_bytes", tuple(held)), ("workspace_bytes", _body_peak(body))]
 
 
-_ELEMENT = {"TensorListPushBack": 1, "TensorListSetItem": 2}
+def _list_bytes(tensor: tf.Tensor, func_graph: FuncGraph) -> int:
+    """Bytes of a list's elements: each has a buffer of its own."""
+    operation = _source(tensor)
+    if operation.type == "ZerosLike":
+        return _list_bytes(operation.inputs[0], func_graph)
+    if operation.type == "TensorListFromTensor":
+        rows = operation.inputs[0]
+        length = rows.shape[0] if rows.shape.rank else None
+        return length * allocator.rounded(_nbytes(rows) // length) if length else 0
+    body = _body(func_graph, operation.get_attr("body").name) if operation.type in _LOOPS else None
+    if body is not None and _source(body.outputs[tensor.value_index]) is body.inputs[tensor.value_index].op:
+        return _list_bytes(operation.inputs[tensor.value_index], func_graph)
+    return 0
+
+
+_PUSH = "TensorListPushBack"
+_ELEMENT = {_PUSH: 1, "TensorListSetItem": 2}
 """Ops that put an element into a list, and which input it is."""
 
 
-_MAKE_NOTHING = frozenset({"Placeholder", "Const", "ReadVariableOp", "TensorListGetItem"})
+_MAKE_NOTHING = frozenset({"Placeholder", "Const", "ReadVariableOp"})
 """Ops of a body whose results are buffers that exist outside of the loop."""
 
 
@@ -396,6 +470,116 @@ def _ref(tensor: tf.Tensor) -> str:
     return ir.ref(tensor.op.name, tensor.value_index)
 
 
+# --- what TensorFlow's optimiser will do -------------------------------------------------------------------------
+
+
+def constant_folding(func_graph: FuncGraph) -> Folding | None:
+    """What TensorFlow's constant folding makes of the function; None if it is switched off or fails."""
+    if not _folds_constants():
+        return None
+    definition = func_graph.as_graph_def()
+    with tf.Graph().as_default():
+        item = meta_graph.create_meta_graph_def(graph_def=definition)
+    kept = [tensor.op.name for tensor in (*func_graph.outputs, *func_graph.inputs)]
+    kept += [operation.name for operation in func_graph.control_outputs]
+    item.collection_def["train_op"].node_list.value.extend(dict.fromkeys(kept))
+    config = tf.compat.v1.ConfigProto()
+    rewrites = config.graph_options.rewrite_options
+    rewrites.optimizers.append("constfold")
+    rewrites.min_graph_nodes = -1
+    rewrites.meta_optimizer_iterations = rewrites.ONE
+    try:
+        with tf.init_scope():
+            return {node.name: node for node in tf_optimizer.OptimizeGraph(config, item).node}
+    except tf.errors.OpError:
+        return None
+
+
+def regroup(func_graph: FuncGraph, folding: Folding) -> None:
+    """Regroups sums and products with constants as TensorFlow's constant folding would, in place.
+
+    It turns c * (x * y) into x * (c * y) where nobody else reads x * y. That moves work and memory from one end of
+    the step to the other, and rounds differently; and it would no longer do so where a node is repeated. Done
+    here first, it holds for the plan and for every copy. Where it changes a shape or an op, it is left to TensorFlow.
+    """
+    changes: dict[str, tuple[str, ...]] = {}  # node -> the inputs that it will have
+    old_inputs: dict[str, tuple[str, ...]] = {}
+    for node in func_graph.as_graph_def().node:
+        after = folding.get(node.name)
+        if node.op in _REGROUPED and after is not None:
+            inputs, wanted = _data_inputs(node), _data_inputs(after)
+            if inputs != wanted:
+                old_inputs[node.name] = inputs
+                changes[node.name] = wanted if after.op == node.op else ()
+    for group in _connected(old_inputs, changes):
+        outer = [sorted(r for name in group for r in table[name] if r not in group) for table in (old_inputs, changes)]
+        if outer[0] == outer[1] and all(changes[name] for name in group):
+            _replace_group(func_graph, {name: changes[name] for name in group})
+
+
+def _folds_constants() -> bool:
+    options = tf.config.optimizer.get_experimental_options()
+    return options.get("constant_folding", True) and not options.get("disable_meta_optimizer", False)
+
+
+_REGROUPED = frozenset({"Mul", "Add", "AddV2", "Sub", "RealDiv", "Div"})
+
+
+def _data_inputs(node: Any) -> tuple[str, ...]:
+    return tuple(name.removesuffix(":0") for name in node.input if not name.startswith("^"))
+
+
+def _connected(*edges: Mapping[str, Sequence[str]]) -> list[set[str]]:
+    """The groups of nodes that read each other, by any of the tables from node to inputs."""
+    groups: dict[str, set[str]] = {name: {name} for name in edges[0]}
+    for table in edges:
+        for name, inputs in table.items():
+            for other in inputs:
+                if other in groups and groups[other] is not groups[name]:
+                    merged = groups[name] | groups[other]
+                    groups.update(dict.fromkeys(merged, merged))
+    return list({id(group): group for group in groups.values()}.values())
+
+
+def _replace_group(func_graph: FuncGraph, inputs: Mapping[str, Sequence[str]]) -> None:
+    """Adds the nodes anew with other inputs, and lets their readers read the new ones."""
+    results = {tensor.op.name for tensor in func_graph.outputs}
+    nodes = _topological([ir.Node(name, "", tuple(references)) for name, references in inputs.items()])
+    made: dict[str, tf.Tensor] = {}
+    for node in nodes:
+        operation = func_graph.get_operation_by_name(node.name)
+        left, right = (made.get(r, func_graph.get_tensor_by_name(r if ":" in r else f"{r}:0")) for r in node.inputs)
+        is_known = left.shape.is_fully_defined() and right.shape.is_fully_defined()
+        same_shape = is_known and tf.broadcast_static_shape(left.shape, right.shape) == operation.outputs[0].shape
+        if not same_shape or node.name in results or operation.control_inputs:
+            return
+        with func_graph.as_default(), tf.control_dependencies(None):
+            new = func_graph.create_op(
+                operation.type,
+                [left, right],
+                [operation.outputs[0].dtype],
+                name=f"{node.name}/regrouped",
+                attrs=dict(operation.node_def.attr),
+                op_def=operation.op_def,
+                compute_device=False,
+            )
+        if operation.device:
+            new._set_device(operation.device)
+        made[node.name] = new.outputs[0]
+    for name, tensor in made.items():
+        operation = func_graph.get_operation_by_name(name)
+        for waiting in operation._control_outputs:
+            controls = [made[c.name].op if c.name in made else c for c in waiting.control_inputs]
+            waiting._remove_all_control_inputs()
+            if waiting.type != "Const":  # which has nothing to wait for, and which the new nodes may read
+                waiting._add_control_inputs(controls)
+        old = operation.outputs[0]
+        for reader in old.consumers():
+            for index, read in enumerate(reader.inputs):
+                if read is old and reader.name not in made:
+                    reader._update_input(index, tensor)
+
+
 # --- export -----------------------------------------------------------------------------------------------------
 
 
@@ -473,8 +657,11 @@ class _Exporter:
 
     def _rewire(self, node: ir.Node) -> None:
         operation = self.target.get_operation_by_name(node.name)
-        if node.op != operation.type:  # a folded constant stays what it is
-            self._bind(node, operation)
+        if node.op == "Const":
+            if operation.type not in _SHAPES:
+                self._detach(operation)
+            self.done[node.name] = [operation]
+            self.tensors.update(zip(node.refs(), map(self._constant, operation.outputs), strict=True))
             return
         for index, (reference, tensor) in enumerate(zip(node.inputs, operation.inputs, strict=True)):
             wanted = self.tensor(reference)
@@ -486,12 +673,38 @@ class _Exporter:
             operation._add_control_inputs(missing)
         self._bind(node, operation)
 
+    def _detach(self, operation: Any) -> None:
+        """Lets a constant wait for nothing: what it is folded from may only run later in the plan's order."""
+        operation._remove_all_control_inputs()
+        for index, tensor in enumerate(operation.inputs):
+            constant = self._constant(tensor)
+            if constant is not tensor:
+                operation._update_input(index, constant)
+            elif tensor.op.type != "Const" and tensor.op.name not in self.done:
+                self.done[tensor.op.name] = [tensor.op]
+                self._detach(tensor.op)
+
+    def _constant(self, tensor: tf.Tensor) -> tf.Tensor:
+        """The tensor, or if it is a known shape, a constant in its place."""
+        if tensor.op.type not in _SHAPES or not _has_static_inputs(tensor.op):
+            return tensor
+        with self.target.as_default(), tf.control_dependencies(None):
+            return tf.constant(tensor.op.inputs[tensor.value_index].shape.as_list(), tensor.dtype)
+
     def _add_copy(self, node: ir.Node) -> None:
         original = self.source.get_operation_by_name(node.like or node.name)
+        if node.op == "Const" and original.type in _SHAPES and _has_static_inputs(original):
+            shapes = [self._constant(tensor) for tensor in original.outputs]
+            self.done[node.name] = [tensor.op for tensor in shapes]
+            self.tensors.update(zip(node.refs(), shapes, strict=True))
+            return
         if node.op != original.type:  # a folded constant: copy what it is folded from
             node = dataclasses.replace(node, op=original.type, inputs=tuple(_ref(t) for t in original.inputs))
             for tensor in original.inputs:
-                if _ref(tensor) not in self.tensors:
+                constant = self._constant(tensor)
+                if constant is not tensor:
+                    self.tensors[_ref(tensor)] = constant
+                elif _ref(tensor) not in self.tensors:
                     source = tensor.op
                     outputs = tuple(ir.Value(t.dtype.name, _shape(t)) for t in source.outputs)
                     self._add_copy(ir.Node(source.name, "Const", outputs=outputs, device=source.device))
@@ -539,53 +752,20 @@ class _Exporter:
 # --- variables --------------------------------------------------------------------------------------------------
 
 
-def variable_handles(func_graph: FuncGraph) -> list[tf.Tensor]:
-    """Handles of the variables that the function captures."""
-    return [
-        external
-        for external, internal in func_graph.captures
-        if internal.dtype == tf.resource and _variable_type(internal) is not None and hasattr(external, "numpy")
-    ]
-
-
-def moving_handles(func_graph: FuncGraph) -> list[tf.Tensor]:
-    """Handles of the variables that are assigned: they take over the buffer of their new value, wherever it is."""
+def variables(func_graph: FuncGraph) -> list[placement.Variable]:
+    """The variables that the function captures."""
     assigned = {
         _source(operation.inputs[0]).name
         for operation in func_graph.get_operations()
         if operation.type == "AssignVariableOp"
     }
-    moving = [external for external, internal in func_graph.captures if internal.op.name in assigned]
-    return [handle for handle in variable_handles(func_graph) if any(handle is other for other in moving)]
-
-
-def is_initialized(func_graph: FuncGraph) -> bool:
-    """Whether all captured variables have values. In the trace that makes them they have none yet."""
-    with tf.init_scope():
-        return all(tf.raw_ops.VarIsInitializedOp(resource=handle) for handle in variable_handles(func_graph))
-
-
-def read_variables(handles: Sequence[tf.Tensor]) -> list[Any]:
-    """Copies of the variables' values in numpy's memory."""
-    return [
-        tf.raw_ops.ReadVariableOp(resource=handle, dtype=tf.dtypes.as_dtype(_variable_type(handle).dtype)).numpy()
-        for handle in handles
-    ]
-
-
-def write_variables(handles: Sequence[tf.Tensor], values: Sequence[Any]) -> None:
-    """Assigns what `read_variables` returned, in device memory, packed: no holes are left between variables.
-
-    Ctrl-C waits until all of them have their values again.
-    """
-    masked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        for handle, value in zip(handles, values, strict=True):
-            tf.raw_ops.AssignVariableOp(resource=handle, value=tf.zeros((0,), value.dtype))
-        for index in sorted(range(len(handles)), key=lambda index: -values[index].nbytes):
-            tf.raw_ops.AssignVariableOp(resource=handles[index], value=tf.raw_ops.DeepCopy(x=values[index]))
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, masked)
+    found = []
+    for external, internal in func_graph.captures:
+        entry = _variable_type(internal) if internal.dtype == tf.resource and hasattr(external, "numpy") else None
+        if entry is not None:
+            dtype = tf.dtypes.as_dtype(entry.dtype)
+            found.append(placement.Variable(external, dtype, internal.op.name in assigned))
+    return found
 
 
 def _variable_type(handle: Any) -> Any:

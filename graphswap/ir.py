@@ -264,7 +264,8 @@ def origin(graph: Graph) -> Mapping[str, str]:
             if node.op in (SWAP_OUT, SWAP_IN):
                 origins[reference] = origins[node.inputs[0]]
             elif node.like:
-                origins[reference] = origins[ref(node.like, index)]
+                first = ref(node.like, index)  # may be gone: `rewrites.prune`
+                origins[reference] = origins.get(first, first)
             else:
                 origins[reference] = reference
     return origins

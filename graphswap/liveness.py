@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from graphswap import allocator, ir
 
@@ -26,7 +27,6 @@ ALIASES: Mapping[str, int] = dict.fromkeys(
         "EnsureShape",
         "ReadVariableOp",
         "PlaceholderWithDefault",
-        "TensorListFromTensor",
     ),
     0,
 )
@@ -46,9 +46,15 @@ IN_PLACE: Mapping[str, tuple[int, ...]] = {
         (0, 1),
     ),
     "AddN": tuple(range(64)),
-    "Select": (1, 2),
+    **dict.fromkeys("MaxPoolGrad SoftmaxCrossEntropyWithLogits SparseSoftmaxCrossEntropyWithLogits".split(), (0,)),
+    **dict.fromkeys(("Select", "SelectV2"), (1, 2)),
 }
-"""Ops that write their first output over an input nobody else needs: the inputs, in the order tried."""
+"""Ops that write an output over an input nobody else needs: the inputs, in the order tried."""
+
+WRITTEN_IN_PLACE: Mapping[str, int] = dict.fromkeys(
+    ("SoftmaxCrossEntropyWithLogits", "SparseSoftmaxCrossEntropyWithLogits"), 1
+)
+"""Which output of such an op it is, where it is not the first."""
 
 ASSIGNS = frozenset({"AssignVariableOp"})
 """Ops after which the variable owns the buffer of the assigned value."""
@@ -82,7 +88,10 @@ def alias_of(node: ir.Node, index: int) -> int | None:
     """Number of the input whose buffer output `index` of the node is, or None if it has its own."""
     if node.op == "IdentityN":
         return index
-    return ALIASES.get(node.op) if index == 0 else None
+    if index:
+        return None
+    copied: Any = dict(node.attrs).get("copy_of_input", ALIASES.get(node.op))
+    return copied
 
 
 @functools.lru_cache(maxsize=8)
@@ -126,6 +135,12 @@ def storages(graph: ir.Graph) -> tuple[Storage, ...]:
             )
         )
     return tuple(sorted(found, key=lambda storage: storage.born))
+
+
+def waited_for(graph: ir.Graph) -> set[str]:
+    """Names of the nodes that must run even if nobody reads what they make."""
+    names = {name for node in graph.nodes for name in node.control_inputs}
+    return names.union(graph.control_outputs, graph.inputs)
 
 
 def output_bytes(node: ir.Node) -> Sequence[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import gc
 import os
 import sys
 import time
@@ -13,8 +14,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from graphswap import graphdef, ir, profiler, rewrites, simulator, strategies, tiers
-from graphswap.allocator import Allocator
+from graphswap import allocator, graphdef, ir, placement, profiler, rewrites, simulator, strategies, tiers
 from graphswap.cost_model import MEMORY_VARIABLE, CostModel, DeviceSpec, Profile
 from graphswap.graphdef import UnsupportedGraphError
 from graphswap.options import Options
@@ -28,7 +28,7 @@ _WIDENINGS = 24
 _TIGHTENING = 0.95
 _TIGHTEST = 0.75
 _CHEAP = 0.05
-_USABLE = 0.97
+_USABLE = 0.99
 """Of the budget: the rest is for what wanders, such as the input pipeline's buffers."""
 _FRUGAL = 0.93
 """Of the budget, for the first run of a step: its workspace is an estimate."""
@@ -73,11 +73,10 @@ class Session:
         self._planned: list[tuple[tuple[graphdef.Shape, ...], tuple[graphdef.Shape, ...], StepReport]] = []
         self._functions: dict[tuple[graphdef.Shape, ...], Callable[..., Any]] = {}
         self._arguments: list[Any] = []  # of the step that runs now
-        self._handles: list[tf.Tensor] = []  # of all variables of the step
-        self._moving: list[tf.Tensor] = []  # of those that leave their place in memory
-        self._snapshot: list[Any] | None = None
+        self._variables = placement.Variables()
+        self._fences: list[Any] = []  # behind the holes for small buffers
         self._trials = _TRIALS
-        self._snapshot_seconds = self._settle_seconds = self._step_seconds = 0.0
+        self._keeping_seconds = self._settling_seconds = self._step_seconds = 0.0
 
     # --- running -----------------------------------------------------------------------------------------------
 
@@ -102,37 +101,39 @@ class Session:
         if key == () and self._outgrown(shapes):
             del self._functions[()]
         while True:
-            self._take_snapshot()
+            self._keep_variables()
+            self._settle()
             start = time.perf_counter()
             planning = self._planning_seconds()
             try:
+                placed_args, placed_kwargs = self._placed((args, kwargs), is_new=key not in self._functions)
                 if key not in self._functions:
                     self._functions[key] = make()
-                result = self._functions[key](*args, **kwargs)
+                result = self._functions[key](*placed_args, **placed_kwargs)
             except _NestedCalls:
                 self._inlines = True
                 self._forget()
-            except tf.errors.ResourceExhaustedError as error:
-                can_repeat = self._restore_variables()
+            except (tf.errors.ResourceExhaustedError, tf.errors.InvalidArgumentError) as error:
+                can_repeat = self._variables.restore()
                 if "No space left" in str(error):
                     raise self._swap_space_error(error) from error
-                if not can_repeat or self._scale < _TIGHTEST:
+                if not _is_out_of_memory(error) or not can_repeat or self._scale < _TIGHTEST:
                     raise
                 self._tighten(error)
                 self._forget()
             except (tf.errors.PermissionDeniedError, tf.errors.NotFoundError) as error:
-                self._restore_variables()
+                self._variables.restore()
                 directory = self._tiers.used_directory()
                 if directory is not None and str(directory) in str(error):
                     raise self._swap_space_error(error) from error
                 raise
             except BaseException:
-                self._restore_variables()
+                self._variables.restore()
                 raise
             else:
                 self._record(shapes, time.perf_counter() - start - (self._planning_seconds() - planning))
-                self._settle()
-                return result
+                self._arguments = []
+                return self._released(result)
 
     def trace(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Calls the step while it is traced, so that the function being traced will be rewritten.
@@ -178,24 +179,52 @@ class Session:
         self._planned.clear()
         self._trials = _TRIALS
 
-    def _take_snapshot(self) -> None:
+    def _keep_variables(self) -> None:
         """Keeps the variables' values for the case that the step fails half way.
 
         On the emulated accelerator always: the input pipeline shares its memory, so any step may run out.
         On a GPU for the first steps of a plan, later while it costs little beside the step. Without it, an
         out-of-memory error leaves some variables updated.
         """
-        self._snapshot = None
-        if not self._handles or profiler.memory_in_use() is None:
+        self._variables.forget()
+        if not len(self._variables) or profiler.memory_in_use() is None:
             return
-        is_emulated = profiler.device_name() == "CPU:0"
-        if is_emulated or self._trials > 0 or self._snapshot_seconds < _CHEAP * self._step_seconds:
+        if self._is_emulated() or self._trials > 0 or self._keeping_seconds < _CHEAP * self._step_seconds:
             start = time.perf_counter()
-            self._snapshot = graphdef.read_variables(self._handles)
-            self._snapshot_seconds = time.perf_counter() - start
+            self._variables.keep()
+            self._keeping_seconds = time.perf_counter() - start
+
+    def _settle(self) -> None:
+        """Lets every step meet the same layout of memory, unless that takes long beside the step."""
+        if profiler.memory_in_use() is None or self._settling_seconds > _CHEAP * self._step_seconds:
+            return
+        start = time.perf_counter()
+        self._variables.settle()
+        self._settling_seconds = time.perf_counter() - start
+
+    def _placed(self, arguments: Any, is_new: bool) -> Any:
+        """The step's arguments, arrays in new buffers of the emulated device.
+
+        In the first run of a trace these stay outside, as the variables are packed then; `optimize` puts others in
+        their place.
+        """
+        if not self._is_emulated():
+            return arguments
+        return tf.nest.map_structure(placement.outside_device if is_new else self._on_device, arguments)
+
+    def _on_device(self, argument: Any) -> Any:
+        return placement.on_device(argument, profiler.device_name()) if self._is_emulated() else argument
+
+    def _released(self, results: Any) -> Any:
+        """The step's results, small ones no longer on the emulated device."""
+        return tf.nest.map_structure(placement.result_outside_device, results) if self._is_emulated() else results
+
+    def _is_emulated(self) -> bool:
+        """Whether the device is a CPU that counts its bytes: numpy's memory lies outside of it."""
+        return profiler.device_name() == "CPU:0" and profiler.memory_in_use() is not None
 
     def _record(self, shapes: tuple[graphdef.Shape, ...], seconds: float) -> None:
-        self._snapshot = None
+        self._variables.forget()
         self._trials -= 1
         self._step_seconds = seconds
         for accepted, _, step in reversed(self._planned):
@@ -204,9 +233,9 @@ class Session:
                 step.measured_peak_bytes = profiler.memory_in_use("peak")
                 return
 
-    def _tighten(self, error: tf.errors.ResourceExhaustedError) -> None:
+    def _tighten(self, error: tf.errors.OpError) -> None:
         self._scale *= _TIGHTENING
-        why = next((line for line in error.message.splitlines() if line.startswith("OOM")), _summary(error))
+        why = _summary(error) if isinstance(error, tf.errors.ResourceExhaustedError) else "when a value came back"
         for _, _, step in self._planned:
             step.notes.append(f"ran out of memory ({why[:120]}); planned again, tighter")
 
@@ -215,27 +244,6 @@ class Session:
             f"swapping to '{self._tiers.used_directory()}' failed: {error.message.splitlines()[0]}. "
             "Free space there, or name another directory in graphswap.Options(swap_to=...)."
         )
-
-    # --- variables ---------------------------------------------------------------------------------------------
-
-    def _restore_variables(self) -> bool:
-        """Puts the variables back to where they were before the step, if that is known."""
-        if self._snapshot is None:
-            return False
-        graphdef.write_variables(self._handles, self._snapshot)
-        self._snapshot = None
-        return True
-
-    def _settle(self) -> None:
-        """Puts assigned variables back to where they were, so that every step meets the same layout of memory.
-
-        On a device that counts its memory, unless that takes long beside the step.
-        """
-        if not self._moving or profiler.memory_in_use() is None or self._settle_seconds > _CHEAP * self._step_seconds:
-            return
-        start = time.perf_counter()
-        graphdef.write_variables(self._moving, graphdef.read_variables(self._moving))
-        self._settle_seconds = time.perf_counter() - start
 
     # --- planning ----------------------------------------------------------------------------------------------
 
@@ -246,23 +254,25 @@ class Session:
             InfeasibleBudgetError: If no plan keeps the budget.
             UnsupportedGraphError: If the step can't be planned and `on_unsupported` is "raise".
         """
-        if not graphdef.is_initialized(func_graph):
-            return  # the trace that makes the variables; TensorFlow traces again
+        variables = graphdef.variables(func_graph)
+        with tf.init_scope():
+            if not placement.are_initialized(variables):
+                return  # the trace that makes the variables; TensorFlow traces again
         if not self._inlines and graphdef.has_calls(func_graph):
             raise _NestedCalls
-        self._handles = graphdef.variable_handles(func_graph)
-        self._moving = graphdef.moving_handles(func_graph)
-        if profiler.memory_in_use() is not None:
-            with tf.init_scope():
-                # Building the model has left holes between its variables.
-                self._snapshot = self._snapshot or graphdef.read_variables(self._handles)
-                graphdef.write_variables(self._handles, self._snapshot)
+        self._variables = placement.Variables(variables)
         with _progress(func_graph.name) as progress:
             clock = _Clock(progress)
             shapes = self._argument_shapes(func_graph)
+            with clock("measure"):
+                device = self._device()
+                self._arrange(device)
             try:
                 with clock("import"):
-                    graph = graphdef.import_function(func_graph, shapes)
+                    folding = graphdef.constant_folding(func_graph)
+                    if folding is not None:
+                        graphdef.regroup(func_graph, folding)
+                    graph = graphdef.import_function(func_graph, shapes, folding)
             except UnsupportedGraphError as error:
                 if self.options.on_unsupported == "raise":
                     raise
@@ -272,16 +282,27 @@ class Session:
                     StepReport(func_graph.name, 0, 0, Plan(), f"runs unchanged: {error}", 0, 0, 0.0, 0.0),
                 )
                 return
-            with clock("measure"):
-                device = self._device()
-                cost_model = CostModel(device, resident_bytes=_resident_bytes(graph), far_tier=self._far_tier())
-                budget = self._budget(device)
+            fences = len(self._fences) * allocator.ALIGNMENT_BYTES
+            resident_bytes = max(0, _resident_bytes(graph) - fences)
+            cost_model = CostModel(device, resident_bytes=resident_bytes, far_tier=self._far_tier())
+            budget = self._budget(device)
             planned = self._plan(func_graph, graph, cost_model, budget, clock)
             if not planned.plan.is_empty:
                 with clock("rewrite"):
                     rewritten = rewrites.rewrite(graph, planned.plan)
                     graphdef.export_function(func_graph, rewritten, self._tiers)
             self._add_report(func_graph, shapes, _step_report(graph, budget, planned, clock.seconds))
+
+    def _arrange(self, device: DeviceSpec) -> None:
+        """Lays the device out as `simulator` takes it to be: building the model has left holes."""
+        if profiler.memory_in_use() is None:
+            return
+        with tf.init_scope():
+            self._fences = []
+            self._variables.keep()
+            self._variables.pack()
+            self._arguments = [self._on_device(argument) for argument in self._arguments]
+            self._fences = placement.leave_holes(device.holes, allocator.HOLE_BYTES, profiler.device_name())
 
     def _add_report(self, func_graph, shapes: tuple[graphdef.Shape, ...], step: StepReport) -> None:
         accepted = tuple(_shape(tensor) for tensor in func_graph.inputs if tensor.dtype != tf.resource)[: len(shapes)]
@@ -326,7 +347,7 @@ class Session:
         whole = device.memory_bytes or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         return int(whole * self._scale * _USABLE)
 
-    def _plan(self, func_graph, graph, cost_model: CostModel, budget: int, clock: _Clock) -> Planned:
+    def _plan(self, func_graph, graph: ir.Graph, cost_model: CostModel, budget: int, clock: _Clock) -> Planned:
         plain = simulator.simulate(graph, Plan(), cost_model)
         if budget and plain.peak_bytes * _WANDERING <= budget:
             return Planned(Plan(), plain, plain, ["it fits the budget as it is"])
@@ -342,10 +363,10 @@ class Session:
                 raise InfeasibleBudgetError(asked, smallest + 1, error.node) from None
         plain = simulator.simulate(graph, Plan(), cost_model)
         plan.check(graph)
-        allocator = Allocator(
+        model = allocator.Allocator(
             max(plan.memory_budget or 0, cost_model.device.memory_bytes or 0), cost_model.device.reserves_memory
         )
-        timeline = simulator.simulate(graph, plan, cost_model, allocator=allocator, repetitions=2)
+        timeline = simulator.simulate(graph, plan, cost_model, allocator=model)
         return Planned(plan, timeline, plain, notes)
 
     def _strategy(self) -> Strategy:
@@ -362,20 +383,26 @@ class Session:
         cached = profiler.cached_profile(graph.fingerprint, device)
         if cached is not None:
             return cached
-        try:
-            greedy = strategies.Greedy(planning_seconds=0.0)
-            plan = greedy.plan(graph, cost_model, max(1, int(budget * _FRUGAL)))
-        except InfeasibleBudgetError:
-            # By estimates, which are high for some kernels' workspace: the run will tell.
-            plan = _plan_within(self._strategy(), graph, cost_model, 0)
-        try:
-            frugal = rewrites.rewrite(graph, plan)
-            profile = profiler.measure_step(func_graph, frugal, self._arguments, self._tiers, graph.fingerprint)
-        except (profiler.CantMeasure, tf.errors.OpError) as error:
-            notes.append(f"costs are analytic, not measured: {_summary(error)}")
-            return None
-        profiler.store_profile(profile, device)
-        return profile
+        error: Exception | None = None
+        for frugal_budget in (max(1, int(budget * _FRUGAL)), budget, 0):
+            try:
+                # Estimates are high for some kernels' workspace, and low for others': the run will tell.
+                if frugal_budget:
+                    plan = strategies.Greedy(planning_seconds=0.0).plan(graph, cost_model, frugal_budget)
+                else:
+                    plan = _plan_within(self._strategy(), graph, cost_model, 0)
+                rewritten = rewrites.rewrite(graph, plan)
+                profile = profiler.measure_step(func_graph, rewritten, self._arguments, self._tiers, graph.fingerprint)
+            except (InfeasibleBudgetError, profiler.CantMeasure, tf.errors.OpError) as failure:
+                error = failure
+                if not (isinstance(failure, InfeasibleBudgetError) or _is_out_of_memory(failure)):
+                    break
+            else:
+                profiler.store_profile(profile, device)
+                gc.collect()  # the measured function's constants lie on the device
+                return profile
+        notes.append(f"costs are analytic, not measured: {_summary(error)}")
+        return None
 
 
 def function(step: Callable[..., Any] | None = None, *, memory_budget: int | str, **options: Any) -> Any:
@@ -467,10 +494,17 @@ def _step_report(graph: ir.Graph, budget: int, planned: Planned, breakdown: dict
     )
 
 
-def _summary(error: Exception) -> str:
-    """The most telling line of an error: TensorFlow puts it last, after the nodes."""
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether the device ran out. What a swap brings back is then an invalid argument to TensorFlow."""
+    if isinstance(error, tf.errors.ResourceExhaustedError):
+        return True
+    return isinstance(error, tf.errors.InvalidArgumentError) and "/swap_in/ParseTensor}}" in str(error)
+
+
+def _summary(error: Exception | None) -> str:
+    """The most telling line of an error: what ran out, else the last one, which stands after the nodes."""
     lines = [line for line in str(error).splitlines() if line.strip() and "[[" not in line]
-    return (lines[-1] if lines else repr(error))[:300]
+    return next((line for line in lines if line.startswith("OOM")), lines[-1] if lines else repr(error))[:300]
 
 
 def _accepts(accepted: Sequence[graphdef.Shape], shapes: Sequence[graphdef.Shape]) -> bool:

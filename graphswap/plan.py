@@ -40,6 +40,8 @@ class Swap:
         in_after: The node after which the copy back starts.
         in_before: The first node after the gap that uses the value.
         tier: "host" or "disk".
+        is_synchronous: Whether nothing else runs during the copies; where they take the cores that compute, the
+            order of all requests for memory is then the same in every run.
         reason: Why, for people.
     """
 
@@ -49,6 +51,7 @@ class Swap:
     in_after: str
     in_before: str
     tier: str = "host"
+    is_synchronous: bool = False
     reason: str = ""
 
 

@@ -9,24 +9,26 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
+import itertools
 import os
 import pathlib
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import tensorflow as tf
 from tensorflow.python.eager import context
 from tensorflow.tsl.profiler.protobuf import xplane_pb2
 
-from graphswap import graphdef, ir, tiers
-from graphswap.cost_model import DeviceSpec, Link, Profile
+from graphswap import allocator, graphdef, ir, liveness, tiers
+from graphswap.cost_model import DeviceSpec, Link, Profile, Workspace
 
 _LINK_BYTES = 8 << 20
 _LEAST_LINK_BYTES = 64 << 10
 _LINK_COPIES = 7
+_HOLES = 128
 
 
 class CantMeasure(Exception):
@@ -90,6 +92,7 @@ def device_spec(emulated_bytes: int | None, swap_directory: str | os.PathLike[st
         name=f"{device_name()}/{os.cpu_count()}",
         memory_bytes=memory,
         reserves_memory=emulated_bytes is not None or device_name() != "CPU:0",
+        holes=min(_HOLES, memory // 80 // allocator.HOLE_BYTES) if emulated_bytes is not None and memory else 0,
         links={**DeviceSpec().links, **links},
     )
 
@@ -243,33 +246,96 @@ def _links(events: Sequence[Event], graph: ir.Graph) -> dict[str, Link]:
     }
 
 
-def _node_costs(events: Sequence[Event], graph: ir.Graph) -> tuple[Mapping[str, float], Mapping[str, int]]:
-    """Seconds and workspace bytes by node, from the events of ops and of the allocator."""
+def _node_costs(events: Sequence[Event], graph: ir.Graph) -> tuple[Mapping[str, float], Mapping[str, Workspace]]:
+    """Seconds and workspace by node, from the events of ops and of the allocator."""
     names = {node.name for node in graph.nodes}
     opaque = {node.name for node in graph.nodes if node.op in graphdef.OPAQUE}
     seconds: dict[str, float] = collections.defaultdict(float)
-    workspace: dict[str, int] = {}
-    held: dict[str, int] = collections.defaultdict(int)
-    address_of: dict[int, tuple[str, int]] = {}
-    for _, duration_ps, name, stats in events:
+    runs: dict[str, tuple[int, int]] = {}  # node -> start and end, in picoseconds
+    for start, duration_ps, name, _ in events:
+        op = name.rpartition(":")[0]
+        if op not in names:  # inside a loop or a branch: "<node>/body/..."
+            op = next((op[:end] for end in _slashes(op) if op[:end] in opaque), "")
+        if op:
+            seconds[op] += duration_ps / 1e12
+            runs[op] = (min(start, runs.get(op, (start, 0))[0]), max(start + duration_ps, runs.get(op, (0, 0))[1]))
+    buffers = _buffers(events)
+    of_node: dict[str, list[_Buffer]] = collections.defaultdict(list)
+    for buffer in buffers:
+        of_node[buffer.op].append(buffer)
+    workspace = {name: _workspace(of_node[name], runs[name][1]) for name in runs if name not in opaque}
+    before = 0  # when the nodes before had ended: a loop's counters may run ahead of them
+    for node in graph.nodes:
+        start, end = runs.get(node.name, (0, 0))
+        if node.name in opaque and end:
+            # Its inner nodes go by other names; it may free what it was given, trip by trip.
+            growth = _most_bytes(buffers, max(start, before), end)
+            workspace[node.name] = Workspace(late=(max(0, growth - sum(liveness.output_bytes(node))),))
+        before = max(before, end)
+        if node.like and node.name in runs and node.like not in runs:  # the first run was not needed
+            seconds[node.like], workspace[node.like] = seconds[node.name], workspace[node.name]
+    return dict(seconds), workspace
+
+
+def _workspace(buffers: Sequence[_Buffer], end: int) -> Workspace:
+    """What a node held only while it ran, at the moment when that was most.
+
+    Args:
+        buffers: Those it asked for.
+        end: When it ended. Some kernels make a temporary buffer their output: it outlives them.
+    """
+    outputs = [buffer for buffer in buffers if not buffer.is_temporary or buffer.end > end]
+    temporary = sorted((buffer for buffer in buffers if buffer not in outputs), key=lambda buffer: buffer.start)
+    fullest = max(temporary, key=lambda moment: _held_at(temporary, moment.start), default=None)
+    if fullest is None:
+        return Workspace()
+    held = [buffer for buffer in temporary if buffer.start <= fullest.start < buffer.end]
+    first_output = min((buffer.start for buffer in outputs), default=0)
+    return Workspace(
+        tuple(buffer.nbytes for buffer in held if buffer.start < first_output),
+        tuple(buffer.nbytes for buffer in held if buffer.start >= first_output),
+    )
+
+
+def _held_at(buffers: Sequence[_Buffer], moment: int) -> int:
+    return sum(buffer.nbytes for buffer in buffers if buffer.start <= moment < buffer.end)
+
+
+class _Buffer(NamedTuple):
+    """What the allocator handed out: times in picoseconds."""
+
+    op: str
+    nbytes: int
+    is_temporary: bool
+    start: int
+    end: int
+
+
+def _buffers(events: Sequence[Event]) -> list[_Buffer]:
+    open_at: dict[int, _Buffer] = {}  # by address
+    closed = []
+    for start, _, name, stats in events:
         if name == "MemoryAllocation":
-            op = str(stats.get("tf_op", ""))
-            if stats.get("region_type") == "temp" and op in names:
-                nbytes = int(stats["requested_bytes"])
-                held[op] += nbytes
-                address_of[int(stats["addr"])] = (op, nbytes)
-                workspace[op] = max(workspace.get(op, 0), held[op])
+            nbytes = allocator.rounded(int(stats["requested_bytes"]))
+            is_temporary = stats.get("region_type") == "temp"
+            buffer = _Buffer(str(stats.get("tf_op", "")), nbytes, is_temporary, start, _NEVER)
+            open_at[int(stats["addr"])] = buffer
         elif name == "MemoryDeallocation":
-            op, nbytes = address_of.pop(int(stats["addr"]), ("", 0))
-            held[op] -= nbytes
-        else:
-            op = name.rpartition(":")[0]
-            if op not in names:  # inside a loop or a branch: "<node>/body/..."
-                op = next((op[:end] for end in _slashes(op) if op[:end] in opaque), "")
-            if op:
-                seconds[op] += duration_ps / 1e12
-    # What opaque nodes allocate is reported under other names.
-    return dict(seconds), {name: workspace.get(name, 0) for name in seconds if name not in opaque}
+            buffer = open_at.pop(int(stats["addr"]), None)
+            if buffer is not None:
+                closed.append(buffer._replace(end=start))
+    return [*closed, *open_at.values()]
+
+
+_NEVER = 1 << 62
+
+
+def _most_bytes(buffers: Sequence[_Buffer], start: int, end: int) -> int:
+    """The most bytes that the buffers hold at a time between start and end, beyond what they hold at the start."""
+    changes = [(buffer.start, buffer.nbytes) for buffer in buffers]
+    changes += [(buffer.end, -buffer.nbytes) for buffer in buffers]
+    inner = sorted(change for change in changes if start <= change[0] <= end)
+    return max(itertools.accumulate(nbytes for _, nbytes in inner), default=0)
 
 
 def _slashes(name: str) -> list[int]:

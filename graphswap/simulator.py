@@ -15,12 +15,12 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from graphswap import allocator as allocator_lib
 from graphswap import ir, liveness
-from graphswap.cost_model import CostModel
+from graphswap.cost_model import CostModel, Workspace
 from graphswap.plan import Plan, Swap
 
 
@@ -73,36 +73,32 @@ class NoRoom(Exception):
     """The modelled allocator ran out during a step.
 
     Attributes:
-        position: How many of the user's nodes had run.
+        after: The last of the user's nodes that had run; "" at the start of a step.
         nbytes: The request that failed.
         layout: All chunks as (address, bytes, owner), by address; the owner is the value that lives there,
             "" for other uses, None for a free chunk.
     """
 
-    def __init__(self, position: int, nbytes: int, layout: Sequence[tuple[int, int, str | None]]):
-        super().__init__(f"no room for {nbytes} bytes after {position} nodes")
-        self.position = position
+    def __init__(self, after: str, nbytes: int, layout: Sequence[tuple[int, int, str | None]]):
+        super().__init__(f"no room for {nbytes} bytes after node '{after}'")
+        self.after = after
         self.nbytes = nbytes
         self.layout = layout
 
 
 def simulate(
-    graph: ir.Graph,
-    plan: Plan,
-    cost_model: CostModel,
-    *,
-    allocator: allocator_lib.Allocator | None = None,
-    repetitions: int = 1,
+    graph: ir.Graph, plan: Plan, cost_model: CostModel, *, allocator: allocator_lib.Allocator | None = None
 ) -> Timeline:
     """Runs the step under the plan.
+
+    It begins as `placement` leaves the device: variables packed, the largest first, the batch, holes for small
+    buffers, constants, then one free chunk.
 
     Args:
         graph: The user's graph, or a rewritten one with an empty plan.
         plan: What to do; checked by the caller.
         cost_model: Seconds and bytes.
         allocator: A fresh model of the device's allocator. Every buffer is then placed in it.
-        repetitions: How many steps to run one after the other on the same allocator, at most: variables
-            move when they are assigned, so later steps meet another layout, until one comes again.
 
     Raises:
         NoRoom: If the modelled allocator runs out.
@@ -110,16 +106,13 @@ def simulate(
     plain = _plain(graph, cost_model)
     actions, versions = _expand(graph, plan, plain)
     results = [plain.version[reference] for reference in graph.outputs]
-    run = _Run(actions, versions, results, cost_model, allocator)
-    layouts = [run.layout()]
-    timeline = run.step()
-    while len(layouts) < repetitions and run.layout() not in layouts:
-        layouts.append(run.layout())
-        timeline = max(timeline, run.step(), key=lambda t: t.allocated_peak_bytes)
-    return timeline
+    return _Run(actions, versions, results, cost_model, allocator).timeline()
 
 
 # --- what to run ----------------------------------------------------------------------------------------------
+
+
+_VARIABLE, _ARGUMENT, _CONSTANT = range(3)  # in the order in which they come to the device
 
 
 class _Output(NamedTuple):
@@ -146,9 +139,9 @@ class _Facts(NamedTuple):
 
     name: str
     seconds: float
-    workspace: int
+    workspace: Workspace  # rounded as the allocator does
     outputs: Sequence[_Output]
-    is_resident: bool  # whether the outputs are there before the step
+    resides: int | None  # _VARIABLE, _ARGUMENT or _CONSTANT if the outputs are there before the step
     assigns: str  # the variable that gets another value, or ""
     in_place: bool  # whether it keeps its buffer if nobody reads it
 
@@ -173,6 +166,7 @@ class _Copy(NamedTuple):
     nbytes: int
     tier: str
     piece_bytes: int  # what is on the device twice while the value comes back in pieces
+    is_synchronous: bool  # whether nothing else runs meanwhile
 
 
 def _piece_bytes(value: ir.Value) -> int:
@@ -191,6 +185,9 @@ class _Plain(NamedTuple):
 def _plain(graph: ir.Graph, cost_model: CostModel) -> _Plain:
     root_of, origin = liveness.roots(graph), ir.origin(graph)
     version = {reference: number for number, reference in enumerate(origin)}
+    departing = {
+        node.name for node in graph.nodes if node.op == ir.SWAP_OUT and not dict(node.attrs).get("is_synchronous")
+    }
     actions: dict[str, _Action | _Copy] = {}
     for node in graph.nodes:
         inputs = tuple(version[reference] for reference in node.inputs)
@@ -198,38 +195,44 @@ def _plain(graph: ir.Graph, cost_model: CostModel) -> _Plain:
         if node.op in (ir.SWAP_OUT, ir.SWAP_IN):
             kind = "swap_out" if node.op == ir.SWAP_OUT else "swap_in"
             attrs: Any = dict(node.attrs)
+            moved = graph.value(node.inputs[0]) if kind == "swap_out" else node.outputs[0]
             value, nbytes, tier = origin[node.name], attrs["nbytes"], attrs["tier"]
-            actions[node.name] = _Copy(kind, inputs, outputs, value, nbytes, tier, _piece_bytes(graph.value(value)))
+            synchronous = attrs.get("is_synchronous", False)
+            actions[node.name] = _Copy(kind, inputs, outputs, value, nbytes, tier, _piece_bytes(moved), synchronous)
         else:
             kind = "recompute" if node.like else "run"
-            waits = [version[name] for name in node.control_inputs if graph.by_name[name].op == ir.SWAP_OUT]
+            waits = [version[name] for name in node.control_inputs if name in departing]
             actions[node.name] = _Action(kind, inputs, outputs, _facts(graph, node, cost_model, root_of), waits)
     return _Plain(actions, version)
 
 
 def _facts(graph: ir.Graph, node: ir.Node, cost_model: CostModel, root_of: Mapping[str, str]) -> _Facts:
-    is_resident = node.op in ir.RESIDENT_OPS
+    resides = None
+    if node.op in ir.RESIDENT_OPS:
+        resides = _VARIABLE if node.outputs[0].dtype == "resource" else _CONSTANT if node.op == "Const" else _ARGUMENT
     outputs = []
     for index, (value, nbytes) in enumerate(zip(node.outputs, liveness.output_bytes(node), strict=True)):
         reference = ir.ref(node.like or node.name, index)
         held = None
-        if is_resident:
+        if resides is not None:
             held = "" if value.dtype == "resource" else reference
         elif node.op == "ReadVariableOp":
             held = root_of[node.inputs[0]]
         overwrites = [
             slot
-            for slot in liveness.IN_PLACE.get(node.op, ())[: 0 if index else len(node.inputs)]
-            if _is_as_large(graph.value(node.inputs[slot]), value)
+            for slot in liveness.IN_PLACE.get(node.op, ())[: len(node.inputs)]
+            if index == liveness.WRITTEN_IN_PLACE.get(node.op, 0)
+            and _is_as_large(graph.value(node.inputs[slot]), value)
         ]
         outputs.append(_Output(reference, nbytes, held, liveness.alias_of(node, index), overwrites))
     in_place = node.op in liveness.UPDATES
+    early, late = cost_model.workspace(graph, node)
     return _Facts(
         name=node.like or node.name,
         seconds=cost_model.seconds(graph, node),
-        workspace=allocator_lib.rounded(cost_model.workspace_bytes(graph, node)),
+        workspace=Workspace(tuple(map(allocator_lib.rounded, early)), tuple(map(allocator_lib.rounded, late))),
         outputs=outputs,
-        is_resident=is_resident,
+        resides=resides,
         assigns=root_of[node.inputs[0]] if in_place or node.op in liveness.ASSIGNS else "",
         in_place=in_place,
     )
@@ -278,7 +281,8 @@ def _expand(graph: ir.Graph, plan: Plan, plain: _Plain) -> tuple[list[_Action | 
         nonlocal versions
         value = graph.value(swap.value)
         piece_bytes = _piece_bytes(value)
-        actions.append(_Copy(kind, (source,), (versions,), swap.value, value.nbytes, swap.tier, piece_bytes))
+        moved = (swap.value, value.nbytes, swap.tier, piece_bytes, swap.is_synchronous)
+        actions.append(_Copy(kind, (source,), (versions,), *moved))
         versions += 1
         return versions - 1
 
@@ -292,7 +296,8 @@ def _expand(graph: ir.Graph, plan: Plan, plain: _Plain) -> tuple[list[_Action | 
             current.update(zip(action.outputs, outputs, strict=True))
             actions.append(action._replace(kind="recompute", outputs=outputs))
         action = bound(name)
-        waits = [transfer.out for transfer in fences.get(name, ()) if transfer.out is not None]
+        fenced = [transfer for transfer in fences.get(name, ()) if not transfer.swap.is_synchronous]
+        waits = [transfer.out for transfer in fenced if transfer.out is not None]
         actions.append(action._replace(waits=waits) if waits else action)
         for transfer in outs.get(name, ()):
             value = transfer.value
@@ -300,7 +305,33 @@ def _expand(graph: ir.Graph, plan: Plan, plain: _Plain) -> tuple[list[_Action | 
                 transfer.out = handles[value] = copy("swap_out", current.get(value, value), transfer.swap)
         for transfer in ins.get(name, ()):
             transfer.back = copy("swap_in", handles[transfer.value], transfer.swap)
-    return actions, versions
+    return _without_unread(graph, plan, plain, actions), versions
+
+
+def _without_unread(
+    graph: ir.Graph, plan: Plan, plain: _Plain, actions: list[_Action | _Copy]
+) -> list[_Action | _Copy]:
+    """The actions less the nodes that `rewrites.prune` takes out."""
+    repeated = {name for decision in plan.recomputes for name in decision.nodes} - liveness.waited_for(graph)
+    if not repeated:
+        return actions
+    readers = collections.Counter(version for action in actions for version in action.inputs)
+    readers.update(plain.version[reference] for reference in graph.outputs)
+    kept: list[_Action | _Copy] = []
+    for action in reversed(actions):
+        if isinstance(action, _Action) and action.facts.name in repeated and not any(map(readers.get, action.outputs)):
+            readers.subtract(action.inputs)
+            _hand_on_waits(action, kept)
+        else:
+            kept.append(action)
+    return kept[::-1]
+
+
+def _hand_on_waits(action: _Action, later: list[_Action | _Copy]) -> None:
+    """What the action would have waited for, the next one (at the end of `later`) waits for."""
+    heir = next((place for place in reversed(range(len(later))) if isinstance(later[place], _Action)), None)
+    if action.waits and heir is not None:
+        later[heir] = later[heir]._replace(waits=[*action.waits, *later[heir].waits])
 
 
 # --- running it -----------------------------------------------------------------------------------------------
@@ -318,7 +349,7 @@ class _Buffer:
 
 
 class _Run:
-    """The device. Between steps variables, arguments and constants stay, everything else is freed."""
+    """One step on a device."""
 
     def __init__(
         self,
@@ -329,29 +360,41 @@ class _Run:
         allocator: allocator_lib.Allocator | None,
     ):
         self.actions = actions
-        self.results = results
         self.cost = cost_model
         self.allocator = allocator
         self.owners: dict[int, str] = {}  # address -> the value that lives there
-        self.live = self.position = 0
+        self.live = 0
+        self.after = ""  # the last of the user's nodes that has run
         self.held: dict[str, _Buffer] = {}  # value before the step -> buffer: variables, arguments, constants
         self.readers = [0] * versions
         if cost_model.resident_bytes:
             self._allocate(cost_model.resident_bytes, "")
         for version in results:
             self.readers[version] += 1
+        residents = []
         for action in actions:
             for version in action.inputs:
                 self.readers[version] += 1
-            if isinstance(action, _Action) and action.facts.is_resident:
-                for output in action.facts.outputs:
-                    if output.nbytes:
-                        buffer = self.held[output.reference] = self._allocate(output.nbytes, output.reference)
-                        buffer.holders = 1
+            if isinstance(action, _Action) and action.facts.resides is not None:
+                residents += [(action.facts.resides, -output.nbytes, output) for output in action.facts.outputs]
+        residents.sort(key=lambda resident: resident[:2])
+        self._reside(output for when, _, output in residents if when != _CONSTANT)
+        holes = []
+        for _ in range(cost_model.device.holes if allocator else 0):
+            holes.append(self._allocate(allocator_lib.HOLE_BYTES, ""))
+            self._allocate(allocator_lib.ALIGNMENT_BYTES, "")  # the fence behind it
+        for hole in holes:
+            self._drop(hole)
+        self._reside(output for when, _, output in residents if when == _CONSTANT)
 
-    def step(self) -> Timeline:
+    def _reside(self, outputs: Iterable[_Output]) -> None:
+        for output in outputs:
+            if output.nbytes:
+                buffer = self.held[output.reference] = self._allocate(output.nbytes, output.reference)
+                buffer.holders = 1
+
+    def timeline(self) -> Timeline:
         peak = self.live
-        self.position = 0  # how many of the user's nodes have run
         self.now = 0.0
         self.buffers: list[_Buffer | None] = [None] * len(self.readers)
         self.ready: dict[int, float] = {}  # version on its way -> when its copy is complete
@@ -368,8 +411,6 @@ class _Run:
                 swapped += action.nbytes if step.kind == "swap_out" else 0
             peak = max(peak, step.live_bytes)
             steps.append(step)
-        for buffer in (*self.sources.values(), *(self.buffers[version] for version in self.results)):
-            self._release(buffer)
         allocated = self.allocator.peak_bytes if self.allocator else peak
         end = max((self.now, *self.lanes.values()))
         return Timeline(tuple(steps), peak, allocated, end, swapped, recomputed)
@@ -385,9 +426,11 @@ class _Run:
         start = max(self.now, self.lanes.get(lane, 0.0), self.ready.get(source, 0.0))
         if action.kind == "swap_out":
             end = start + link.out_seconds(action.nbytes)
-            if (buffer := self.buffers[source]) is not None:
-                self.sources[target] = buffer
             live = self.live
+            if action.is_synchronous:
+                self._release(self.buffers[source])
+            elif (buffer := self.buffers[source]) is not None:
+                self.sources[target] = buffer
         else:
             end = start + link.in_seconds(action.nbytes)
             buffer = self.buffers[target] = self._allocate(allocator_lib.rounded(action.nbytes), action.value)
@@ -397,7 +440,7 @@ class _Run:
             self._drop(piece)
             self._drop(buffer)
         self.lanes[lane] = self.ready[target] = end
-        if not link.overlaps:
+        if action.is_synchronous or not link.overlaps:
             self.now = end
         return Step(action.value, action.kind, start, end, live)
 
@@ -411,21 +454,22 @@ class _Run:
             self._release(self.sources.pop(version, None))
         inputs = [buffers[version] for version in action.inputs]
         given_up = self._assign(facts, inputs) if facts.assigns else None
+        scratch = [self._allocate(nbytes, "") for nbytes in facts.workspace.early]
         for index, version in enumerate(action.outputs):
             buffer = buffers[version] = self._place(facts.outputs[index], inputs)
             if buffer is not None:
                 buffer.readers += self.readers[version]
-        scratch = self._allocate(facts.workspace, "") if facts.workspace else None
+        scratch += [self._allocate(nbytes, "") for nbytes in facts.workspace.late]
         live = self.live
         for buffer in inputs:
             self._release(buffer)
         for version in action.outputs:
             self._drop(buffers[version])
-        self._drop(scratch)
-        self._drop(given_up)
+        for buffer in (*scratch, given_up):
+            self._drop(buffer)
         self.now = start + facts.seconds
         if kind == "run":
-            self.position += 1
+            self.after = facts.name
         return Step(facts.name, kind, start, self.now, live)
 
     def _place(self, output: _Output, inputs: Sequence[_Buffer | None]) -> _Buffer | None:
@@ -464,7 +508,7 @@ class _Run:
         try:
             address = self.allocator.allocate(nbytes)
         except allocator_lib.OutOfMemory:
-            raise NoRoom(self.position, nbytes, self.layout()) from None
+            raise NoRoom(self.after, nbytes, self.layout()) from None
         self.owners[address] = owner
         return _Buffer(nbytes, address)
 

@@ -4,6 +4,7 @@ from graphswap import ir
 from graphswap.plan import Plan
 from graphswap.rewrites import pass_manager
 from graphswap.rewrites.ordering import ordering
+from graphswap.rewrites.prune import prune
 from graphswap.rewrites.recompute import recompute
 from graphswap.rewrites.schedule import schedule
 from graphswap.rewrites.swap import swap
@@ -12,6 +13,7 @@ PASSES: tuple[pass_manager.RewritePass, ...] = (
     schedule,  # positions in the plan mean the planned order
     recompute,
     swap,  # after recompute: repeated nodes read what came back, too
+    prune,  # after swap: a value that is swapped out has a reader
     ordering,  # last: chains whatever was inserted
 )
 

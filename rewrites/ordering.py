@@ -7,34 +7,40 @@ import dataclasses
 from graphswap import ir
 from graphswap.plan import Plan
 
-FLOATING = frozenset({ir.SWAP_OUT, ir.SWAP_IN})
-"""Nodes outside the chain: copies run beside compute, in a chain for each direction; the plan says what waits
-for them."""
-
 
 def ordering(graph: ir.Graph, plan: Plan) -> ir.Graph:
     """Returns the graph with a chain of control edges through its nodes, in their order.
 
-    Without it TensorFlow's executor starts whatever is ready, and the peak wanders from run to run.
+    Without it TensorFlow's executor starts whatever is ready, and the peak wanders from run to run. A node waits for
+    the two before it, also where it reads them: TensorFlow's optimiser may turn either into a constant or regroup
+    products, and take the edge along.
     """
     del plan  # the order is the graph's own by now
     nodes = []
-    previous = ""
+    previous: list[str] = []
     lanes: dict[str, str] = {}  # op of a copy -> the copy before it
     departing: list[str] = []  # SwapOuts since the last node of the chain
     for node in graph.nodes:
         if node.op in ir.RESIDENT_OPS:
             nodes.append(node)
             continue
-        if node.op in FLOATING:
+        if floats(node):
             before = [lanes.get(node.op, ""), *(departing if node.op == ir.SWAP_IN else ())]
             lanes[node.op] = node.name
             departing += [node.name] if node.op == ir.SWAP_OUT else []
         else:
-            before = [previous]
-            previous = node.name
+            before = previous
+            previous = [*previous[-1:], node.name]
             departing = []
-        known = {"", *node.control_inputs, *map(ir.producer, node.inputs)}
+        known = {"", *node.control_inputs}
         controls = (*node.control_inputs, *(name for name in before if name not in known))
         nodes.append(dataclasses.replace(node, control_inputs=controls))
     return graph.replace(nodes=tuple(nodes))
+
+
+def floats(node: ir.Node) -> bool:
+    """Whether the node is outside the chain: copies run beside compute, in a chain for each direction.
+
+    The plan says what waits for them.
+    """
+    return node.op in (ir.SWAP_OUT, ir.SWAP_IN) and not dict(node.attrs).get("is_synchronous")

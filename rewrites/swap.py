@@ -85,7 +85,7 @@ def _swap_out(graph: ir.Graph, decision: Swap, source: str, after: str, taken: s
         control_inputs=() if ir.producer(source) == after else (after,),
         outputs=(ir.Value("variant"),),
         device=device,
-        attrs=(("nbytes", value.nbytes), ("tier", decision.tier)),
+        attrs=_attrs(value, decision),
     )
 
 
@@ -99,5 +99,10 @@ def _swap_in(graph: ir.Graph, decision: Swap, handle: str, after: str, taken: se
         control_inputs=(after,),
         outputs=(value,),
         device=device,
-        attrs=(("nbytes", value.nbytes), ("tier", decision.tier)),
+        attrs=_attrs(value, decision),
     )
+
+
+def _attrs(value: ir.Value, decision: Swap) -> tuple[tuple[str, ir.Attr], ...]:
+    synchronous = (("is_synchronous", True),) if decision.is_synchronous else ()
+    return (*synchronous, ("nbytes", value.nbytes), ("tier", decision.tier))

@@ -12,8 +12,8 @@ from graphswap.simulator import NoRoom, Timeline
 from graphswap.strategies import base, gaps
 
 BOTH = ("swap", "recompute")
-_TIGHTENING = 0.96
-_TARGETS = 8
+_TIGHTENING = 0.98
+_TARGETS = 16
 _REPAIRS = 40
 
 
@@ -124,10 +124,11 @@ def _place(
 def _window(problem: gaps.Gaps, state: Evictions, error: NoRoom, actions: Collection[str]) -> dict[int, str]:
     """The cheapest run of neighbouring chunks that is large enough: which gaps to evict to clear it."""
     prices: dict[str | None, tuple[float, int, str]] = {None: (0.0, -1, "")}
+    position = problem.graph.position[error.after] + 1 if error.after else 0
 
     def price(owner: str | None) -> tuple[float, int, str]:
         if owner is not None and owner not in prices:
-            prices[owner] = _price(problem, state, owner, error.position, actions)
+            prices[owner] = _price(problem, state, owner, position, actions)
         return prices[owner]
 
     best: tuple[float, list[str]] = (math.inf, [])

@@ -23,7 +23,7 @@ from graphswap.strategies import order as order_lib
 SMALL_BYTES = 64 << 10
 """Storages up to this size stay on the device: moving them costs more than it frees."""
 
-_ROOMY = 1.1
+_SPARE = 128
 _NEVER_REPEATED = frozenset({"While", "StatelessWhile", "If", "StatelessIf", "Case", "StatelessCase"})
 
 
@@ -101,13 +101,12 @@ class Gaps:
     def live_by_position(self, timeline: Timeline) -> np.ndarray:
         """Bytes in use at each position; what is inserted counts for the user's node after it."""
         live = np.zeros(len(self.order))
-        position = 0
         most = 0
         for step in timeline.steps:
             most = max(most, step.live_bytes)
             if step.kind == "run":
-                live[position] = most
-                position, most = position + 1, 0
+                live[self.graph.position[step.name]] = most
+                most = 0
         return live
 
     # --- recompute ---------------------------------------------------------------------------------------------
@@ -221,20 +220,20 @@ class Gaps:
         return simulate(self.graph, Plan(decisions=decisions), self.cost_model)
 
     def place(self, decisions: tuple[Decision, ...], memory_budget: int) -> Timeline:
-        """Simulates with the device's allocator, over several steps.
+        """Simulates with the device's allocator, and once more with a little less memory.
 
-        Of a device that is hardly larger than the budget only the budget is used: what is left over makes
-        up for holes that the model can't know.
+        A layout that fits only just may not fit where a small buffer lies elsewhere, as in the first step.
 
         Raises:
             simulator.NoRoom: If it runs out of memory.
         """
         device = self.cost_model.device
-        limit = device.memory_bytes or 0
-        if limit < _ROOMY * memory_budget:
-            limit = memory_budget
-        allocator = allocator_lib.Allocator(limit, device.reserves_memory)
-        return simulate(self.graph, Plan(decisions=decisions), self.cost_model, allocator=allocator, repetitions=4)
+        limit = max(memory_budget, device.memory_bytes or 0)
+        spares = {(device.memory_bytes or 0) // _SPARE, 0}
+        allocators = [allocator_lib.Allocator(limit - spare, device.reserves_memory) for spare in sorted(spares)]
+        plan = Plan(decisions=decisions)
+        timelines = [simulate(self.graph, plan, self.cost_model, allocator=allocator) for allocator in allocators]
+        return max(timelines, key=lambda timeline: timeline.allocated_peak_bytes)
 
 
 @functools.lru_cache(maxsize=4)
@@ -363,5 +362,6 @@ class _Restorer:
                 in_after=order[max(start, item.start)],
                 in_before=order[position],
                 tier=self.tier,
+                is_synchronous=not link.overlaps,
             )
         )

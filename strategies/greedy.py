@@ -25,8 +25,8 @@ from graphswap.cost_model import CostModel
 from graphswap.plan import Plan
 from graphswap.strategies import fitting, gaps
 
-_ROUNDS = 12
-_SEGMENTS = (16, 32, 8, 0)
+_ROUNDS = 24
+_SEGMENTS = (16, 32, 8, 0, 24, 12, 4)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,11 +53,18 @@ def evict(problem: gaps.Gaps, anchors: Collection[int], target: float) -> fittin
         live = problem.live_by_position(state.timeline)
         if live.max() <= target:
             break
-        chosen = _choose(problem, state.evicted, live, target, anchors)
+        chosen = _choose(problem, state.evicted, live, target, anchors) or _swap_instead(
+            problem, state.evicted, live, target
+        )
         if not chosen:
             break
         state = fitting.evictions(problem, {**state.evicted, **chosen}, anchors)
     return state
+
+
+def _swap_instead(problem: gaps.Gaps, evicted: Mapping[int, str], live: np.ndarray, target: float) -> dict[int, str]:
+    """Gaps to swap instead: their recompute itself overflows, as all that it repeats is on the device at once."""
+    return {gap: "swap" for gap, way in evicted.items() if way == "recompute" and live[problem.gaps[gap].end] > target}
 
 
 def _choose(

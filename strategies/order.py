@@ -18,12 +18,12 @@ def traced(graph: ir.Graph) -> tuple[str, ...]:
 
 def breadth_first(graph: ir.Graph) -> tuple[str, ...]:
     """Memory-greedy list scheduling; ties keep the order of the trace."""
-    return _just_in_time(graph, _list_schedule(graph, depth_first=False))
+    return _late(graph, _list_schedule(graph, depth_first=False))
 
 
 def depth_first(graph: ir.Graph) -> tuple[str, ...]:
     """Memory-greedy list scheduling; ties go on where the last node left off, so branches run one by one."""
-    return _just_in_time(graph, _list_schedule(graph, depth_first=True))
+    return _late(graph, _list_schedule(graph, depth_first=True))
 
 
 def _list_schedule(graph: ir.Graph, depth_first: bool) -> list[str]:
@@ -37,11 +37,7 @@ def _list_schedule(graph: ir.Graph, depth_first: bool) -> list[str]:
     nodes = graph.nodes
     root_of = liveness.roots(graph)
     position = graph.position
-    sizes: dict[str, int] = {}
-    for node in nodes:
-        held = node.op in ir.RESIDENT_OPS or node.op == "ReadVariableOp"
-        for reference, nbytes in zip(node.refs(), liveness.output_bytes(node), strict=True):
-            sizes[reference] = 0 if held else nbytes
+    sizes = _sizes(graph)
     results = {root_of[reference] for reference in graph.outputs}
     readers: dict[str, set[int]] = {}  # storage -> nodes that have still to read it
     followers: list[list[int]] = [[] for _ in nodes]
@@ -110,32 +106,67 @@ def _list_schedule(graph: ir.Graph, depth_first: bool) -> list[str]:
     return order
 
 
-def _just_in_time(graph: ir.Graph, order: list[str]) -> tuple[str, ...]:
-    """Moves what is made of variables and constants alone right before the first node that needs it.
+def _late(graph: ir.Graph, order: list[str]) -> tuple[str, ...]:
+    """Moves what makes more bytes than it frees right before the first node that needs it.
 
-    The scaled momentum of every variable could be there before the first layer runs.
+    The scaled momentum of every variable could be there before the first layer runs, and so could what the
+    backward pass computes of the forward pass's results alone. What reads a variable stays before its update.
     """
-    fixed: set[str] = set()
-    movable: set[str] = set()
-    needed_by: dict[str, list[str]] = {name: [] for name in order}
-    for node in graph.nodes:
-        producers = [ir.producer(reference) for reference in node.inputs]
-        for name in (*producers, *node.control_inputs):
-            needed_by[name].append(node.name)
-        is_data = node.op == "Placeholder" and any(value.nbytes for value in node.outputs)
-        if is_data or not fixed.issuperset(producers):
-            continue
-        if node.op in ir.RESIDENT_OPS or node.op == "ReadVariableOp":
-            fixed.add(node.name)
-        elif not node.stateful:
-            fixed.add(node.name)
-            movable.add(node.name)
+    root_of = liveness.roots(graph)
     place = {name: place for place, name in enumerate(order)}
-    due = dict(place)
-    for name in reversed(order):
-        if name in movable and needed_by[name]:
-            due[name] = min(due[follower] for follower in needed_by[name])
-    return tuple(sorted(order, key=lambda name: (due[name], name not in movable, place[name])))
+    last_use = {root_of[reference]: name for name in order for reference in graph.by_name[name].inputs}
+    sizes = _sizes(graph)
+    can_wait: set[str] = set()
+    fixed: set[str] = set()  # made of variables and constants alone
+    before: dict[str, list[str]] = {}
+    for name in order:
+        node = graph.by_name[name]
+        producers = [ir.producer(reference) for reference in node.inputs]
+        before[name] = [*producers, *node.control_inputs]
+        is_data = node.op == "Placeholder" and any(value.nbytes for value in node.outputs)
+        if not is_data and fixed.issuperset(producers) and (not node.stateful or node.op == "ReadVariableOp"):
+            fixed.add(name)
+        if node.stateful or node.op in ir.RESIDENT_OPS or node.op == "ReadVariableOp":
+            continue
+        roots = {root_of[reference] for reference in node.inputs}
+        freed = sum(sizes[r] for r in roots if last_use[r] == name and ir.producer(r) not in can_wait)
+        made = sum(sizes[r] for index, r in enumerate(node.refs()) if liveness.alias_of(node, index) is None)
+        if made > freed or not made:
+            can_wait.add(name)
+    for update, names in _readers_before(graph).items():
+        before[update] = [*before[update], *names]
+    done: set[str] = set()
+    late: list[str] = []
+    for root in [name for name in order if name not in can_wait] + order:
+        pending = [root]
+        while pending:
+            name = pending[-1]
+            missing = [other for other in before[name] if other not in done]
+            if name in done or not missing:
+                pending.pop()
+                late += [] if name in done else [name]
+                done.add(name)
+            else:
+                # What is made of variables alone comes last, right before its reader.
+                pending += sorted(missing, key=lambda other: (other not in fixed, -place[other]))
+    return tuple(late)
+
+
+def _readers_before(graph: ir.Graph) -> dict[str, list[str]]:
+    """For every update the nodes that read the variable's value from before it."""
+    readers, _ = _old_readers(graph)
+    nodes = graph.nodes
+    return {nodes[update].name: [nodes[reader].name for reader in found] for update, found in readers.items()}
+
+
+def _sizes(graph: ir.Graph) -> dict[str, int]:
+    """Bytes that each value adds when it is made; 0 for what is there all the time."""
+    sizes = {}
+    for node in graph.nodes:
+        held = node.op in ir.RESIDENT_OPS or node.op == "ReadVariableOp"
+        for reference, nbytes in zip(node.refs(), liveness.output_bytes(node), strict=True):
+            sizes[reference] = 0 if held else nbytes
+    return sizes
 
 
 def _old_readers(graph: ir.Graph) -> tuple[dict[int, set[int]], dict[int, list[int]]]:

@@ -4,10 +4,10 @@ import math
 import pytest
 
 from graphswap import parser
-from graphswap.cost_model import CostModel, DeviceSpec, Link, Profile, flops
+from graphswap.cost_model import CostModel, DeviceSpec, Link, Profile, Workspace, flops
 
 DEVICE = DeviceSpec(flops_per_second=1e9, memory_bytes_per_second=1e6, launch_seconds=1e-3)
-PROFILE = Profile("f", {"product": 2.0}, {"product": 512}, {"host": Link(1.0, 2.0)})
+PROFILE = Profile("f", {"product": 2.0}, {"product": Workspace((256,), (200, 56))}, {"host": Link(1.0, 2.0)})
 GRAPH = parser.parse("""
 graph g() -> () {
   %a = Placeholder() : (float32[10,20])
@@ -55,8 +55,8 @@ def test_measured_seconds(name, seconds):
 
 def test_workspace():
     analytic, measured = CostModel(DEVICE), CostModel(DEVICE, PROFILE)
-    assert [analytic.workspace_bytes(GRAPH, node(name)) for name in ("product", "other")] == [0, 768]
-    assert [measured.workspace_bytes(GRAPH, node(name)) for name in ("product", "again", "other")] == [512, 512, 768]
+    assert [analytic.workspace(GRAPH, node(name)).nbytes for name in ("product", "other")] == [0, 768]
+    assert [measured.workspace(GRAPH, node(name)).nbytes for name in ("product", "again", "other")] == [512, 512, 768]
 
 
 def test_a_measured_link_comes_before_the_device_s():
@@ -100,26 +100,28 @@ def test_flops(name, expected):
     assert flops(CONVOLUTIONS, CONVOLUTIONS.by_name[name]) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("name", ["to_image", "to_filter"])
-def test_workspace_of_convolution_gradients_fills_30_mib(name):
+def test_workspace_of_convolution_gradients_is_one_image_or_fills_30_mib():
     pixels, taps, depth = 8 * 8, 5 * 5 * 3, 16
     images = math.ceil((30 << 20) / 4 / (pixels * depth + taps * depth + pixels * taps))
-    found = CostModel(DEVICE).workspace_bytes(CONVOLUTIONS, CONVOLUTIONS.by_name[name])
-    assert found == images * pixels * taps * 4
+    of_image, of_filter = (
+        CostModel(DEVICE).workspace(CONVOLUTIONS, CONVOLUTIONS.by_name[name]) for name in ("to_image", "to_filter")
+    )
+    assert of_image == Workspace(late=(pixels * taps * 4,))
+    assert of_filter == Workspace(late=(images * pixels * taps * 4,))
 
 
 @pytest.mark.parametrize("name", ["forward", "open"])
 def test_no_workspace_without_a_gradient_or_a_shape(name):
-    assert CostModel(DEVICE).workspace_bytes(CONVOLUTIONS, CONVOLUTIONS.by_name[name]) == 0
+    assert CostModel(DEVICE).workspace(CONVOLUTIONS, CONVOLUTIONS.by_name[name]) == Workspace()
 
 
 def test_a_profile_survives_json():
     assert Profile.from_json(PROFILE.to_json()) == PROFILE
 
 
-@pytest.mark.parametrize("field", ["seconds", "workspace_bytes"])
 @pytest.mark.parametrize("cost", [-1, math.nan, math.inf])
-def test_a_profile_refuses_what_is_no_cost(field, cost):
-    with pytest.raises(ValueError) as error:
-        dataclasses.replace(PROFILE, **{field: {"n": cost}})
-    assert str(error.value) == f"expected a finite cost >= 0 for node 'n', received {cost!r}. Measure again."
+def test_a_profile_refuses_what_is_no_cost(cost):
+    for field, value in (("seconds", cost), ("workspace", Workspace(late=(cost,)))):
+        with pytest.raises(ValueError) as error:
+            dataclasses.replace(PROFILE, **{field: {"n": value}})
+        assert str(error.value) == f"expected a finite cost >= 0 for node 'n', received {cost!r}. Measure again."

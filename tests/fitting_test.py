@@ -69,9 +69,9 @@ def holes(link=AT_ONCE):
 @pytest.mark.parametrize(
     ("link", "actions", "decisions"),
     [
-        (AT_ONCE, fitting.BOTH, (Swap("b", "b", "use_a", "use_c", "use_b"),)),
+        (AT_ONCE, fitting.BOTH, (Swap("b", "b", "use_a", "use_c", "use_b", is_synchronous=True),)),
         (Link(1.0, 1.0), fitting.BOTH, (Recompute(("a", "b"), before="use_b"),)),
-        (Link(1.0, 1.0), ("swap",), (Swap("b", "b", "use_a", "use_c", "use_b"),)),
+        (Link(1.0, 1.0), ("swap",), (Swap("b", "b", "use_a", "use_c", "use_b", is_synchronous=True),)),
         (AT_ONCE, ("recompute",), (Recompute(("a", "b"), before="use_b"),)),
     ],
 )
@@ -100,7 +100,7 @@ def test_a_window_is_cleared_where_a_request_finds_no_chunk(link, actions, decis
 )
 def test_the_cheapest_window_is_cleared(layout, nbytes, cleared):
     state = fitting.evictions(CHAIN, {})
-    error = NoRoom(CHAIN.graph.position["b4"], nbytes, layout)
+    error = NoRoom(CHAIN.order[CHAIN.graph.position["b4"] - 1], nbytes, layout)
     window = fitting._window(CHAIN, state, error, ("recompute",))
     assert [CHAIN.storages[CHAIN.gaps[gap].storage].root for gap in window] == cleared
 
@@ -115,7 +115,7 @@ def test_the_target_is_lowered_where_no_window_can_be_cleared():
 
     with pytest.raises(InfeasibleBudgetError) as error:
         fitting.fit(problem, [nothing], 3 * MIB, "s", actions=())
-    assert targets == [3 * MIB, 3 * MIB * 0.96]
+    assert targets == [3 * MIB, 3 * MIB * 0.98]
     assert str(error.value) == (
         "memory_budget=3.0MiB has room for the smallest reachable peak, 3.0MiB, set by node 'c', but not for what the "
         "device's allocator loses beside it. Raise memory_budget or reduce the batch size."

@@ -13,7 +13,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 FLOORS = (
     {"package"},
     {"ir", "allocator"},
-    {"tiers"},
+    {"tiers", "placement"},
     {"plan", "cost_model", "liveness", "graphdef", "parser"},
     {"simulator", "bound", "profiler"},
     {"strategies", "rewrites"},
@@ -30,7 +30,7 @@ STEPS = {
     "rewrites": ({"pass_manager"}, None, {"__init__"}),
     "tools": ({"__init__"}, {"models"}, {"trial"}, {"benchmark"}, None, {"graphswap_cli"}),
 }
-TENSORFLOW_DOORS = {"graphdef", "tiers", "profiler"}
+TENSORFLOW_DOORS = {"graphdef", "tiers", "placement", "profiler"}
 PRIVATE_TENSORFLOW_DOORS = {"graphdef", "profiler"}
 PRIVATE_KERAS_DOORS = {"keras_compile"}
 

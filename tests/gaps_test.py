@@ -94,7 +94,8 @@ def test_a_gap_that_is_too_short_for_both_copies_costs_the_rest():
 
 def test_a_swap_that_compute_waits_for_leaves_at_once_and_comes_back_at_the_end():
     found = problem(link=SLOW)
-    assert found.decide({0: "swap"}) == (Swap("f1", out_after="f2", freed_before="f3", in_after="b2", in_before="b1"),)
+    swap = Swap("f1", out_after="f2", freed_before="f3", in_after="b2", in_before="b1", is_synchronous=True)
+    assert found.decide({0: "swap"}) == (swap,)
     assert found.swap_seconds(0) == 3.0
 
 

@@ -8,7 +8,7 @@ import pytest
 import tensorflow as tf
 import trainings
 
-from graphswap import graphdef, ir, profiler, rewrites, tiers
+from graphswap import graphdef, ir, liveness, profiler, rewrites, tiers
 from graphswap.cost_model import CostModel, DeviceSpec
 from graphswap.plan import Plan
 
@@ -240,34 +240,83 @@ def test_the_planned_order_is_the_executed_order():
 # --- variables --------------------------------------------------------------------------------------------------
 
 
-def test_variables_are_read_and_written_back():
-    step, variables = training_step()
-    func_graph = traced(step, floats(8, 64))
-    handles = graphdef.variable_handles(func_graph)
-    assert len(handles) == len(variables)
-    saved = graphdef.read_variables(handles)
-    before = [variable.numpy() for variable in variables]
-    for variable in variables:
-        variable.assign(tf.ones_like(variable))
-    graphdef.write_variables(handles, saved)
-    for variable, value in zip(variables, before, strict=True):
-        np.testing.assert_array_equal(variable.numpy(), value)
+def test_variables_and_which_of_them_are_assigned():
+    kernel, statistic = tf.Variable(tf.ones((4, 8))), tf.Variable(tf.ones(8))
+
+    def step(x):
+        y = tf.matmul(x, kernel)
+        statistic.assign(tf.reduce_mean(y, 0))
+        kernel.assign_sub(tf.matmul(x, y, transpose_a=True))
+        return y
+
+    found = graphdef.variables(traced(step, floats(2, 4)))
+    assert {id(variable.handle): variable.is_assigned for variable in found} == {
+        id(kernel.handle): False,
+        id(statistic.handle): True,
+    }
+    assert all(variable.dtype == tf.float32 for variable in found)
 
 
-def test_uninitialised_variables_are_noticed():
-    created = []
+# --- what TensorFlow's optimiser will do -------------------------------------------------------------------------
 
-    @tf.function(autograph=False)
-    def function(x):
-        if not created:
-            created.append(tf.Variable(x))
-        seen.append(graphdef.is_initialized(tf.compat.v1.get_default_graph()))
-        return x + created[0]
 
-    seen = []
-    function(tf.ones(2))
-    assert seen[0] is False
-    assert seen[-1] is True
+def folded(step, *specs):
+    func_graph = traced(step, *specs)
+    folding = graphdef.constant_folding(func_graph)
+    graphdef.regroup(func_graph, folding)
+    return func_graph, graphdef.import_function(func_graph, folding=folding)
+
+
+def test_products_are_regrouped_as_tensorflow_will_regroup_them():
+    def step(x, y):
+        return tf.nn.relu(2.0 * (x * y)), y
+
+    func_graph, graph = folded(step, floats(8, 64), floats(8, 64))
+    products = [node for node in graph.nodes if node.op == "Mul"]
+    assert [node.name for node in products] == ["mul/regrouped", "mul_1/regrouped"]
+    constant, inner = (graph.by_name[ir.producer(reference)] for reference in products[0].inputs)
+    assert (constant.op, inner.name) == ("Const", "y")
+    assert products[1].inputs == ("x", "mul/regrouped")
+    again = graphdef.constant_folding(func_graph)
+    assert [list(again[node.name].input) for node in products] == [["mul_1/x", "y"], ["x", "mul/regrouped"]]
+
+
+def test_a_product_with_two_readers_stays():
+    def step(x, y):
+        product = x * y
+        return tf.nn.relu(2.0 * product), product
+
+    _, graph = folded(step, floats(8, 64), floats(8, 64))
+    assert [node.name for node in graph.nodes if node.op == "Mul"] == ["mul", "mul_1"]
+
+
+def test_a_regrouping_that_changes_a_shape_is_left_to_tensorflow():
+    _, graph = folded(lambda x, y: tf.nn.relu(2.0 * (x * y)), floats(8, 64), floats(64))
+    assert [node.name for node in graph.nodes if node.op == "Mul"] == ["mul", "mul_1"]
+
+
+def test_nothing_is_regrouped_where_constant_folding_is_off():
+    before = tf.config.optimizer.get_experimental_options()
+    tf.config.optimizer.set_experimental_options({"constant_folding": False})
+    try:
+        assert graphdef.constant_folding(traced(lambda x: 2.0 * x, floats(8))) is None
+    finally:
+        tf.config.optimizer.set_experimental_options({"constant_folding": True, **before})
+
+
+def test_equal_constants_are_counted_once():
+    def step(x):
+        return x + tf.fill((64, 128), 2.0), x - tf.fill((64, 128), 2.0), x * tf.fill((64, 128), 3.0)
+
+    graph = graphdef.import_function(traced(step, floats(64, 128)))
+    sizes = [liveness.output_bytes(node)[0] for node in graph.nodes if node.outputs[0].nbytes == 1 << 15]
+    assert sorted(sizes)[:2] == [0, 1 << 15]
+    assert sizes.count(0) == 1
+
+
+def test_a_sum_over_nothing_is_a_copy():
+    graph = graphdef.import_function(traced(lambda x: tf.nn.relu(tf.reduce_sum(x, (), name="sum")), floats(8, 64)))
+    assert liveness.roots(graph)["sum"] == "x"
 
 
 # --- trace time -------------------------------------------------------------------------------------------------

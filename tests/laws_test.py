@@ -127,9 +127,9 @@ def check_rewrite(graph: ir.Graph, plan: Plan, cost_model: CostModel) -> None:
 
 def placed(graph: ir.Graph, plan: Plan, cost_model: CostModel, limit_bytes: int | None):
     try:
-        return simulate(graph, plan, cost_model, allocator=Allocator(limit_bytes), repetitions=3)
+        return simulate(graph, plan, cost_model, allocator=Allocator(limit_bytes))
     except NoRoom as error:
-        return error.position, error.nbytes, error.layout
+        return error.after, error.nbytes, error.layout
 
 
 @given(testing.random_graphs(5), RANDOMS, COST_MODELS)
@@ -162,15 +162,12 @@ def test_a_plan_keeps_the_budget_or_an_error_says_that_none_does(name, graph, co
         return
     assert plan.check(graph).memory_budget == budget
     assert Plan.from_json(plan.to_json()) == plan
-    timeline = simulate(graph, plan, cost_model, allocator=Allocator(budget), repetitions=2)
+    timeline = simulate(graph, plan, cost_model, allocator=Allocator(budget))
     assert timeline.peak_bytes <= timeline.allocated_peak_bytes <= budget
     check_rewrite(graph, plan, cost_model)
 
 
-NOT_YET = pytest.mark.xfail(reason="evictions chosen for a larger budget can lose more to holes, and so end up slower")
-
-
-@pytest.mark.parametrize("seed", [*range(7), pytest.param(7, marks=NOT_YET), *range(8, 14)])
+@pytest.mark.parametrize("seed", range(14))
 def test_more_budget_never_means_a_slower_plan(seed):
     rng = random.Random(seed)
     graph = testing.random_graph(rng, rng.randint(1, 8), LARGE)

@@ -15,6 +15,7 @@ import trainings
 
 import graphswap
 from graphswap import graphdef, pipeline, profiler
+from graphswap.cost_model import Workspace
 from graphswap.options import parse_bytes
 
 LAYERS = 6
@@ -394,8 +395,11 @@ def train_with_rosy_costs(budget):
 
     def rosy(*args):
         profile = measure(*args)
-        workspace = {name: nbytes * 9 // 10 for name, nbytes in profile.workspace_bytes.items()}
-        return dataclasses.replace(profile, workspace_bytes=workspace)
+        workspace = {
+            name: Workspace(*(tuple(nbytes * 9 // 10 for nbytes in part) for part in found))
+            for name, found in profile.workspace.items()
+        }
+        return dataclasses.replace(profile, workspace=workspace)
 
     profiler.measure_step = rosy
     kernel = tf.Variable(tf.random.stateless_normal((3, 3, 16, 16), (0, 0), 0, 0.1))

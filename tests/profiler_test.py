@@ -98,7 +98,7 @@ def test_every_heavy_node_gets_its_seconds_and_variables_stay():
     assert profile.fingerprint == graph.fingerprint
     products = [node.name for node in graph.nodes if node.op == "MatMul"]
     assert all(1e-6 < profile.seconds[name] < 10 for name in products)
-    assert all(nbytes >= 0 for nbytes in profile.workspace_bytes.values())
+    assert all(workspace.nbytes >= 0 for workspace in profile.workspace.values())
 
 
 def test_a_busy_profiler_is_no_error_of_the_step(tmp_path):

@@ -1,0 +1,161 @@
+"""Where things lie on the device between steps: variables in their places, results and new batches out of the way.
+
+TensorFlow's allocator cuts its chunks by what lies around them, so two equal steps need equal memory only if
+they begin with the same layout. An assigned variable moves to wherever its new value was computed; here it is
+put back.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import signal
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+_ALIGNMENT = 64  # TensorFlow aborts on tensors that are not aligned
+_SMALL_BYTES = 64 << 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Variable:
+    """A variable that a step captures.
+
+    Attributes:
+        handle: Resource tensor.
+        dtype: Of its value.
+        is_assigned: Whether the step assigns it, so that it takes over the buffer of its new value.
+    """
+
+    handle: tf.Tensor
+    dtype: tf.DType
+    is_assigned: bool = False
+
+
+class Variables:
+    """The variables of a step: their values kept aside, and their places in the device's memory.
+
+    Args:
+        variables: Initialised ones.
+    """
+
+    def __init__(self, variables: Sequence[Variable] = ()):
+        self._variables = variables
+        self._kept: list[np.ndarray] | None = None
+        self._homes: list[int | None] = [None] * len(variables)  # addresses
+
+    def __len__(self) -> int:
+        return len(self._variables)
+
+    def keep(self) -> None:
+        """Copies the values to numpy's memory, for `restore`."""
+        self._kept = [_read(variable) for variable in self._variables]
+
+    def forget(self) -> None:
+        """Drops the copies."""
+        self._kept = None
+
+    def restore(self) -> bool:
+        """Gives the variables the values that were kept, and packs them; False if none were kept."""
+        if self._kept is None:
+            return False
+        self.pack()
+        self._kept = None
+        return True
+
+    def pack(self) -> None:
+        """Puts all variables together, so that no holes are left between them. What was kept stays kept."""
+        _write(self._variables, self._kept or [_read(variable) for variable in self._variables])
+        self._homes = [_address(variable) for variable in self._variables]
+
+    def settle(self) -> None:
+        """Puts the variables that have moved since `pack` back in their places."""
+        values = self._kept or [None] * len(self._variables)
+        moved = [
+            (variable, _read(variable) if value is None else value)
+            for variable, value, home in zip(self._variables, values, self._homes, strict=True)
+            if (variable.is_assigned if home is None else _address(variable) != home)
+        ]
+        _write([variable for variable, _ in moved], [value for _, value in moved])
+
+
+def leave_holes(count: int, nbytes: int, device: str) -> Any:
+    """Leaves `count` holes of so many free bytes for small buffers, so that they cut no large chunks.
+
+    Many small holes and not a large one, as buffers of middling size would come to lie there, too.
+
+    Returns:
+        What must be kept for as long as the holes are to stay: a small buffer behind each.
+    """
+    buffers = [on_device(np.zeros(size, np.uint8), device) for _ in range(count) for size in (nbytes, 1)]
+    return buffers[1::2]
+
+
+def are_initialized(variables: Sequence[Variable]) -> bool:
+    """Whether all have values. In the trace that makes them they have none yet."""
+    return all(tf.raw_ops.VarIsInitializedOp(resource=variable.handle) for variable in variables)
+
+
+def outside_device(value: Any) -> Any:
+    """A tensor of an array's values in numpy's memory, beyond the count of a CPU device's allocator.
+
+    Arrays of dtypes that numpy does not know are returned unchanged, and so is what is no array.
+    """
+    if not isinstance(value, np.ndarray) or value.dtype.kind not in "biufc":
+        return value
+    memory = np.empty(value.nbytes + _ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % _ALIGNMENT
+    aligned = memory[start : start + value.nbytes].view(value.dtype).reshape(value.shape)
+    aligned[...] = value
+    return tf.experimental.dlpack.from_dlpack(aligned.__dlpack__())
+
+
+def result_outside_device(result: Any) -> Any:
+    """A small result of a step in numpy's memory: whoever holds it leaves the device's layout as it was."""
+    if not isinstance(result, tf.Tensor) or not result.dtype.size or result.dtype == tf.string:
+        return result
+    if result.shape.num_elements() * result.dtype.size > _SMALL_BYTES:
+        return result
+    moved = outside_device(np.asarray(result.numpy()))
+    return moved if isinstance(moved, tf.Tensor) else result
+
+
+def on_device(value: Any, device: str) -> Any:
+    """An array's values in exactly one new buffer of the device; what is no array is returned unchanged."""
+    outside = outside_device(value)
+    if not isinstance(value, np.ndarray) or not isinstance(outside, tf.Tensor):
+        return value
+    with tf.device(device):
+        return tf.raw_ops.DeepCopy(x=outside) if "CPU" in device else tf.identity(outside)
+
+
+def _read(variable: Variable) -> np.ndarray:
+    return np.asarray(tf.raw_ops.ReadVariableOp(resource=variable.handle, dtype=variable.dtype).numpy())
+
+
+def _address(variable: Variable) -> int | None:
+    """Where the variable's buffer is; None if numpy can't tell: on a GPU, or of dtypes that it does not know."""
+    try:
+        value = tf.raw_ops.ReadVariableOp(resource=variable.handle, dtype=variable.dtype)
+        return np.from_dlpack(value).ctypes.data
+    except (BufferError, TypeError, ValueError, RuntimeError, tf.errors.OpError):
+        return None
+
+
+def _write(variables: Sequence[Variable], values: Sequence[np.ndarray]) -> None:
+    """Frees the buffers of all variables, then gives each a new one, the largest first.
+
+    Ctrl-C waits until all of them have their values again.
+    """
+    masked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        for variable, value in zip(variables, values, strict=True):
+            nothing = outside_device(np.zeros((0,), value.dtype))
+            tf.raw_ops.AssignVariableOp(resource=variable.handle, value=nothing)
+        for index in sorted(range(len(variables)), key=lambda index: -values[index].nbytes):
+            handle = variables[index].handle
+            tf.raw_ops.AssignVariableOp(resource=handle, value=on_device(values[index], handle.device))
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, masked)

@@ -1,0 +1,47 @@
+"""Takes out nodes that nobody reads any more: where all readers take the repeated value, one run is enough."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+
+from graphswap import ir, liveness
+from graphswap.plan import Plan
+
+
+def prune(graph: ir.Graph, plan: Plan) -> ir.Graph:
+    """Returns the graph less the runs, first or repeated, of nodes of `Recompute` decisions that nobody reads.
+
+    TensorFlow would not run them either. What such a node waited for, the next node waits for; what waited
+    for it, waits for the node before it.
+    """
+    users = [node for node in graph.nodes if not node.like and node.op not in (ir.SWAP_OUT, ir.SWAP_IN)]
+    must_run = liveness.waited_for(graph.replace(nodes=tuple(users)))
+    repeated = {name for decision in plan.recomputes for name in decision.nodes} - must_run
+    readers = collections.Counter(graph.outputs)
+    for node in graph.nodes:
+        readers.update(node.inputs)
+    unread = set()
+    for node in reversed(graph.nodes):
+        if (node.like or node.name) in repeated and not any(map(readers.get, node.refs())):
+            unread.add(node.name)
+            readers.subtract(node.inputs)
+    return _without(graph, unread) if unread else graph
+
+
+def _without(graph: ir.Graph, unread: set[str]) -> ir.Graph:
+    nodes: list[ir.Node] = []
+    stand_in: dict[str, tuple[str, ...]] = {}  # a node that is gone -> what to wait for in its place
+    handed_on: tuple[str, ...] = ()
+    for node in graph.nodes:
+        waits = [name for wait in node.control_inputs for name in stand_in.get(wait, (wait,))]
+        if node.name in unread:
+            handed_on += tuple(name for name in node.control_inputs if graph.by_name[name].op == ir.SWAP_OUT)
+            before = next((other.name for other in reversed(nodes) if other.op not in (ir.SWAP_OUT, ir.SWAP_IN)), None)
+            stand_in[node.name] = () if before is None else (before,)
+            continue
+        if node.op not in (ir.SWAP_OUT, ir.SWAP_IN):
+            waits, handed_on = [*handed_on, *waits], ()
+        controls = tuple(dict.fromkeys(waits))
+        nodes.append(node if controls == node.control_inputs else dataclasses.replace(node, control_inputs=controls))
+    return graph.replace(nodes=tuple(nodes))
