@@ -28,7 +28,8 @@ from graphswap.cost_model import DeviceSpec, Link, Profile, Workspace
 _LINK_BYTES = 8 << 20
 _LEAST_LINK_BYTES = 64 << 10
 _LINK_COPIES = 7
-_HOLES = 128
+_MOST_HOLES = 128
+_HOLES_FROM_BYTES = 32 << 20
 
 
 class CantMeasure(Exception):
@@ -92,9 +93,14 @@ def device_spec(emulated_bytes: int | None, swap_directory: str | os.PathLike[st
         name=f"{device_name()}/{os.cpu_count()}",
         memory_bytes=memory,
         reserves_memory=emulated_bytes is not None or device_name() != "CPU:0",
-        holes=min(_HOLES, memory // 80 // allocator.HOLE_BYTES) if emulated_bytes is not None and memory else 0,
+        holes=_holes(memory) if emulated_bytes is not None and memory else 0,
         links={**DeviceSpec().links, **links},
     )
+
+
+def _holes(memory_bytes: int) -> int:
+    """How many holes to leave for small buffers: up to 1/64 of the memory, less where little would be left."""
+    return min(_MOST_HOLES, max(0, memory_bytes - _HOLES_FROM_BYTES) // 64 // allocator.HOLE_BYTES)
 
 
 @functools.cache
