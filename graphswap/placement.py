@@ -43,6 +43,7 @@ class Variables:
 
     def __init__(self, variables: Sequence[Variable] = ()):
         self._variables = variables
+        self._copies: list[np.ndarray] = []  # memory is taken once: new pages would cost more than the copy
         self._kept: list[np.ndarray] | None = None
         self._homes: list[int | None] = [None] * len(variables)  # addresses
 
@@ -51,7 +52,12 @@ class Variables:
 
     def keep(self) -> None:
         """Copies the values to numpy's memory, for `restore`."""
-        self._kept = [_read(variable) for variable in self._variables]
+        if not self._copies:
+            self._copies = [_read(variable) for variable in self._variables]
+        else:
+            for variable, copy in zip(self._variables, self._copies, strict=True):
+                np.copyto(copy, _view(variable))
+        self._kept = self._copies
 
     def forget(self) -> None:
         """Drops the copies."""
@@ -132,16 +138,28 @@ def on_device(value: Any, device: str) -> Any:
 
 
 def _read(variable: Variable) -> np.ndarray:
-    return np.asarray(tf.raw_ops.ReadVariableOp(resource=variable.handle, dtype=variable.dtype).numpy())
+    return np.array(tf.raw_ops.ReadVariableOp(resource=variable.handle, dtype=variable.dtype).numpy())
+
+
+def _view(variable: Variable) -> np.ndarray:
+    """The variable's value, where numpy can the buffer itself: let it go before the variable is updated."""
+    value = tf.raw_ops.ReadVariableOp(resource=variable.handle, dtype=variable.dtype)
+    try:
+        return np.from_dlpack(value)
+    except _NO_VIEW:
+        return value.numpy()
 
 
 def _address(variable: Variable) -> int | None:
     """Where the variable's buffer is; None if numpy can't tell: on a GPU, or of dtypes that it does not know."""
+    value = tf.raw_ops.ReadVariableOp(resource=variable.handle, dtype=variable.dtype)
     try:
-        value = tf.raw_ops.ReadVariableOp(resource=variable.handle, dtype=variable.dtype)
         return np.from_dlpack(value).ctypes.data
-    except (BufferError, TypeError, ValueError, RuntimeError, tf.errors.OpError):
+    except _NO_VIEW:
         return None
+
+
+_NO_VIEW = (BufferError, TypeError, ValueError, RuntimeError, tf.errors.OpError)
 
 
 def _write(variables: Sequence[Variable], values: Sequence[np.ndarray]) -> None:
