@@ -329,9 +329,11 @@ def _without_unread(
 
 def _hand_on_waits(action: _Action, later: list[_Action | _Copy]) -> None:
     """What the action would have waited for, the next one (at the end of `later`) waits for."""
-    heir = next((place for place in reversed(range(len(later))) if isinstance(later[place], _Action)), None)
-    if action.waits and heir is not None:
-        later[heir] = later[heir]._replace(waits=[*action.waits, *later[heir].waits])
+    for place in reversed(range(len(later))):
+        heir = later[place]
+        if isinstance(heir, _Action):
+            later[place] = heir._replace(waits=[*action.waits, *heir.waits])
+            return
 
 
 # --- running it -----------------------------------------------------------------------------------------------

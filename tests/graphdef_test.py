@@ -263,6 +263,7 @@ def test_variables_and_which_of_them_are_assigned():
 def folded(step, *specs):
     func_graph = traced(step, *specs)
     folding = graphdef.constant_folding(func_graph)
+    assert folding is not None
     graphdef.regroup(func_graph, folding)
     return func_graph, graphdef.import_function(func_graph, folding=folding)
 
@@ -278,6 +279,7 @@ def test_products_are_regrouped_as_tensorflow_will_regroup_them():
     assert (constant.op, inner.name) == ("Const", "y")
     assert products[1].inputs == ("x", "mul/regrouped")
     again = graphdef.constant_folding(func_graph)
+    assert again is not None
     assert [list(again[node.name].input) for node in products] == [["mul_1/x", "y"], ["x", "mul/regrouped"]]
 
 
