@@ -115,6 +115,18 @@ def test_no_workspace_without_a_gradient_or_a_shape(name):
     assert CostModel(DEVICE).workspace(CONVOLUTIONS, CONVOLUTIONS.by_name[name]) == Workspace()
 
 
+def test_workspace_of_a_pooling_gradient_is_the_maximums_and_where_they_were():
+    graph = parser.parse("""
+    graph g(%x, %y, %dy) -> (%dx) {
+      %x = Placeholder() : (float32[1,8,8,4])
+      %y = Placeholder() : (float32[1,4,4,4])
+      %dy = Placeholder() : (float32[1,4,4,4])
+      %dx = MaxPoolGrad(%x, %y, %dy) : (float32[1,8,8,4])
+    }
+    """)
+    assert CostModel(DEVICE).workspace(graph, graph.by_name["dx"]) == Workspace(early=(256, 512))
+
+
 def test_a_profile_survives_json():
     assert Profile.from_json(PROFILE.to_json()) == PROFILE
 

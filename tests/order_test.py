@@ -125,3 +125,32 @@ def test_a_buffer_that_an_alias_or_a_result_keeps_is_not_freed():
     found = order.breadth_first(graph)
     assert found.index("use_gone") == found.index("gone") + 1
     assert found.index("use_kept") > found.index("seen")
+
+
+def test_what_the_backward_pass_makes_of_the_forward_pass_alone_is_made_late():
+    graph = parser.parse("""
+    graph g(%x) -> (%d) {
+      %x = Placeholder() : (float32[64])
+      %a = Op(%x) : (float32[64])
+      %early = Op(%a) : (float32[6400])
+      %b = Op!(%a) : (float32[640])
+      %c = Op!(%b, %early) : (float32[64])
+      %d = Op!(%c, %a) : (float32[64])
+    }
+    """)
+    for make in (order.breadth_first, order.depth_first):
+        assert make(graph) == ("x", "a", "b", "early", "c", "d")
+
+
+def test_what_frees_as_much_as_it_makes_stays():
+    graph = parser.parse("""
+    graph g(%x) -> (%d) {
+      %x = Placeholder() : (float32[64])
+      %large = Op!(%x) : (float32[6400])
+      %small = Op(%large) : (float32[64])
+      %b = Op!(%x) : (float32[640])
+      %d = Op(%b, %small) : (float32[64])
+    }
+    """)
+    found = order.depth_first(graph)
+    assert found.index("small") == found.index("large") + 1

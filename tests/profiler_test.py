@@ -101,6 +101,23 @@ def test_every_heavy_node_gets_its_seconds_and_variables_stay():
     assert all(workspace.nbytes >= 0 for workspace in profile.workspace.values())
 
 
+def test_workspace_is_what_a_node_gives_back_at_its_end():
+    def buffer(nbytes, start, end, is_temporary=True):
+        return profiler._Buffer("node", nbytes, is_temporary, start, end)
+
+    first, second, third = buffer(256, 1, 9), buffer(512, 2, 4), buffer(1024, 6, 9)
+    output = buffer(4096, 5, 100, is_temporary=False)
+    # The second is gone when the third comes; the output lies between them.
+    assert profiler._workspace([first, second, output, third], end=10) == Workspace((256,), (1024,))
+    # What outlives the node is its output, whatever it was asked for as.
+    assert profiler._workspace([first, buffer(4096, 0, 100)], end=10) == Workspace(late=(256,))
+    assert profiler._workspace([output], end=10) == Workspace()
+
+
+def test_small_devices_have_few_holes():
+    assert [profiler._holes(mebibytes << 20) for mebibytes in (16, 32, 48, 1024)] == [0, 0, 16, 128]
+
+
 def test_a_busy_profiler_is_no_error_of_the_step(tmp_path):
     func_graph = step_of(tf.Variable(tf.ones((256, 256))))
     graph = graphdef.import_function(func_graph)

@@ -491,3 +491,23 @@ def test_a_synchronous_swap_frees_its_source_at_once():
 
     assert live(run(CHAIN, swap()))["f3"] == live(run(CHAIN))["f3"]
     assert live(run(CHAIN, swap(is_synchronous=True)))["f3"] == live(run(CHAIN))["f3"] - 1
+
+
+@pytest.mark.parametrize(
+    ("call", "units"),
+    [
+        ("SparseSoftmaxCrossEntropyWithLogits(%a, %x) : (float32[8], float32[8,64])", 8 + 8 + 1),
+        ("SparseSoftmaxCrossEntropyWithLogits(%x, %a) : (float32[8], float32[8,64])", 8 + 8 + 1 + 8),
+        ("SelectV2(%x, %a, %x) : (float32[8,64])", 8 + 8),
+        ("SelectV2(%a, %x, %x) : (float32[8,64])", 8 + 8 + 8),
+    ],
+)
+def test_an_output_is_written_over_the_input_that_its_kernel_reuses(call, units):
+    graph = f"""
+    graph g(%x) -> (%c) {{
+      %x = Placeholder() : (float32[8,64])
+      %a = MatMul(%x, %x) : (float32[8,64])
+      %c = {call}
+    }}
+    """
+    assert run(graph).peak_bytes == units * 256
