@@ -133,15 +133,18 @@ def _late(graph: ir.Graph, order: list[str]) -> tuple[str, ...]:
         made = sum(sizes[r] for index, r in enumerate(node.refs()) if liveness.alias_of(node, index) is None)
         if made > freed or not made:
             can_wait.add(name)
-    for update, names in _readers_before(graph).items():
-        before[update] = [*before[update], *names]
+    readers_before = _readers_before(graph)
+    begun: set[str] = set()
     done: set[str] = set()
     late: list[str] = []
     for root in [name for name in order if name not in can_wait] + order:
         pending = [root]
         while pending:
             name = pending[-1]
-            missing = [other for other in before[name] if other not in done]
+            # A reader of the old value may itself need the update: then it can't come before it.
+            readers = [other for other in readers_before.get(name, ()) if other not in begun]
+            missing = [other for other in (*before[name], *readers) if other not in done]
+            begun.add(name)
             if name in done or not missing:
                 pending.pop()
                 late += [] if name in done else [name]

@@ -154,3 +154,18 @@ def test_what_frees_as_much_as_it_makes_stays():
     """)
     found = order.depth_first(graph)
     assert found.index("small") == found.index("large") + 1
+
+
+def test_a_reader_of_the_old_value_that_needs_the_new_one_comes_after_the_update():
+    graph = parser.parse("""
+    graph g(%v, %x) -> (%difference) {
+      %v = Placeholder() : (resource[])
+      %x = Placeholder() : (float32[64])
+      %old = ReadVariableOp(%v) : (float32[64])
+      %update = AssignVariableOp!(%v, %x) : ()
+      %new = ReadVariableOp(%v) after(%update) : (float32[64])
+      %difference = Sub(%old, %new) : (float32[64])
+    }
+    """)
+    for make in ORDERS:
+        ir.verify(graph.replace(nodes=tuple(graph.by_name[name] for name in make(graph))))
