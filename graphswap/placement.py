@@ -8,8 +8,9 @@ put back.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -52,11 +53,10 @@ class Variables:
 
     def keep(self) -> None:
         """Copies the values to numpy's memory, for `restore`."""
-        if not self._copies:
-            self._copies = [_read(variable) for variable in self._variables]
-        else:
-            for variable, copy in zip(self._variables, self._copies, strict=True):
-                np.copyto(copy, _view(variable))
+        values = self._read()
+        self._copies = self._copies or [np.empty_like(value) for value in values]
+        for copy, value in zip(self._copies, values, strict=True):
+            np.copyto(copy, value)
         self._kept = self._copies
 
     def forget(self) -> None:
@@ -73,18 +73,34 @@ class Variables:
 
     def pack(self) -> None:
         """Puts all variables together, so that no holes are left between them. What was kept stays kept."""
-        _write(self._variables, self._kept or [_read(variable) for variable in self._variables])
-        self._homes = [_address(variable) for variable in self._variables]
+        _write(self._variables, self._kept or [np.array(value) for value in self._read()])
+        self._homes = [_address(value) for value in self._read()]
 
     def settle(self) -> None:
         """Puts the variables that have moved since `pack` back in their places."""
-        values = self._kept or [None] * len(self._variables)
+        values = self._read()
         moved = [
-            (variable, _read(variable) if value is None else value)
-            for variable, value, home in zip(self._variables, values, self._homes, strict=True)
-            if (variable.is_assigned if home is None else _address(variable) != home)
+            index
+            for index, (value, home) in enumerate(zip(values, self._homes, strict=True))
+            if (self._variables[index].is_assigned if home is None else _address(value) != home)
         ]
-        _write([variable for variable, _ in moved], [value for _, value in moved])
+        copies = [np.array(values[index]) for index in moved]
+        del values  # they hold the buffers
+        _write([self._variables[index] for index in moved], copies)
+
+    def _read(self) -> list[np.ndarray]:
+        """All values: the variables' own buffers where numpy can, so let them go before the variables are updated."""
+        return [_view(value) for value in self._read_all()]
+
+    @functools.cached_property
+    def _read_all(self) -> Callable[[], list[tf.Tensor]]:
+        """One function for all: calling TensorFlow hundreds of times would take longer than copying the values."""
+
+        def read() -> list[tf.Tensor]:
+            return [tf.raw_ops.ReadVariableOp(resource=v.handle, dtype=v.dtype) for v in self._variables]
+
+        with tf.init_scope():
+            return tf.function(read, autograph=False).get_concrete_function()
 
 
 def leave_holes(count: int, nbytes: int, device: str) -> Any:
@@ -137,26 +153,16 @@ def on_device(value: Any, device: str) -> Any:
         return tf.raw_ops.DeepCopy(x=outside) if "CPU" in device else tf.identity(outside)
 
 
-def _read(variable: Variable) -> np.ndarray:
-    return np.array(tf.raw_ops.ReadVariableOp(resource=variable.handle, dtype=variable.dtype).numpy())
-
-
-def _view(variable: Variable) -> np.ndarray:
-    """The variable's value, where numpy can the buffer itself: let it go before the variable is updated."""
-    value = tf.raw_ops.ReadVariableOp(resource=variable.handle, dtype=variable.dtype)
+def _view(value: tf.Tensor) -> np.ndarray:
     try:
         return np.from_dlpack(value)
     except _NO_VIEW:
         return value.numpy()
 
 
-def _address(variable: Variable) -> int | None:
-    """Where the variable's buffer is; None if numpy can't tell: on a GPU, or of dtypes that it does not know."""
-    value = tf.raw_ops.ReadVariableOp(resource=variable.handle, dtype=variable.dtype)
-    try:
-        return np.from_dlpack(value).ctypes.data
-    except _NO_VIEW:
-        return None
+def _address(value: np.ndarray) -> int | None:
+    """Where the buffer is; None for a copy: of what lies on a GPU, or of dtypes that numpy does not know."""
+    return None if value.flags.owndata else value.ctypes.data
 
 
 _NO_VIEW = (BufferError, TypeError, ValueError, RuntimeError, tf.errors.OpError)

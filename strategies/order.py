@@ -178,16 +178,28 @@ def _old_readers(graph: ir.Graph) -> tuple[dict[int, set[int]], dict[int, list[i
     An update that runs before them would have to copy the variable.
     """
     root_of = liveness.roots(graph)
-    reads: dict[str, list[ir.Node]] = {}
+    read_of: dict[str, str] = {}  # value -> the ReadVariableOp whose result it is, by whatever name
+    users: dict[str, set[int]] = {}  # ReadVariableOp -> nodes that read its result
+    for index, node in enumerate(graph.nodes):
+        for reference in node.inputs:
+            if reference in read_of:
+                users[read_of[reference]].add(index)
+        for output, reference in enumerate(node.refs()):
+            source = liveness.alias_of(node, output)
+            if node.op == "ReadVariableOp":
+                read_of[reference] = node.name
+                users[node.name] = set()
+            elif source is not None and node.inputs[source] in read_of:
+                read_of[reference] = read_of[node.inputs[source]]
+    reads: dict[str, list[str]] = {}  # variable -> its ReadVariableOps so far
     readers: dict[int, set[int]] = {}
     delayed: dict[int, list[int]] = {}
     for index, node in enumerate(graph.nodes):
         if node.op == "ReadVariableOp":
-            reads.setdefault(root_of[node.inputs[0]], []).append(node)
+            reads.setdefault(root_of[node.inputs[0]], []).append(node.name)
         elif node.op in liveness.ASSIGNS or node.op in liveness.UPDATES:
             before = reads.get(root_of[node.inputs[0]], ())
-            names = [name for read in before for name in graph.consumers.get(read.name, ())]
-            readers[index] = {graph.position[name] for name in names} - {index}
+            readers[index] = set().union(*(users[read] for read in before)) - {index}
             for reader in readers[index]:
                 delayed.setdefault(reader, []).append(index)
     return readers, delayed

@@ -169,3 +169,20 @@ def test_a_reader_of_the_old_value_that_needs_the_new_one_comes_after_the_update
     """)
     for make in ORDERS:
         ir.verify(graph.replace(nodes=tuple(graph.by_name[name] for name in make(graph))))
+
+
+def test_a_reader_of_an_alias_of_the_old_value_comes_before_the_update():
+    graph = parser.parse("""
+    graph g(%v, %x) -> (%out) after(%update) {
+      %v = Placeholder() : (resource[])
+      %x = Placeholder() : (float32[64])
+      %old = ReadVariableOp(%v) : (float32[64])
+      %flat = Reshape(%old) : (float32[64])
+      %gradient = Relu(%x) : (float32[64])
+      %update = AssignSubVariableOp!(%v, %gradient) after(%old) : ()
+      %out = Mul(%x, %flat) : (float32[64])
+    }
+    """)
+    for make in (order.breadth_first, order.depth_first):
+        found = make(graph)
+        assert found.index("out") < found.index("update")
