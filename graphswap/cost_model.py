@@ -48,6 +48,7 @@ class DeviceSpec:
         memory_bytes: Size of its memory; None if nothing limits it.
         reserves_memory: Whether its allocator takes all memory as one region at the start.
         holes: How many holes `placement` leaves for small buffers.
+        runs_pairs: Whether two nodes side by side are done sooner than one after the other.
         flops_per_second: For the analytic estimate of matrix products and convolutions.
         memory_bytes_per_second: For the analytic estimate of everything else.
         launch_seconds: Added to every node.
@@ -58,6 +59,7 @@ class DeviceSpec:
     memory_bytes: int | None = None
     reserves_memory: bool = True
     holes: int = 0
+    runs_pairs: bool = False
     flops_per_second: float = 5e10
     memory_bytes_per_second: float = 8e9
     launch_seconds: float = 10e-6

@@ -8,6 +8,8 @@ what the user's nodes made:
   device bytes are free from there on; SwapIn starts right after `in_after`; `in_before` is the first
   consumer that reads the copy. A later Swap of the same value uses the far copy that is already there.
 * `Recompute`: the nodes are repeated, in this order, right before `before`; they read current copies.
+* `SideBySide`: `second`, which stands right after `first`, does not wait for it. Both ask for memory before either
+  lets go of any.
 
 Between two nodes of the order stand first the SwapOuts and the SwapIns started by the earlier one, then
 the repeated nodes of the later one.
@@ -70,7 +72,22 @@ class Recompute:
     reason: str = ""
 
 
-Decision = Swap | Recompute
+@dataclasses.dataclass(frozen=True, slots=True)
+class SideBySide:
+    """Runs two neighbours at the same time, for devices on which one node alone leaves cores idle.
+
+    Attributes:
+        first: A node.
+        second: The node right after it in the order; it reads nothing of the first.
+        reason: Why, for people.
+    """
+
+    first: str
+    second: str
+    reason: str = ""
+
+
+Decision = Swap | Recompute | SideBySide
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -114,6 +131,10 @@ class Plan:
     def recomputes(self) -> tuple[Recompute, ...]:
         return tuple(d for d in self.decisions if isinstance(d, Recompute))
 
+    @property
+    def pairs(self) -> tuple[SideBySide, ...]:
+        return tuple(d for d in self.decisions if isinstance(d, SideBySide))
+
     def replace(self, **changes: Any) -> Plan:
         return dataclasses.replace(self, **changes)
 
@@ -131,7 +152,7 @@ class Plan:
         Raises:
             PlanError: If the text is no plan.
         """
-        kinds = {"Swap": Swap, "Recompute": Recompute}
+        kinds = {"Swap": Swap, "Recompute": Recompute, "SideBySide": SideBySide}
         try:
             fields = json.loads(text)
             decisions = []
@@ -165,8 +186,20 @@ class Plan:
                 odd = sorted(set(self.order) ^ set(position))[:3]
                 raise PlanError(f"the plan's order must name every node of '{graph.name}' once; look at {odd}.")
             position = {name: i for i, name in enumerate(self.order)}
+        paired: set[str] = set()
         for decision in self.decisions:
-            _check_decision(decision, graph, position)
+            try:
+                if isinstance(decision, Swap):
+                    _check_swap(decision, graph, position)
+                elif isinstance(decision, Recompute):
+                    _check_recompute(decision, graph, position)
+                else:
+                    _check_pair(decision, graph, position)
+                    if not paired.isdisjoint((decision.first, decision.second)):
+                        raise _Misfit("a node is in two pairs.")
+                    paired.update((decision.first, decision.second))
+            except _Misfit as misfit:
+                raise PlanError(f"{decision} does not fit graph '{graph.name}': {misfit}") from None
         return self
 
     def __str__(self) -> str:
@@ -178,48 +211,64 @@ class Plan:
                     f"  swap       {decision.value}  out after {decision.out_after}, "
                     f"in before {decision.in_before}, {decision.tier}{_because(decision.reason)}"
                 )
-            else:
+            elif isinstance(decision, Recompute):
                 lines.append(
                     f"  recompute  {', '.join(decision.nodes)}  before {decision.before}{_because(decision.reason)}"
                 )
+            else:
+                lines.append(f"  together   {decision.first}, {decision.second}{_because(decision.reason)}")
         lines += [f"  keep       {d.value}  {d.reason}" for d in self.declined]
         return "\n".join(lines)
 
 
-def _check_decision(decision: Decision, graph: ir.Graph, position: Mapping[str, int]) -> None:
-    def fail(message: str) -> PlanError:
-        return PlanError(f"{decision} does not fit graph '{graph.name}': {message}")
+class _Misfit(Exception):
+    """Why a decision does not fit."""
 
-    if isinstance(decision, Swap):
-        anchors = (decision.out_after, decision.freed_before, decision.in_after, decision.in_before)
-        names: Iterable[str] = (ir.producer(decision.value), *anchors)
-    else:
-        anchors = ()
-        names = (*decision.nodes, decision.before)
+
+def _check_swap(swap: Swap, graph: ir.Graph, position: Mapping[str, int]) -> None:
+    names = (ir.producer(swap.value), swap.out_after, swap.freed_before, swap.in_after, swap.in_before)
+    _check_names(names, position)
+    if swap.tier not in TIERS:
+        raise _Misfit(f"expected a tier out of {TIERS}, received {swap.tier!r}.")
+    if ir.split_ref(swap.value)[1] >= len(graph.by_name[ir.producer(swap.value)].outputs):
+        raise _Misfit(f"there is no value '{swap.value}'.")
+    if not graph.value(swap.value).nbytes:
+        raise _Misfit(f"'{swap.value}' ({graph.value(swap.value)}) holds no bytes that could move.")
+    born, out, freed, start, use = (position[name] for name in names)
+    if not (born <= out < freed <= use and out <= start < use):
+        raise _Misfit("expected producer <= out_after < freed_before, in_after < in_before in execution order.")
+
+
+def _check_recompute(recompute: Recompute, graph: ir.Graph, position: Mapping[str, int]) -> None:
+    _check_names((*recompute.nodes, recompute.before), position)
+    for name in recompute.nodes:
+        node = graph.by_name[name]
+        if node.stateful:
+            raise _Misfit(f"'{name}' ({node.op}) is stateful and must not run twice.")
+        if node.op in ir.RESIDENT_OPS:
+            raise _Misfit(f"'{name}' ({node.op}) is in memory all the time.")
+        if position[name] >= position[recompute.before]:
+            raise _Misfit(f"'{name}' runs only after '{recompute.before}'.")
+    if list(recompute.nodes) != sorted(set(recompute.nodes), key=position.__getitem__):
+        raise _Misfit("expected the nodes in execution order, each once.")
+
+
+def _check_pair(pair: SideBySide, graph: ir.Graph, position: Mapping[str, int]) -> None:
+    _check_names((pair.first, pair.second), position)
+    second = graph.by_name[pair.second]
+    if position[pair.second] != position[pair.first] + 1:
+        raise _Misfit(f"expected '{pair.second}' right after '{pair.first}' in execution order.")
+    if pair.first in (*map(ir.producer, second.inputs), *second.control_inputs):
+        raise _Misfit(f"'{pair.second}' needs '{pair.first}'.")
+    for node in (graph.by_name[pair.first], second):
+        if node.stateful or node.op in ir.RESIDENT_OPS:
+            raise _Misfit(f"'{node.name}' ({node.op}) is stateful, or in memory all the time.")
+
+
+def _check_names(names: Iterable[str], position: Mapping[str, int]) -> None:
     for name in names:
         if name not in position:
-            raise fail(f"there is no node '{name}'.")
-    if isinstance(decision, Swap):
-        if decision.tier not in TIERS:
-            raise fail(f"expected a tier out of {TIERS}, received {decision.tier!r}.")
-        if ir.split_ref(decision.value)[1] >= len(graph.by_name[ir.producer(decision.value)].outputs):
-            raise fail(f"there is no value '{decision.value}'.")
-        if not graph.value(decision.value).nbytes:
-            raise fail(f"'{decision.value}' ({graph.value(decision.value)}) holds no bytes that could move.")
-        born, out, freed, start, use = (position[name] for name in names)
-        if not (born <= out < freed <= use and out <= start < use):
-            raise fail("expected producer <= out_after < freed_before, in_after < in_before in execution order.")
-    else:
-        for name in decision.nodes:
-            node = graph.by_name[name]
-            if node.stateful:
-                raise fail(f"'{name}' ({node.op}) is stateful and must not run twice.")
-            if node.op in ir.RESIDENT_OPS:
-                raise fail(f"'{name}' ({node.op}) is in memory all the time.")
-            if position[name] >= position[decision.before]:
-                raise fail(f"'{name}' runs only after '{decision.before}'.")
-        if list(decision.nodes) != sorted(set(decision.nodes), key=position.__getitem__):
-            raise fail("expected the nodes in execution order, each once.")
+            raise _Misfit(f"there is no node '{name}'.")
 
 
 def _fields(data: Any) -> dict[str, Any]:

@@ -94,6 +94,7 @@ def device_spec(emulated_bytes: int | None, swap_directory: str | os.PathLike[st
         memory_bytes=memory,
         reserves_memory=emulated_bytes is not None or device_name() != "CPU:0",
         holes=_holes(memory) if emulated_bytes is not None and memory else 0,
+        runs_pairs=device_name() == "CPU:0" and (os.cpu_count() or 1) > 1,
         links={**DeviceSpec().links, **links},
     )
 
@@ -150,7 +151,7 @@ def measure_step(
     far_tiers: tiers.Tiers,
     fingerprint: str,
 ) -> Profile:
-    """Runs the step once without its updates of variables, and measures every node.
+    """Runs the step twice without its updates of variables, and measures every node in the second run.
 
     Args:
         func_graph: The traced step; it stays as it is.
@@ -173,6 +174,7 @@ def measure_step(
             tf.convert_to_tensor(argument, dtype=tensor.dtype)
             for tensor, argument in zip(func_graph.inputs, arguments, strict=False)
         ]
+        function._call_flat([*tensors, *captures], [])  # makes kernels, and touches memory for the first time
         space = _trace(lambda: function._call_flat([*tensors, *captures], []))
     events = _events(space)
     seconds, workspace = _node_costs(events, graph)

@@ -3,11 +3,12 @@
 The model is in-order execution, which `rewrites.ordering` enforces: one compute lane and one lane per
 direction of every link. Buffers are counted as TensorFlow's executor counts them: one reference per
 input that still waits to read; an elementwise op writes over an input that nobody else waits for; a
-buffer is free after its last reader. A SwapOut's source is counted until the node that waits for it
-starts, a SwapIn's target from the node that starts it, so the peak holds however fast the link is.
+buffer is free after its last reader, with two nodes side by side after both. A SwapOut's source is counted
+until the node that waits for it starts, a SwapIn's target from the node that starts it, so the peak holds
+however fast the link is.
 
 Known weaknesses: ops outside the chain (none after `ordering`) and TensorFlow's own graph optimiser can
-change which elementwise op writes over which input.
+change which elementwise op writes over which input. Two nodes side by side are given the sum of their seconds.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ class Timeline:
         seconds: Length of the step.
         swapped_bytes: Bytes copied to the far tier.
         recomputed_seconds: Seconds of repeated nodes.
+        peak_step: The first step that reaches the peak, as the allocator counts it if one was modelled.
     """
 
     steps: tuple[Step, ...]
@@ -62,11 +64,7 @@ class Timeline:
     seconds: float
     swapped_bytes: int
     recomputed_seconds: float
-
-    @property
-    def peak_step(self) -> Step:
-        """The first step that reaches the peak."""
-        return max(self.steps, key=lambda step: step.live_bytes)
+    peak_step: Step
 
 
 class NoRoom(Exception):
@@ -87,7 +85,12 @@ class NoRoom(Exception):
 
 
 def simulate(
-    graph: ir.Graph, plan: Plan, cost_model: CostModel, *, allocator: allocator_lib.Allocator | None = None
+    graph: ir.Graph,
+    plan: Plan,
+    cost_model: CostModel,
+    *,
+    allocator: allocator_lib.Allocator | None = None,
+    second_first: bool = False,
 ) -> Timeline:
     """Runs the step under the plan.
 
@@ -99,12 +102,15 @@ def simulate(
         plan: What to do; checked by the caller.
         cost_model: Seconds and bytes.
         allocator: A fresh model of the device's allocator. Every buffer is then placed in it.
+        second_first: Whether of two nodes side by side the second one asks for memory first; both happen.
 
     Raises:
         NoRoom: If the modelled allocator runs out.
     """
     plain = _plain(graph, cost_model)
     actions, versions = _expand(graph, plan, plain)
+    if second_first:
+        _turn_pairs(actions)
     results = [plain.version[reference] for reference in graph.outputs]
     return _Run(actions, versions, results, cost_model, allocator).timeline()
 
@@ -154,6 +160,7 @@ class _Action(NamedTuple):
     outputs: Sequence[int]
     facts: _Facts
     waits: Sequence[int] = ()  # copies in the far tier that must be complete; their sources may then go
+    beside: str = ""  # the node that it runs side by side with, if that is the action before
 
 
 class _Copy(NamedTuple):
@@ -202,7 +209,8 @@ def _plain(graph: ir.Graph, cost_model: CostModel) -> _Plain:
         else:
             kind = "recompute" if node.like else "run"
             waits = [version[name] for name in node.control_inputs if name in departing]
-            actions[node.name] = _Action(kind, inputs, outputs, _facts(graph, node, cost_model, root_of), waits)
+            beside: Any = dict(node.attrs).get("beside", "")
+            actions[node.name] = _Action(kind, inputs, outputs, _facts(graph, node, cost_model, root_of), waits, beside)
     return _Plain(actions, version)
 
 
@@ -265,6 +273,7 @@ def _expand(graph: ir.Graph, plan: Plan, plain: _Plain) -> tuple[list[_Action | 
     for recompute in plan.recomputes:
         repeats[recompute.before].extend(recompute.nodes)
 
+    first_of = {pair.second: pair.first for pair in plan.pairs}
     actions: list[_Action | _Copy] = []
     current: dict[int, int] = {}  # first version -> the one that is read now, where that is another one
     handles: dict[int, int] = {}  # first version -> the one in the far tier
@@ -298,7 +307,9 @@ def _expand(graph: ir.Graph, plan: Plan, plain: _Plain) -> tuple[list[_Action | 
         action = bound(name)
         fenced = [transfer for transfer in fences.get(name, ()) if not transfer.swap.is_synchronous]
         waits = [transfer.out for transfer in fenced if transfer.out is not None]
-        actions.append(action._replace(waits=waits) if waits else action)
+        if waits or name in first_of:
+            action = action._replace(waits=waits or action.waits, beside=first_of.get(name, action.beside))
+        actions.append(action)
         for transfer in outs.get(name, ()):
             value = transfer.value
             if value not in handles:
@@ -334,6 +345,21 @@ def _hand_on_waits(action: _Action, later: list[_Action | _Copy]) -> None:
         if isinstance(heir, _Action):
             later[place] = heir._replace(waits=[*action.waits, *heir.waits])
             return
+
+
+def _are_beside(first: _Action | _Copy, second: _Action | _Copy | None) -> bool:
+    return (
+        isinstance(first, _Action)
+        and isinstance(second, _Action)
+        and (first.kind, first.facts.name) == ("run", second.beside)
+    )
+
+
+def _turn_pairs(actions: list[_Action | _Copy]) -> None:
+    for place in range(len(actions) - 1):
+        first, second = actions[place : place + 2]
+        if isinstance(first, _Action) and isinstance(second, _Action) and _are_beside(first, second):
+            actions[place : place + 2] = second._replace(beside=""), first._replace(beside=second.facts.name)
 
 
 # --- running it -----------------------------------------------------------------------------------------------
@@ -402,20 +428,25 @@ class _Run:
         self.ready: dict[int, float] = {}  # version on its way -> when its copy is complete
         self.sources: dict[int, _Buffer] = {}  # version in the far tier -> what it is copied from
         self.lanes: dict[tuple[str, str], float] = {}
+        self.done: list[tuple[list[_Buffer | None], list[_Buffer | None]]] = []  # what nodes read and what to drop
         steps = []
         swapped = recomputed = 0
-        for action in self.actions:
+        highest, peak_step = -1, Step("", "run", 0.0, 0.0, self.live)
+        for action, later in zip(self.actions, [*self.actions[1:], None], strict=True):
             if isinstance(action, _Action):
-                step = self._compute(action)
+                step = self._compute(action, is_first=_are_beside(action, later))
                 recomputed += action.facts.seconds if step.kind == "recompute" else 0
             else:
                 step = self._copy(action)
                 swapped += action.nbytes if step.kind == "swap_out" else 0
             peak = max(peak, step.live_bytes)
+            allocated = self.allocator.peak_bytes if self.allocator else peak
+            if allocated > highest:
+                highest, peak_step = allocated, step
             steps.append(step)
         allocated = self.allocator.peak_bytes if self.allocator else peak
         end = max((self.now, *self.lanes.values()))
-        return Timeline(tuple(steps), peak, allocated, end, swapped, recomputed)
+        return Timeline(tuple(steps), peak, allocated, end, swapped, recomputed, peak_step)
 
     def layout(self) -> list[tuple[int, int, str | None]]:
         """All chunks as (address, bytes, owner), by address; nothing without an allocator."""
@@ -446,7 +477,8 @@ class _Run:
             self.now = end
         return Step(action.value, action.kind, start, end, live)
 
-    def _compute(self, action: _Action) -> Step:
+    def _compute(self, action: _Action, is_first: bool) -> Step:
+        """Runs a node. The first of a pair lets go of its buffers only when the second one does."""
         kind, facts, buffers = action.kind, action.facts, self.buffers
         start = self.now
         if self.ready:
@@ -463,12 +495,14 @@ class _Run:
                 buffer.readers += self.readers[version]
         scratch += [self._allocate(nbytes, "") for nbytes in facts.workspace.late]
         live = self.live
-        for buffer in inputs:
-            self._release(buffer)
-        for version in action.outputs:
-            self._drop(buffers[version])
-        for buffer in (*scratch, given_up):
-            self._drop(buffer)
+        self.done += [(inputs, [*(buffers[version] for version in action.outputs), *scratch, given_up])]
+        if not is_first:
+            for read, made in self.done:
+                for buffer in read:
+                    self._release(buffer)
+                for buffer in made:
+                    self._drop(buffer)
+            self.done = []
         self.now = start + facts.seconds
         if kind == "run":
             self.after = facts.name

@@ -13,11 +13,11 @@ def ordering(graph: ir.Graph, plan: Plan) -> ir.Graph:
 
     Without it TensorFlow's executor starts whatever is ready, and the peak wanders from run to run. A node waits for
     the two before it, also where it reads them: TensorFlow's optimiser may turn either into a constant or regroup
-    products, and take the edge along.
+    products, and take the edge along. The second of a pair waits for what the first one waits for.
     """
-    del plan  # the order is the graph's own by now
-    nodes = []
-    previous: list[str] = []
+    first_of = {pair.second: pair.first for pair in plan.pairs}
+    nodes: list[ir.Node] = []
+    stages: list[list[str]] = [[], []]  # of the chain: a node, or a pair
     lanes: dict[str, str] = {}  # op of a copy -> the copy before it
     departing: list[str] = []  # SwapOuts since the last node of the chain
     for node in graph.nodes:
@@ -28,9 +28,13 @@ def ordering(graph: ir.Graph, plan: Plan) -> ir.Graph:
             before = [lanes.get(node.op, ""), *(departing if node.op == ir.SWAP_IN else ())]
             lanes[node.op] = node.name
             departing += [node.name] if node.op == ir.SWAP_OUT else []
+        elif nodes and nodes[-1].name == first_of.get(node.name):
+            before = [*stages[-3], *stages[-2]]
+            stages[-1].append(node.name)
+            node = dataclasses.replace(node, attrs=tuple(sorted((*node.attrs, ("beside", nodes[-1].name)))))
         else:
-            before = previous
-            previous = [*previous[-1:], node.name]
+            before = [*stages[-2], *stages[-1]]
+            stages = [*stages[-2:], [node.name]]
             departing = []
         known = {"", *node.control_inputs}
         controls = (*node.control_inputs, *(name for name in before if name not in known))

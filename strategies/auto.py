@@ -1,4 +1,4 @@
-"""The fastest simulated plan of all strategies."""
+"""The fastest simulated plan of all strategies, with neighbours side by side where the device gains by it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from graphswap import ir
 from graphswap.cost_model import CostModel
 from graphswap.plan import Plan
 from graphswap.simulator import simulate
-from graphswap.strategies import base, chen, greedy, karma, swap_all
+from graphswap.strategies import base, chen, greedy, karma, side_by_side, swap_all
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,4 +41,5 @@ class Auto:
                 errors.append(error)
         if not plans:
             raise min(errors, key=lambda error: error.smallest_bytes)
-        return min(plans, key=lambda plan: simulate(graph, plan, cost_model).seconds)
+        best = min(plans, key=lambda plan: simulate(graph, plan, cost_model).seconds)
+        return side_by_side.pair(graph, best, cost_model, memory_budget) if cost_model.device.runs_pairs else best

@@ -220,20 +220,33 @@ class Gaps:
         return simulate(self.graph, Plan(decisions=decisions), self.cost_model)
 
     def place(self, decisions: tuple[Decision, ...], memory_budget: int) -> Timeline:
-        """Simulates with the device's allocator, and once more with a little less memory.
+        """See `place`."""
+        return place(self.graph, Plan(decisions=decisions), self.cost_model, memory_budget)
 
-        A layout that fits only just may not fit where a small buffer lies elsewhere, as in the first step.
 
-        Raises:
-            simulator.NoRoom: If it runs out of memory.
-        """
-        device = self.cost_model.device
-        limit = max(memory_budget, device.memory_bytes or 0)
-        spares = {(device.memory_bytes or 0) // _SPARE, 0}
-        allocators = [allocator_lib.Allocator(limit - spare, device.reserves_memory) for spare in sorted(spares)]
-        plan = Plan(decisions=decisions)
-        timelines = [simulate(self.graph, plan, self.cost_model, allocator=allocator) for allocator in allocators]
-        return max(timelines, key=lambda timeline: timeline.allocated_peak_bytes)
+def place(graph: ir.Graph, plan: Plan, cost_model: CostModel, memory_budget: int) -> Timeline:
+    """Simulates with the device's allocator, and once more with a little less memory; returns the worst.
+
+    A layout that fits only just may not fit where a small buffer lies elsewhere, as in the first step. Which
+    node of a pair asks for memory first is open, so both are tried.
+
+    Raises:
+        simulator.NoRoom: If it runs out of memory.
+    """
+    device = cost_model.device
+    limit = max(memory_budget, device.memory_bytes or 0)
+    timelines = [
+        simulate(
+            graph,
+            plan,
+            cost_model,
+            allocator=allocator_lib.Allocator(limit - spare, device.reserves_memory),
+            second_first=second_first,
+        )
+        for second_first in ((False, True) if plan.pairs else (False,))
+        for spare in sorted({(device.memory_bytes or 0) // _SPARE, 0})
+    ]
+    return max(timelines, key=lambda timeline: timeline.allocated_peak_bytes)
 
 
 @functools.lru_cache(maxsize=4)
