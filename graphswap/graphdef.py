@@ -2,18 +2,20 @@
 
 Private TensorFlow used here (2.21): FuncGraph and its captures, `transform.FUNC_GRAPH_TRANSFORMS`,
 `Operation._update_input` / `_add_control_inputs`, `Graph._get_function`, the graph importer, Grappler's Python
-door and resource handle data. No other module but `profiler` uses any.
+door, the options of function calls and resource handle data. No other module but `profiler` uses any.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import tensorflow as tf
+from tensorflow.python.eager import context as context_lib
 from tensorflow.python.eager.polymorphic_function import concrete_function as concrete_function_lib
 from tensorflow.python.eager.polymorphic_function import transform
 from tensorflow.python.framework import func_graph as func_graph_lib
@@ -471,6 +473,25 @@ def _ref(tensor: tf.Tensor) -> str:
 
 
 # --- what TensorFlow's optimiser will do -------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def without_memory_optimizer() -> Iterator[None]:
+    """Keeps TensorFlow's memory optimiser away from the functions that are called inside: memory is planned already.
+
+    Where it takes memory to be short (a CPU, it thinks, has 256 MiB) it turns an AddN of three and more into
+    additions in the order of arrival, which moves memory about and rounds by chance.
+    """
+    context = context_lib.context()
+    before = context.function_call_options
+    config = tf.compat.v1.ConfigProto.FromString(before.config_proto_serialized)
+    rewrites = config.graph_options.rewrite_options
+    rewrites.memory_optimization = rewrites.NO_MEM_OPT
+    context.function_call_options = context_lib.FunctionCallOptions(before.executor_type, config)
+    try:
+        yield
+    finally:
+        context.function_call_options = before
 
 
 def constant_folding(func_graph: FuncGraph) -> Folding | None:

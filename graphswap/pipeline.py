@@ -109,7 +109,8 @@ class Session:
                 placed_args, placed_kwargs = self._placed((args, kwargs), is_new=key not in self._functions)
                 if key not in self._functions:
                     self._functions[key] = make()
-                result = self._functions[key](*placed_args, **placed_kwargs)
+                with graphdef.without_memory_optimizer():
+                    result = self._functions[key](*placed_args, **placed_kwargs)
             except _NestedCalls:
                 self._inlines = True
                 self._forget()

@@ -174,8 +174,9 @@ def measure_step(
             tf.convert_to_tensor(argument, dtype=tensor.dtype)
             for tensor, argument in zip(func_graph.inputs, arguments, strict=False)
         ]
-        function._call_flat([*tensors, *captures], [])  # makes kernels, and touches memory for the first time
-        space = _trace(lambda: function._call_flat([*tensors, *captures], []))
+        with graphdef.without_memory_optimizer():
+            function._call_flat([*tensors, *captures], [])  # makes kernels, and touches memory for the first time
+            space = _trace(lambda: function._call_flat([*tensors, *captures], []))
     events = _events(space)
     seconds, workspace = _node_costs(events, graph)
     return Profile(fingerprint, seconds, workspace, _links(events, graph))

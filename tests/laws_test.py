@@ -1,5 +1,6 @@
 """The laws: what holds for every graph and every plan."""
 
+import itertools
 import random
 from typing import NamedTuple
 
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from graphswap import ir, liveness, rewrites
 from graphswap.allocator import Allocator
 from graphswap.cost_model import CostModel, DeviceSpec, Link
-from graphswap.plan import Plan, Recompute, Swap
+from graphswap.plan import Plan, Recompute, SideBySide, Swap
 from graphswap.simulator import NoRoom, simulate
 from graphswap.strategies import STRATEGIES, gaps
 from graphswap.strategies.base import InfeasibleBudgetError
@@ -44,7 +45,7 @@ def random_plan(rng: random.Random, graph: ir.Graph) -> Plan:
     order = rng.choice([(), random_order(rng, graph)])
     names = order or tuple(graph.position)
     decisions = [rng.choice([random_swap, random_recompute])(rng, graph, names) for _ in range(rng.randint(1, 6))]
-    return Plan(order=order, decisions=tuple(decisions)).check(graph)
+    return Plan(order=order, decisions=(*decisions, *random_pairs(rng, graph, names))).check(graph)
 
 
 def random_swap(rng: random.Random, graph: ir.Graph, names: tuple[str, ...]) -> Swap:
@@ -62,6 +63,17 @@ def random_recompute(rng: random.Random, graph: ir.Graph, names: tuple[str, ...]
     nodes = [graph.by_name[name] for name in names[:before]]
     pure = [node.name for node in nodes if not node.stateful and node.op not in ir.RESIDENT_OPS]
     return Recompute(tuple(name for name in pure if rng.random() < 0.3), names[before])
+
+
+def random_pairs(rng: random.Random, graph: ir.Graph, names: tuple[str, ...]) -> list[SideBySide]:
+    pairs: list[SideBySide] = []
+    for first, second in itertools.pairwise(graph.by_name[name] for name in names):
+        is_free = not any(node.stateful or node.op in ir.RESIDENT_OPS for node in (first, second))
+        needs = (*map(ir.producer, second.inputs), *second.control_inputs)
+        is_new = not pairs or pairs[-1].second != first.name
+        if is_free and is_new and first.name not in needs and rng.random() < 0.5:
+            pairs.append(SideBySide(first.name, second.name))
+    return pairs
 
 
 def evicting_plan(rng: random.Random, graph: ir.Graph, cost_model: CostModel) -> Plan:
@@ -127,7 +139,10 @@ def check_rewrite(graph: ir.Graph, plan: Plan, cost_model: CostModel) -> None:
 
 def placed(graph: ir.Graph, plan: Plan, cost_model: CostModel, limit_bytes: int | None):
     try:
-        return simulate(graph, plan, cost_model, allocator=Allocator(limit_bytes))
+        return [
+            simulate(graph, plan, cost_model, allocator=Allocator(limit_bytes), second_first=second_first)
+            for second_first in (False, True)
+        ]
     except NoRoom as error:
         return error.after, error.nbytes, error.layout
 

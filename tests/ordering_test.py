@@ -5,7 +5,7 @@ import tiny_graphs
 from hypothesis import given
 
 from graphswap import ir, parser
-from graphswap.plan import Plan
+from graphswap.plan import Plan, SideBySide
 from graphswap.rewrites.ordering import floats, ordering
 
 
@@ -29,6 +29,37 @@ def test_a_chain_through_all_nodes():
         }
         """,
     )
+
+
+def test_two_nodes_side_by_side_wait_for_the_same():
+    plan = Plan(decisions=(SideBySide("left", "right"),))
+    graph = ir.verify(ordering(parser.parse(tiny_graphs.DIAMOND), plan))
+    testing.assert_graph_text(
+        graph,
+        """
+        graph diamond(%x, %w) -> (%join) {
+          %x = Placeholder() : (float32[8,8])
+          %w = Placeholder() : (float32[8,16])
+          %top = MatMul(%x, %x) : (float32[8,8])
+          %left = MatMul(%top, %x) after(%top) : (float32[8,8])
+          %right = MatMul(%top, %w) {"beside": "left"} after(%top) : (float32[8,16])
+          %join = MatMul(%left, %right) after(%top, %left, %right) : (float32[8,16])
+        }
+        """,
+    )
+
+
+def test_what_stands_between_two_nodes_parts_them():
+    graph = parser.parse("""
+    graph g(%x) -> () {
+      %x = Placeholder() : (int8[])
+      %a = Op(%x) : (int8[])
+      %a/recompute = Op(%x) like(%a) : (int8[])
+      %b = Op(%x) : (int8[])
+    }
+    """)
+    (*_, last) = ordering(graph, Plan(decisions=(SideBySide("a", "b"),))).nodes
+    assert (last.attrs, last.control_inputs) == ((), ("a", "a/recompute"))
 
 
 def test_copies_run_beside_the_chain():

@@ -4,9 +4,10 @@ import pytest
 import tiny_graphs
 
 from graphswap import parser
-from graphswap.plan import Declined, Plan, PlanError, Recompute, Swap
+from graphswap.plan import Declined, Plan, PlanError, Recompute, SideBySide, Swap
 
 CHAIN = parser.parse(tiny_graphs.CHAIN)
+DIAMOND = parser.parse(tiny_graphs.DIAMOND)
 MLP = parser.parse(tiny_graphs.MLP_STEP)
 SWAP = Swap("f1", out_after="f2", freed_before="f3", in_after="b3", in_before="b1", reason="largest gap")
 RECOMPUTE = Recompute(("f1", "f2"), before="b2")
@@ -50,6 +51,30 @@ def test_from_json_reads_back_what_to_json_writes(plan):
 def test_from_json_refuses_everything_else(text):
     with pytest.raises(PlanError, match="^expected a plan as written by Plan.to_json, received something else: "):
         Plan.from_json(text)
+
+
+def test_pairs():
+    plan = Plan(decisions=(SideBySide("left", "right", reason="small"),))
+    assert plan.check(DIAMOND).pairs == plan.decisions
+    assert Plan.from_json(plan.to_json()) == plan
+    assert str(plan).splitlines()[1] == "  together   left, right  (small)"
+
+
+@pytest.mark.parametrize(
+    ("pairs", "graph", "message"),
+    [
+        ([("left", "up")], DIAMOND, "there is no node 'up'."),
+        ([("top", "right")], DIAMOND, "expected 'right' right after 'top' in execution order."),
+        ([("f1", "f2")], CHAIN, "'f2' needs 'f1'."),
+        ([("x", "w")], DIAMOND, "'x' (Placeholder) is stateful, or in memory all the time."),
+        ([("left", "right"), ("left", "right")], DIAMOND, "a node is in two pairs."),
+    ],
+)
+def test_check_refuses_pairs_that_do_not_fit(pairs, graph, message):
+    plan = Plan(decisions=tuple(SideBySide(*pair) for pair in pairs))
+    with pytest.raises(PlanError) as error:
+        plan.check(graph)
+    assert str(error.value) == f"{plan.decisions[-1]} does not fit graph '{graph.name}': {message}"
 
 
 def test_text():

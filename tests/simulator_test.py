@@ -6,7 +6,7 @@ import tiny_graphs
 from graphswap import parser
 from graphswap.allocator import Allocator
 from graphswap.cost_model import CostModel, DeviceSpec, Link, Profile, Workspace
-from graphswap.plan import Plan, Recompute, Swap
+from graphswap.plan import Plan, Recompute, SideBySide, Swap
 from graphswap.simulator import NoRoom, simulate
 
 # A unit takes two seconds to the host and one back; to the disk and from there four each.
@@ -58,6 +58,33 @@ def test_a_chain():
 def test_a_diamond():
     # w, right and join take two units. top is free after right.
     assert live(run(tiny_graphs.DIAMOND)) == {"x": 3, "w": 3, "top": 4, "left": 5, "right": 7, "join": 8}
+
+
+BRANCHES = """
+graph branches(%x) -> (%join) {
+  %x = Placeholder() : (float32[64])
+  %top = Op(%x) : (float32[64])
+  %other = Op(%x) : (float32[64])
+  %left = Relu(%top) : (float32[64])
+  %right = Op(%other) : (float32[128])
+  %join = Op(%left, %right) : (float32[64])
+}
+"""
+
+
+def test_two_nodes_side_by_side_let_go_of_nothing_before_both_have_all():
+    # Alone, left writes over top.
+    assert live(run(BRANCHES)) == {"x": 1, "top": 2, "other": 3, "left": 3, "right": 5, "join": 5}
+    two_for_one = BRANCHES.replace("Relu(%top)", "Op(%top)")
+    assert live(run(two_for_one)) == {"x": 1, "top": 2, "other": 3, "left": 4, "right": 5, "join": 5}
+    together = run(two_for_one, SideBySide("left", "right"))
+    assert live(together) == {"x": 1, "top": 2, "other": 3, "left": 4, "right": 6, "join": 5}
+    assert together.seconds == 6.0
+
+
+def test_the_second_of_two_may_ask_first():
+    together = run(BRANCHES, SideBySide("left", "right"), second_first=True)
+    assert live(together) == {"x": 1, "top": 2, "other": 3, "right": 5, "left": 5, "join": 5}
 
 
 def test_writing_over_inputs_that_nobody_else_needs():

@@ -7,6 +7,7 @@ The script that is run, plain or inside a memory budget:
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -39,12 +40,15 @@ class Trial:
         memory_bytes: Memory of the emulated accelerator, in whole MiB.
         graphswap: The compile option; empty for plain Keras.
         steps: How many steps to train.
+        memory_optimizer: Whether plain Keras runs with TensorFlow's memory optimiser, as it does by default. Where
+            that takes memory to be short it sums gradients in the order of their arrival, so that runs differ.
     """
 
     model: str
     memory_bytes: int
     graphswap: str = ""
     steps: int = 20
+    memory_optimizer: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +93,7 @@ def run(trial: Trial, say: Callable[[str], None], environment: Mapping[str, str]
         result, errors = pathlib.Path(folder) / "result.json", pathlib.Path(folder) / "errors"
         command = [sys.executable, "-m", "graphswap.emulate", __file__, f"--model={trial.model}"]
         command += [f"--graphswap={trial.graphswap}", f"--steps={trial.steps}", f"--result={result}"]
+        command += [] if trial.memory_optimizer else ["--nomemory_optimizer"]
         variables = {**os.environ, **emulate.environment(trial.memory_bytes), **(environment or {})}
         with (
             errors.open("w") as stderr,
@@ -109,12 +114,13 @@ def telling_lines(errors: str) -> str:
     return "\n".join(line[:_ERROR_WIDTH] for line in (telling or lines)[-_ERROR_LINES:])
 
 
-def train(model: str, graphswap: str, steps: int) -> Result:
+def train(model: str, graphswap: str, steps: int, memory_optimizer: bool = True) -> Result:
     """Trains a model of `models` in this process, which must be emulated, and tells each step."""
     import keras
     import tensorflow as tf
 
     import graphswap as graphswap_lib
+    from graphswap import graphdef
     from graphswap.tools import models
 
     # Otherwise TensorFlow rearranges arithmetic by what stands nearby, and the last bits change with the graph.
@@ -128,7 +134,8 @@ def train(model: str, graphswap: str, steps: int) -> Result:
     for step, (inputs, targets) in zip(range(1, steps + 1), training.batches, strict=False):
         training.model.reset_metrics()  # so that the loss is this batch's own
         start = time.perf_counter()
-        losses.append(float(training.model.train_on_batch(inputs, targets)))
+        with contextlib.nullcontext() if memory_optimizer else graphdef.without_memory_optimizer():
+            losses.append(float(training.model.train_on_batch(inputs, targets)))
         seconds.append(time.perf_counter() - start)
         print(f"step {step}/{steps}: loss {losses[-1]:.4f}, {seconds[-1]:.2f} s", flush=True)
     peak_bytes = tf.config.experimental.get_memory_info("CPU:0")["peak"]
@@ -166,10 +173,13 @@ def _main(argv: Sequence[str]) -> None:
     model = flags.DEFINE_string("model", "mlp", "A name of models.MODELS.", flag_values=values)
     graphswap = flags.DEFINE_string("graphswap", "", "The compile option; empty for plain Keras.", flag_values=values)
     steps = flags.DEFINE_integer("steps", 20, "How many steps to train.", flag_values=values)
+    memory_optimizer = flags.DEFINE_bool(
+        "memory_optimizer", True, "Whether TensorFlow's memory optimiser is on.", flag_values=values
+    )
     path = flags.DEFINE_string("result", None, "File to write the result to, as JSON.", flag_values=values)
     if values(argv)[1:]:
         raise app.UsageError(f"expected flags, received {values(argv)[1:]}.")
-    result = train(model.value, graphswap.value, steps.value)
+    result = train(model.value, graphswap.value, steps.value, memory_optimizer.value)
     if path.value is not None:
         pathlib.Path(path.value).write_text(json.dumps(dataclasses.asdict(result)))
 

@@ -1,0 +1,103 @@
+import dataclasses
+
+import pytest
+import testing
+from hypothesis import given
+from hypothesis import strategies as st
+
+from graphswap import allocator, ir, parser
+from graphswap.cost_model import CostModel, DeviceSpec, Link, Profile
+from graphswap.plan import Plan, Recompute, SideBySide, Swap
+from graphswap.simulator import NoRoom, simulate
+from graphswap.strategies import STRATEGIES, side_by_side
+from graphswap.strategies.base import InfeasibleBudgetError
+
+MIB = 1 << 20
+SLOW = CostModel(DeviceSpec(launch_seconds=1.0), Profile("", {}, {}))
+LAYER = parser.parse("""
+graph layer(%x, %w, %gradient) -> (%grad_w, %grad_x) {
+  %x = Placeholder() : (float32[512,512])
+  %w = Placeholder() : (float32[512,512])
+  %gradient = Placeholder() : (float32[512,512])
+  %grad_w = MatMul(%x, %gradient) : (float32[512,512])
+  %scaled = Relu(%w) : (float32[512,512])
+  %grad_x = MatMul(%gradient, %scaled) : (float32[512,512])
+  %transposed = Op(%x) : (float32[512,512])
+  %other = MatMul(%gradient, %transposed) : (float32[512,512])
+  %last = MatMul(%other, %w) : (float32[512,512])
+}
+""")
+
+
+def test_a_product_gets_the_next_independent_one():
+    # grad_x needs scaled, which stands between; other needs transposed.
+    assert side_by_side.pair(LAYER, Plan(), SLOW, 100 * MIB) == Plan()
+    plan = Plan(order=("x", "w", "gradient", "scaled", "transposed", "grad_w", "other", "last", "grad_x"))
+    paired = side_by_side.pair(LAYER, plan, SLOW, 100 * MIB).check(LAYER)
+    assert paired.pairs == (SideBySide("grad_w", "other"), SideBySide("last", "grad_x"))
+    assert paired.order == plan.order
+
+
+def test_the_second_moves_up_to_the_first():
+    plan = Plan(order=("x", "w", "gradient", "scaled", "grad_w", "transposed", "grad_x", "other", "last"))
+    paired = side_by_side.pair(LAYER, plan, SLOW, 100 * MIB).check(LAYER)
+    assert paired.pairs == (SideBySide("grad_w", "grad_x"),)
+    assert paired.order[4:7] == ("grad_w", "grad_x", "transposed")
+
+
+ORDER = ("x", "w", "gradient", "scaled", "transposed", "grad_w", "grad_x", "other", "last")
+PAIR = SideBySide("grad_w", "grad_x")
+
+
+def test_short_nodes_run_alone():
+    quick = CostModel(DeviceSpec(launch_seconds=1e-4), Profile("", {}, {}))
+    assert side_by_side.pair(LAYER, Plan(order=ORDER), quick, 100 * MIB).pairs == ()
+
+
+@pytest.mark.parametrize("budget_mib", [6, 7, 8, 9])
+def test_only_what_fits_is_paired(budget_mib):
+    plan = Plan(order=ORDER)
+    paired = side_by_side.pair(LAYER, plan, SLOW, budget_mib * MIB)
+    peaks = [
+        simulate(LAYER, paired, SLOW, allocator=allocator.Allocator(None), second_first=turn).allocated_peak_bytes
+        for turn in (False, True)
+    ]
+    alone = simulate(LAYER, plan, SLOW).peak_bytes
+    assert (max(peaks) <= budget_mib * MIB) or (paired == plan and alone > budget_mib * MIB)
+    assert (PAIR in paired.pairs) == (budget_mib >= 7)
+
+
+@pytest.mark.parametrize(
+    "decision",
+    [
+        Swap("x", out_after="grad_w", freed_before="last", in_after="other", in_before="last"),
+        Swap("x", out_after="transposed", freed_before="grad_w", in_after="grad_w", in_before="last"),
+        Recompute(("scaled",), before="grad_x"),
+    ],
+)
+def test_what_stands_between_keeps_two_apart(decision):
+    plan = Plan(order=ORDER, decisions=(decision,)).check(LAYER)
+    paired = side_by_side.pair(LAYER, plan, SLOW, 100 * MIB)
+    assert PAIR not in paired.check(LAYER).pairs
+
+
+@given(graph=testing.random_graphs(12, batch=4096), fraction=st.floats(0.4, 1.1))
+def test_paired_plans_keep_the_budget(graph: ir.Graph, fraction: float):
+    link = Link(1e9, 1e9, 0.0)
+    device = DeviceSpec(launch_seconds=1e-3, links={"host": link, "disk": link}, runs_pairs=True)
+    cost_model = CostModel(device)
+    alone = dataclasses.replace(cost_model, device=dataclasses.replace(device, runs_pairs=False))
+    budget = int(simulate(graph, Plan(), cost_model).peak_bytes * fraction)
+    try:
+        plan = STRATEGIES["auto"].plan(graph, cost_model, budget)
+    except InfeasibleBudgetError:
+        with pytest.raises(InfeasibleBudgetError):
+            STRATEGIES["auto"].plan(graph, alone, budget)
+        return
+    plan.check(graph)
+    for turn in (False, True):
+        try:
+            room = allocator.Allocator(budget)
+            assert simulate(graph, plan, cost_model, allocator=room, second_first=turn).allocated_peak_bytes <= budget
+        except NoRoom as error:
+            pytest.fail(f"{error} {plan.pairs}")
