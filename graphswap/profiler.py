@@ -123,10 +123,12 @@ def measure_link(tier: str, directory: str | None, nbytes: int = _LINK_BYTES) ->
 
     with tf.init_scope():
         value = tf.random.stateless_uniform(shape, (0, 0))
-        back(out(value))
-        copies: list[list[tf.Tensor]] = []
-        out_seconds = [_seconds(lambda: copies.append(out(value))) for _ in range(_LINK_COPIES)]
-        in_seconds = [_seconds(lambda copy=copy: back(copy)) for copy in copies]
+        out_seconds, in_seconds = [], []
+        for _ in range(2):  # in the first round memory is touched for the first time
+            copies: list[list[tf.Tensor]] = []
+            out_seconds = [_seconds(lambda copies=copies: copies.append(out(value))) for _ in range(_LINK_COPIES)]
+            in_seconds = [_seconds(lambda copy=copy: back(copy)) for copy in copies]
+            del copies
     return Link(
         nbytes / statistics.median(out_seconds),
         nbytes / statistics.median(in_seconds),
@@ -179,7 +181,7 @@ def measure_step(
             space = _trace(lambda: function._call_flat([*tensors, *captures], []))
     events = _events(space)
     seconds, workspace = _node_costs(events, graph)
-    return Profile(fingerprint, seconds, workspace, _links(events, graph))
+    return Profile(fingerprint, seconds, workspace)
 
 
 def without_side_effects(graph: ir.Graph) -> ir.Graph:
@@ -228,31 +230,6 @@ def _trace(run) -> xplane_pb2.XSpace:
 
 Event = tuple[int, int, str, Mapping[str, Any]]
 """Start and duration in picoseconds, name, and further facts."""
-
-
-def _links(events: Sequence[Event], graph: ir.Graph) -> dict[str, Link]:
-    """The speeds at which the step's own swaps went, by tier; tiers with swaps in both directions only."""
-    if device_name() != "CPU:0":
-        return {}  # copies are asynchronous there: the events tell when they were started
-    spent: dict[str, float] = collections.defaultdict(float)
-    for _, duration_ps, name, _ in events:
-        owner, _, inner = name.rpartition("/")
-        if inner:
-            spent[owner] += duration_ps / 1e12
-    seconds: dict[tuple[str, str], float] = collections.defaultdict(float)
-    moved: dict[tuple[str, str], int] = collections.defaultdict(int)
-    for node in graph.nodes:
-        if node.op in (ir.SWAP_OUT, ir.SWAP_IN) and spent.get(node.name):
-            attrs = dict(node.attrs)
-            seconds[str(attrs["tier"]), node.op] += spent[node.name]
-            moved[str(attrs["tier"]), node.op] += int(attrs["nbytes"])  # pyright: ignore[reportArgumentType]
-    return {
-        tier: Link(
-            moved[tier, ir.SWAP_OUT] / seconds[tier, ir.SWAP_OUT], moved[tier, ir.SWAP_IN] / seconds[tier, ir.SWAP_IN]
-        )
-        for tier in {tier for tier, _ in moved}
-        if moved[tier, ir.SWAP_OUT] and moved[tier, ir.SWAP_IN]
-    }
 
 
 def _node_costs(events: Sequence[Event], graph: ir.Graph) -> tuple[Mapping[str, float], Mapping[str, Workspace]]:

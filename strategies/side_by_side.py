@@ -11,19 +11,20 @@ Known weaknesses: a product's partner is the next independent one, not the best 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 from graphswap import ir
 from graphswap.cost_model import CostModel, flops
-from graphswap.plan import Plan, PlanError, Recompute, SideBySide
+from graphswap.plan import Decision, Plan, PlanError, Recompute, SideBySide, Swap
 from graphswap.simulator import NoRoom
 from graphswap.strategies import gaps
 
-_WINDOW = 30
+_WINDOW = 60
 """How many nodes ahead a partner may be."""
 _LEAST_SECONDS = 0.5e-3
 """Of each node: on shorter ones waking another thread costs more than is won."""
-_ATTEMPTS = 32
+_ATTEMPTS = 48
 
 
 def pair(graph: ir.Graph, plan: Plan, cost_model: CostModel, memory_budget: int) -> Plan:
@@ -36,15 +37,19 @@ def pair(graph: ir.Graph, plan: Plan, cost_model: CostModel, memory_budget: int)
         memory_budget: Bytes.
     """
     ordered = graph.replace(nodes=tuple(graph.by_name[name] for name in plan.order or graph.position))
-    pairs = _candidates(ordered, plan, cost_model)
+    pairs: list[_Pair] = []
+    for candidate in _candidates(ordered, cost_model):
+        try:
+            _with(ordered, plan, [*pairs, candidate]).check(graph)
+        except PlanError:  # what stands between the two can't move
+            continue
+        pairs.append(candidate)
     for _ in range(_ATTEMPTS):
         if not pairs:
             break
         paired = _with(ordered, plan, pairs)
         try:
-            timeline = gaps.place(graph, paired.check(graph), cost_model, memory_budget)
-        except PlanError:
-            break
+            timeline = gaps.place(graph, paired, cost_model, memory_budget)
         except NoRoom as error:
             worst = error.after
         else:
@@ -52,53 +57,71 @@ def pair(graph: ir.Graph, plan: Plan, cost_model: CostModel, memory_budget: int)
                 return paired
             worst = timeline.peak_step.name
         place = {name: place for place, name in enumerate(paired.order)}
-        at_fault = max(pairs, key=lambda found: (place[found[0]] <= place.get(worst, 0) + 1, place[found[0]]))
+        at_fault = max(pairs, key=lambda found: (place[found.first] <= place.get(worst, 0) + 1, place[found.first]))
         pairs.remove(at_fault)
     return plan
 
 
-def _candidates(graph: ir.Graph, plan: Plan, cost_model: CostModel) -> list[tuple[str, str]]:
-    """Pairs of heavy nodes that could run side by side, each with the next one that needs nothing since the first."""
-    alone = {name for swap in plan.swaps for name in (swap.out_after, swap.in_after)}  # a copy stands after it
-    fixed = {recompute.before for recompute in plan.recomputes} | {swap.in_before for swap in plan.swaps}
+class _Pair(NamedTuple):
+    first: str
+    second: str
+    between: tuple[str, ...]  # what the second needs of what stands between the two
+
+
+def _candidates(graph: ir.Graph, cost_model: CostModel) -> Iterator[_Pair]:
+    """Pairs of heavy nodes that could run side by side: each with the next one that does not need it."""
     heavy = {
         node.name
         for node in graph.nodes
         if flops(graph, node) and not node.stateful and cost_model.seconds(graph, node) >= _LEAST_SECONDS
     }
     nodes = [node for node in graph.nodes if node.op not in ir.RESIDENT_OPS]
-    found: list[tuple[str, str]] = []
     paired: set[str] = set()
     for place, first in enumerate(nodes):
-        if first.name not in heavy or first.name in alone or first.name in paired:
+        if first.name not in heavy or first.name in paired:
             continue
-        passed = {first.name}
+        passed: dict[str, set[str]] = {first.name: {first.name}}  # node -> what it needs from the first on, and itself
         for second in nodes[place + 1 : place + 1 + _WINDOW]:
-            needs = {*map(ir.producer, second.inputs), *second.control_inputs}
-            if second.name in heavy and passed.isdisjoint(needs) and second.name not in fixed | paired:
-                found.append((first.name, second.name))
+            before = {*map(ir.producer, second.inputs), *second.control_inputs}
+            needs = set().union(*(passed[name] for name in before if name in passed))
+            can_move = needs.isdisjoint(heavy) and not any(graph.by_name[name].stateful for name in needs)
+            if second.name in heavy and second.name not in paired and can_move:
+                yield _Pair(first.name, second.name, tuple(sorted(needs, key=graph.position.__getitem__)))
                 paired |= {first.name, second.name}
                 break
-            passed.add(second.name)
-    return found
+            passed[second.name] = needs | {second.name}
 
 
-def _with(graph: ir.Graph, plan: Plan, pairs: Sequence[tuple[str, str]]) -> Plan:
-    """The plan with every second node of a pair moved up to the first."""
-    second_of = dict(pairs)
-    moved = set(second_of.values())
-    order: list[str] = []
+def _with(graph: ir.Graph, plan: Plan, pairs: Sequence[_Pair]) -> Plan:
+    """The plan with every second node of a pair moved up to the first, and what it needs right before that."""
+    by_first = {found.first: found for found in pairs}
+    moved = {name for found in pairs for name in (found.second, *found.between)}
+    order: dict[str, None] = {}
     for node in graph.nodes:
-        if node.name not in moved:
-            order.append(node.name)
-        if node.name in second_of:
-            order.append(second_of[node.name])
-    place = {name: place for place, name in enumerate(order)}
-    decisions = [
-        dataclasses.replace(decision, nodes=tuple(sorted(decision.nodes, key=place.__getitem__)))
-        if isinstance(decision, Recompute)
-        else decision
-        for decision in plan.decisions
-    ]
-    together = (SideBySide(first, second) for first, second in pairs)
-    return plan.replace(order=tuple(order), decisions=(*decisions, *together))
+        found = by_first.get(node.name)
+        if found is not None:
+            order |= dict.fromkeys((*found.between, found.first, found.second))
+        elif node.name not in moved:
+            order[node.name] = None
+    names = tuple(order)
+    place = {name: place for place, name in enumerate(names)}
+    first_of, second_of = {p.second: p.first for p in pairs}, {p.first: p.second for p in pairs}
+    decisions: list[Decision] = []
+    for decision in plan.decisions:
+        if isinstance(decision, Recompute):
+            nodes = tuple(sorted(decision.nodes, key=place.__getitem__))
+            decision = dataclasses.replace(decision, nodes=nodes, before=first_of.get(decision.before, decision.before))
+        elif isinstance(decision, Swap):
+            out = second_of.get(decision.out_after, decision.out_after)
+            use = first_of.get(decision.in_before, decision.in_before)
+            start = names[place[decision.in_after] - (decision.in_after in second_of)]
+            decision = dataclasses.replace(
+                decision,
+                out_after=out,
+                freed_before=max(decision.freed_before, names[place[out] + 1], key=place.__getitem__),
+                in_after=min(start, names[place[use] - 1], key=place.__getitem__),
+                in_before=use,
+            )
+        decisions.append(decision)
+    together = (SideBySide(found.first, found.second) for found in pairs)
+    return plan.replace(order=names, decisions=(*decisions, *together))

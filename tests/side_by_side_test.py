@@ -5,7 +5,7 @@ import testing
 from hypothesis import given
 from hypothesis import strategies as st
 
-from graphswap import allocator, ir, parser
+from graphswap import allocator, ir, parser, rewrites
 from graphswap.cost_model import CostModel, DeviceSpec, Link, Profile
 from graphswap.plan import Plan, Recompute, SideBySide, Swap
 from graphswap.simulator import NoRoom, simulate
@@ -30,19 +30,19 @@ graph layer(%x, %w, %gradient) -> (%grad_w, %grad_x) {
 
 
 def test_a_product_gets_the_next_independent_one():
-    # grad_x needs scaled, which stands between; other needs transposed.
-    assert side_by_side.pair(LAYER, Plan(), SLOW, 100 * MIB) == Plan()
-    plan = Plan(order=("x", "w", "gradient", "scaled", "transposed", "grad_w", "other", "last", "grad_x"))
-    paired = side_by_side.pair(LAYER, plan, SLOW, 100 * MIB).check(LAYER)
-    assert paired.pairs == (SideBySide("grad_w", "other"), SideBySide("last", "grad_x"))
-    assert paired.order == plan.order
+    paired = side_by_side.pair(LAYER, Plan(), SLOW, 100 * MIB).check(LAYER)
+    assert paired.pairs == (SideBySide("grad_w", "grad_x"),)  # last needs other
 
 
-def test_the_second_moves_up_to_the_first():
-    plan = Plan(order=("x", "w", "gradient", "scaled", "grad_w", "transposed", "grad_x", "other", "last"))
-    paired = side_by_side.pair(LAYER, plan, SLOW, 100 * MIB).check(LAYER)
-    assert paired.pairs == (SideBySide("grad_w", "grad_x"),)
-    assert paired.order[4:7] == ("grad_w", "grad_x", "transposed")
+def test_the_second_moves_up_to_the_first_with_what_it_needs():
+    paired = side_by_side.pair(LAYER, Plan(), SLOW, 100 * MIB)
+    assert paired.order == ("x", "w", "gradient", "scaled", "grad_w", "grad_x", "transposed", "other", "last")
+
+
+def test_what_needs_a_heavy_node_between_is_no_partner():
+    order = ("x", "w", "gradient", "transposed", "scaled", "other", "last", "grad_w", "grad_x")
+    paired = side_by_side.pair(LAYER, Plan(order=order), SLOW, 100 * MIB).check(LAYER)
+    assert paired.pairs == (SideBySide("other", "grad_w"), SideBySide("last", "grad_x"))
 
 
 ORDER = ("x", "w", "gradient", "scaled", "transposed", "grad_w", "grad_x", "other", "last")
@@ -68,17 +68,31 @@ def test_only_what_fits_is_paired(budget_mib):
 
 
 @pytest.mark.parametrize(
-    "decision",
+    ("decision", "moved"),
     [
-        Swap("x", out_after="grad_w", freed_before="last", in_after="other", in_before="last"),
-        Swap("x", out_after="transposed", freed_before="grad_w", in_after="grad_w", in_before="last"),
-        Recompute(("scaled",), before="grad_x"),
+        (Swap("x", "grad_w", "other", "other", "last"), Swap("x", "grad_x", "other", "other", "last")),
+        (Swap("x", "grad_w", "grad_x", "other", "last"), Swap("x", "grad_x", "other", "other", "last")),
+        (Swap("w", "scaled", "transposed", "grad_w", "last"), Swap("w", "scaled", "transposed", "transposed", "last")),
+        (
+            Swap("w", "scaled", "transposed", "grad_w", "grad_x"),
+            Swap("w", "scaled", "transposed", "transposed", "grad_w"),
+        ),
+        (Recompute(("scaled",), before="grad_x"), Recompute(("scaled",), before="grad_w")),
     ],
 )
-def test_what_stands_between_keeps_two_apart(decision):
+def test_what_stands_between_two_moves_out(decision, moved):
     plan = Plan(order=ORDER, decisions=(decision,)).check(LAYER)
-    paired = side_by_side.pair(LAYER, plan, SLOW, 100 * MIB)
-    assert PAIR not in paired.check(LAYER).pairs
+    paired = side_by_side.pair(LAYER, plan, SLOW, 100 * MIB).check(LAYER)
+    assert paired.decisions[0] == moved
+    assert PAIR in paired.pairs
+    rewritten = rewrites.rewrite(LAYER, paired)
+    assert simulate(rewritten, Plan(), SLOW) == simulate(LAYER, paired, SLOW)
+
+
+def test_what_can_t_move_out_keeps_two_apart():
+    swap = Swap("x", out_after="grad_w", freed_before="grad_x", in_after="grad_w", in_before="grad_x")
+    plan = Plan(order=ORDER, decisions=(swap,)).check(LAYER)
+    assert PAIR not in side_by_side.pair(LAYER, plan, SLOW, 100 * MIB).check(LAYER).pairs
 
 
 @given(graph=testing.random_graphs(12, batch=4096), fraction=st.floats(0.4, 1.1))
