@@ -92,11 +92,14 @@ class Profile:
         fingerprint: `Graph.fingerprint` of the measured graph.
         seconds: Node name to seconds; nodes that never showed up are missing.
         workspace: Node name to what it allocates while it runs, beyond its outputs.
+        links: Tier name to `Link` as measured then, so that later runs that find the profile make the same plan.
+            Not of the disk: its speed depends on the directory.
     """
 
     fingerprint: str
     seconds: Mapping[str, float]
     workspace: Mapping[str, Workspace]
+    links: Mapping[str, Link] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         workspace_bytes = {name: workspace.nbytes for name, workspace in self.workspace.items()}
@@ -105,13 +108,15 @@ class Profile:
                 raise ValueError(f"expected a finite cost >= 0 for node '{name}', received {value!r}. Measure again.")
 
     def to_json(self) -> str:
-        return json.dumps(vars(self))
+        fields = {**vars(self), "links": {k: dataclasses.asdict(v) for k, v in self.links.items()}}
+        return json.dumps(fields)
 
     @classmethod
     def from_json(cls, text: str) -> Profile:
         fields = json.loads(text)
         workspace = {k: Workspace(tuple(early), tuple(late)) for k, (early, late) in fields["workspace"].items()}
-        return cls(**{**fields, "workspace": workspace})
+        links = {k: Link(**v) for k, v in fields["links"].items()}
+        return cls(**{**fields, "workspace": workspace, "links": links})
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -157,7 +162,9 @@ class CostModel:
         return Workspace(late=(int(nbytes),)) if nbytes else Workspace()  # pyright: ignore[reportArgumentType]
 
     def link(self, tier: str) -> Link:
-        """The way to a far tier."""
+        """The way to a far tier, as the profile has it, else the device spec."""
+        if self.profile is not None and tier in self.profile.links:
+            return self.profile.links[tier]
         return self.device.links[tier]
 
 

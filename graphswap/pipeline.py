@@ -400,6 +400,7 @@ class Session:
                 if not (isinstance(failure, InfeasibleBudgetError) or _is_out_of_memory(failure)):
                     break
             else:
+                profile = dataclasses.replace(profile, links={"host": cost_model.device.links["host"]})
                 profiler.store_profile(profile, device)
                 gc.collect()  # the measured function's constants lie on the device
                 return profile

@@ -53,7 +53,7 @@ class Variables:
 
     def keep(self) -> None:
         """Copies the values to numpy's memory, for `restore`."""
-        values = self._read()
+        values = [_view(value) for value in self._read_all()]
         self._copies = self._copies or [np.empty_like(value) for value in values]
         for copy, value in zip(self._copies, values, strict=True):
             np.copyto(copy, value)
@@ -73,28 +73,27 @@ class Variables:
 
     def pack(self) -> None:
         """Puts all variables together, so that no holes are left between them. What was kept stays kept."""
-        _write(self._variables, self._kept or [np.array(value) for value in self._read()])
-        self._homes = [_address(value) for value in self._read()]
+        _write(self._variables, self._kept or [np.array(_view(value)) for value in self._read_all()])
+        self._homes = [_address(value) for value in self._read_all()]
 
     def settle(self) -> None:
         """Puts the variables that have moved since `pack` back in their places."""
-        values = self._read()
+        values = self._read_all()
         moved = [
             index
             for index, (value, home) in enumerate(zip(values, self._homes, strict=True))
             if (self._variables[index].is_assigned if home is None else _address(value) != home)
         ]
-        copies = [np.array(values[index]) for index in moved]
+        copies = [np.array(_view(values[index])) for index in moved]
         del values  # they hold the buffers
         _write([self._variables[index] for index in moved], copies)
 
-    def _read(self) -> list[np.ndarray]:
-        """All values: the variables' own buffers where numpy can, so let them go before the variables are updated."""
-        return [_view(value) for value in self._read_all()]
-
     @functools.cached_property
     def _read_all(self) -> Callable[[], list[tf.Tensor]]:
-        """One function for all: calling TensorFlow hundreds of times would take longer than copying the values."""
+        """Reads all variables: tensors in their own buffers, so let them go before the variables are updated.
+
+        One function for all: calling TensorFlow hundreds of times would take longer than copying the values.
+        """
 
         def read() -> list[tf.Tensor]:
             return [tf.raw_ops.ReadVariableOp(resource=v.handle, dtype=v.dtype) for v in self._variables]
@@ -154,15 +153,19 @@ def on_device(value: Any, device: str) -> Any:
 
 
 def _view(value: tf.Tensor) -> np.ndarray:
+    """The tensor's own buffer where numpy can, else a copy."""
     try:
         return np.from_dlpack(value)
     except _NO_VIEW:
         return value.numpy()
 
 
-def _address(value: np.ndarray) -> int | None:
-    """Where the buffer is; None for a copy: of what lies on a GPU, or of dtypes that numpy does not know."""
-    return None if value.flags.owndata else value.ctypes.data
+def _address(value: tf.Tensor) -> int | None:
+    """Where the tensor's buffer is; None if numpy can't tell: on a GPU, or of dtypes that it does not know."""
+    try:
+        return np.from_dlpack(value).ctypes.data
+    except _NO_VIEW:
+        return None
 
 
 _NO_VIEW = (BufferError, TypeError, ValueError, RuntimeError, tf.errors.OpError)

@@ -11,6 +11,8 @@ Known weaknesses: a product's partner is the next independent one, not the best 
 from __future__ import annotations
 
 import dataclasses
+import math
+import time
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -27,15 +29,19 @@ _LEAST_SECONDS = 0.5e-3
 _ATTEMPTS = 48
 
 
-def pair(graph: ir.Graph, plan: Plan, cost_model: CostModel, memory_budget: int) -> Plan:
-    """Returns the plan with as many pairs as fit the budget; the plan itself if none does.
+def pair(
+    graph: ir.Graph, plan: Plan, cost_model: CostModel, memory_budget: int, planning_seconds: float = math.inf
+) -> Plan:
+    """Returns the plan with as many pairs as fit the budget; the plan itself if none does, or if time runs out.
 
     Args:
         graph: The user's graph.
         plan: A plan that keeps the budget.
         cost_model: Seconds and bytes.
         memory_budget: Bytes.
+        planning_seconds: When to give up.
     """
+    deadline = time.monotonic() + planning_seconds
     ordered = graph.replace(nodes=tuple(graph.by_name[name] for name in plan.order or graph.position))
     pairs: list[_Pair] = []
     for candidate in _candidates(ordered, cost_model):
@@ -45,7 +51,7 @@ def pair(graph: ir.Graph, plan: Plan, cost_model: CostModel, memory_budget: int)
             continue
         pairs.append(candidate)
     for _ in range(_ATTEMPTS):
-        if not pairs:
+        if not pairs or time.monotonic() > deadline:
             break
         paired = _with(ordered, plan, pairs)
         try:

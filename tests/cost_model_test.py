@@ -7,7 +7,7 @@ from graphswap import parser
 from graphswap.cost_model import CostModel, DeviceSpec, Link, Profile, Workspace, flops
 
 DEVICE = DeviceSpec(flops_per_second=1e9, memory_bytes_per_second=1e6, launch_seconds=1e-3)
-PROFILE = Profile("f", {"product": 2.0}, {"product": Workspace((256,), (200, 56))})
+PROFILE = Profile("f", {"product": 2.0}, {"product": Workspace((256,), (200, 56))}, {"host": Link(1.0, 2.0)})
 GRAPH = parser.parse("""
 graph g() -> () {
   %a = Placeholder() : (float32[10,20])
@@ -57,6 +57,13 @@ def test_workspace():
     analytic, measured = CostModel(DEVICE), CostModel(DEVICE, PROFILE)
     assert [analytic.workspace(GRAPH, node(name)).nbytes for name in ("product", "other")] == [0, 768]
     assert [measured.workspace(GRAPH, node(name)).nbytes for name in ("product", "again", "other")] == [512, 512, 768]
+
+
+def test_the_profile_s_link_comes_before_the_device_s():
+    model = CostModel(DEVICE, PROFILE)
+    assert model.link("host") == PROFILE.links["host"]
+    assert model.link("disk") == DEVICE.links["disk"]
+    assert CostModel(DEVICE).link("host") == DEVICE.links["host"]
 
 
 CONVOLUTIONS = parser.parse("""

@@ -6,7 +6,7 @@ import tensorflow as tf
 import testing
 
 from graphswap import graphdef, ir, parser, profiler, tiers
-from graphswap.cost_model import Profile, Workspace
+from graphswap.cost_model import Link, Profile, Workspace
 
 # --- the device -------------------------------------------------------------------------------------------------
 
@@ -134,7 +134,7 @@ def test_a_busy_profiler_is_no_error_of_the_step(tmp_path):
 
 def test_profiles_are_kept_per_graph_and_device(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    profile = Profile("abc", {"conv": 0.5}, {"conv": Workspace(late=(1024,))})
+    profile = Profile("abc", {"conv": 0.5}, {"conv": Workspace(late=(1024,))}, {"host": Link(1e9, 2e9, 1e-5)})
     assert profiler.cached_profile("abc", "CPU:0/2") is None
     profiler.store_profile(profile, "CPU:0/2")
     assert profiler.cached_profile("abc", "CPU:0/2") == profile
