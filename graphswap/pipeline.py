@@ -365,11 +365,19 @@ class Session:
                 raise InfeasibleBudgetError(asked, smallest + 1, error.node) from None
         plain = simulator.simulate(graph, Plan(), cost_model)
         plan.check(graph)
-        model = allocator.Allocator(
-            max(plan.memory_budget or 0, cost_model.device.memory_bytes or 0), cost_model.device.reserves_memory
-        )
-        timeline = simulator.simulate(graph, plan, cost_model, allocator=model)
-        return Planned(plan, timeline, plain, notes)
+        limit = max(plan.memory_budget or 0, cost_model.device.memory_bytes or 0)
+        timelines = [
+            simulator.simulate(
+                graph,
+                plan,
+                cost_model,
+                allocator=allocator.Allocator(limit, cost_model.device.reserves_memory),
+                second_first=second_first,
+            )
+            for second_first in dict.fromkeys(((), tuple(pair.second for pair in plan.pairs)))
+        ]
+        worst = max(timelines, key=lambda timeline: timeline.allocated_peak_bytes)
+        return Planned(plan, worst, plain, notes)
 
     def _strategy(self) -> Strategy:
         strategy = self.options.strategy
@@ -393,7 +401,7 @@ class Session:
                     plan = strategies.Greedy(planning_seconds=0.0).plan(graph, cost_model, frugal_budget)
                 else:
                     plan = _plan_within(self._strategy(), graph, cost_model, 0)
-                rewritten = rewrites.rewrite(graph, plan)
+                rewritten = rewrites.rewrite(graph, plan.one_by_one())
                 profile = profiler.measure_step(func_graph, rewritten, self._arguments, self._tiers, graph.fingerprint)
             except (InfeasibleBudgetError, profiler.CantMeasure, tf.errors.OpError) as failure:
                 error = failure

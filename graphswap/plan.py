@@ -135,6 +135,10 @@ class Plan:
     def pairs(self) -> tuple[SideBySide, ...]:
         return tuple(d for d in self.decisions if isinstance(d, SideBySide))
 
+    def one_by_one(self) -> Plan:
+        """The plan without its pairs, in the same order."""
+        return self.replace(decisions=tuple(d for d in self.decisions if not isinstance(d, SideBySide)))
+
     def replace(self, **changes: Any) -> Plan:
         return dataclasses.replace(self, **changes)
 

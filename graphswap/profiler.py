@@ -25,6 +25,8 @@ from tensorflow.tsl.profiler.protobuf import xplane_pb2
 from graphswap import allocator, graphdef, ir, liveness, tiers
 from graphswap.cost_model import DeviceSpec, Link, Profile, Workspace
 
+_PROFILE_VERSION = 2
+"""Of what is measured and how: profiles of another version are not read."""
 _LINK_BYTES = 8 << 20
 _LEAST_LINK_BYTES = 64 << 10
 _LINK_COPIES = 7
@@ -373,5 +375,6 @@ def store_profile(profile: Profile, device: str) -> None:
 def _cache_file(fingerprint: str, device: str) -> pathlib.Path:
     root = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
     onednn = os.environ.get("TF_ENABLE_ONEDNN_OPTS", "1")
-    name = f"{fingerprint}-{device.replace('/', '-').replace(':', '')}-{tf.__version__}-{onednn}.json"
+    kind = f"{device.replace('/', '-').replace(':', '')}-{tf.__version__}-{onednn}"
+    name = f"{fingerprint}-{kind}-v{_PROFILE_VERSION}.json"
     return pathlib.Path(root) / "graphswap" / "profiles" / name

@@ -16,7 +16,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from graphswap import allocator as allocator_lib
@@ -90,7 +90,7 @@ def simulate(
     cost_model: CostModel,
     *,
     allocator: allocator_lib.Allocator | None = None,
-    second_first: bool = False,
+    second_first: Container[str] = (),
 ) -> Timeline:
     """Runs the step under the plan.
 
@@ -102,7 +102,7 @@ def simulate(
         plan: What to do; checked by the caller.
         cost_model: Seconds and bytes.
         allocator: A fresh model of the device's allocator. Every buffer is then placed in it.
-        second_first: Whether of two nodes side by side the second one asks for memory first; both happen.
+        second_first: Second nodes of pairs that ask for memory before the first one does; both happen.
 
     Raises:
         NoRoom: If the modelled allocator runs out.
@@ -110,7 +110,7 @@ def simulate(
     plain = _plain(graph, cost_model)
     actions, versions = _expand(graph, plan, plain)
     if second_first:
-        _turn_pairs(actions)
+        _turn_pairs(actions, second_first)
     results = [plain.version[reference] for reference in graph.outputs]
     return _Run(actions, versions, results, cost_model, allocator).timeline()
 
@@ -355,10 +355,12 @@ def _are_beside(first: _Action | _Copy, second: _Action | _Copy | None) -> bool:
     )
 
 
-def _turn_pairs(actions: list[_Action | _Copy]) -> None:
+def _turn_pairs(actions: list[_Action | _Copy], second_first: Container[str]) -> None:
     for place in range(len(actions) - 1):
         first, second = actions[place : place + 2]
-        if isinstance(first, _Action) and isinstance(second, _Action) and _are_beside(first, second):
+        if not (isinstance(first, _Action) and isinstance(second, _Action) and _are_beside(first, second)):
+            continue
+        if second.facts.name in second_first:
             actions[place : place + 2] = second._replace(beside=""), first._replace(beside=second.facts.name)
 
 

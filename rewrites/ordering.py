@@ -25,7 +25,8 @@ def ordering(graph: ir.Graph, plan: Plan) -> ir.Graph:
             nodes.append(node)
             continue
         if floats(node):
-            before = [lanes.get(node.op, ""), *(departing if node.op == ir.SWAP_IN else ())]
+            pair = stages[-1] if len(stages[-1]) > 1 else ()  # it starts after both
+            before = [lanes.get(node.op, ""), *(departing if node.op == ir.SWAP_IN else ()), *pair]
             lanes[node.op] = node.name
             departing += [node.name] if node.op == ir.SWAP_OUT else []
         elif nodes and nodes[-1].name == first_of.get(node.name):

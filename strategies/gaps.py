@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Container, Mapping
 
 import numpy as np
 
@@ -220,33 +220,39 @@ class Gaps:
         return simulate(self.graph, Plan(decisions=decisions), self.cost_model)
 
     def place(self, decisions: tuple[Decision, ...], memory_budget: int) -> Timeline:
-        """See `place`."""
-        return place(self.graph, Plan(decisions=decisions), self.cost_model, memory_budget)
+        """The worst of `placements`."""
+        return max(
+            placements(self.graph, Plan(decisions=decisions), self.cost_model, memory_budget),
+            key=lambda timeline: timeline.allocated_peak_bytes,
+        )
 
 
-def place(graph: ir.Graph, plan: Plan, cost_model: CostModel, memory_budget: int) -> Timeline:
-    """Simulates with the device's allocator, and once more with a little less memory; returns the worst.
+def placements(graph: ir.Graph, plan: Plan, cost_model: CostModel, memory_budget: int) -> list[Timeline]:
+    """Simulates with the device's allocator, and once more with a little less memory.
 
     A layout that fits only just may not fit where a small buffer lies elsewhere, as in the first step. Which
-    node of a pair asks for memory first is open, so both are tried.
+    node of a pair asks for memory first is open: tried are the first ones, the second ones, and every other one.
 
     Raises:
         simulator.NoRoom: If it runs out of memory.
     """
     device = cost_model.device
     limit = max(memory_budget, device.memory_bytes or 0)
-    timelines = [
+    cases: list[tuple[Plan, Container[str]]] = [(plan, ())]
+    if plan.pairs:
+        seconds = [pair.second for pair in plan.pairs]
+        cases += [(plan, set(seconds)), (plan, set(seconds[::2]))]
+    return [
         simulate(
             graph,
-            plan,
+            case,
             cost_model,
             allocator=allocator_lib.Allocator(limit - spare, device.reserves_memory),
             second_first=second_first,
         )
-        for second_first in ((False, True) if plan.pairs else (False,))
+        for case, second_first in cases
         for spare in sorted({(device.memory_bytes or 0) // _SPARE, 0})
     ]
-    return max(timelines, key=lambda timeline: timeline.allocated_peak_bytes)
 
 
 @functools.lru_cache(maxsize=4)

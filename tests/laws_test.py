@@ -141,7 +141,7 @@ def placed(graph: ir.Graph, plan: Plan, cost_model: CostModel, limit_bytes: int 
     try:
         return [
             simulate(graph, plan, cost_model, allocator=Allocator(limit_bytes), second_first=second_first)
-            for second_first in (False, True)
+            for second_first in ((), graph.by_name)
         ]
     except NoRoom as error:
         return error.after, error.nbytes, error.layout

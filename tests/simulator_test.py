@@ -83,7 +83,7 @@ def test_two_nodes_side_by_side_let_go_of_nothing_before_both_have_all():
 
 
 def test_the_second_of_two_may_ask_first():
-    together = run(BRANCHES, SideBySide("left", "right"), second_first=True)
+    together = run(BRANCHES, SideBySide("left", "right"), second_first={"right"})
     assert live(together) == {"x": 1, "top": 2, "other": 3, "right": 5, "left": 5, "join": 5}
 
 
