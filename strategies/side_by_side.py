@@ -136,7 +136,9 @@ def _with(graph: ir.Graph, plan: Plan, pairs: Sequence[_Pair]) -> Plan:
             decision = dataclasses.replace(
                 decision,
                 out_after=out,
-                freed_before=max(decision.freed_before, names[min(place[out] + 1, len(names) - 1)], key=place.__getitem__),
+                freed_before=max(
+                    decision.freed_before, names[min(place[out] + 1, len(names) - 1)], key=place.__getitem__
+                ),
                 in_after=min(start, names[place[use] - 1], key=place.__getitem__),
                 in_before=use,
             )
