@@ -55,6 +55,7 @@ def pair(
         except PlanError:  # what stands between the two can't move
             continue
         pairs.append(candidate)
+    batch = 1
     for _ in range(_ATTEMPTS):
         if not pairs or time.monotonic() > deadline:
             break
@@ -74,9 +75,11 @@ def pair(
             if high.allocated_peak_bytes <= memory_budget and spread <= _SPREAD * memory_budget:
                 return paired
             worst = high.peak_step.name
+            batch *= 2
         place = {name: place for place, name in enumerate(paired.order)}
-        at_fault = max(pairs, key=lambda found: (place[found.first] <= place.get(worst, 0) + 1, place[found.first]))
-        pairs.remove(at_fault)
+        # The last ones before the fault, then those after it.
+        pairs.sort(key=lambda found: (place[found.first] <= place.get(worst, 0) + 1, place[found.first]))
+        del pairs[-batch:]
     return plan
 
 

@@ -96,7 +96,7 @@ def test_what_can_t_move_out_keeps_two_apart():
 
 
 def test_a_decision_that_relied_on_a_pair_goes_with_it():
-    # n moves above first_a for second_a, so its recompute can move to first_b. Then there is no room for the first pair.
+    # n moves above first_a for second_a, so its recompute can move to first_b. Then there is no room for that pair.
     graph = parser.parse("""
     graph g(%x, %w) -> (%second_a, %second_b) {
       %x = Placeholder() : (float32[512,512])
