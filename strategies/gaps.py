@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Collection, Container, Mapping
+import itertools
+from collections.abc import Collection, Mapping
 
 import numpy as np
 
@@ -221,36 +222,37 @@ class Gaps:
 
     def place(self, decisions: tuple[Decision, ...], memory_budget: int) -> Timeline:
         """The worst of `placements`."""
-        return max(
-            placements(self.graph, Plan(decisions=decisions), self.cost_model, memory_budget),
-            key=lambda timeline: timeline.allocated_peak_bytes,
-        )
+        runs = placements(self.graph, Plan(decisions=decisions), self.cost_model, memory_budget)
+        return max(itertools.chain(*runs), key=lambda timeline: timeline.allocated_peak_bytes)
 
 
-def placements(graph: ir.Graph, plan: Plan, cost_model: CostModel, memory_budget: int) -> list[Timeline]:
+def placements(graph: ir.Graph, plan: Plan, cost_model: CostModel, memory_budget: int) -> list[list[Timeline]]:
     """Simulates with the device's allocator, and once more with a little less memory.
 
     A layout that fits only just may not fit where a small buffer lies elsewhere, as in the first step. Which
     node of a pair asks for memory first is open: tried are the first ones, the second ones, and every other one.
+
+    Returns:
+        For each size of memory the timelines of these ways to ask.
 
     Raises:
         simulator.NoRoom: If it runs out of memory.
     """
     device = cost_model.device
     limit = max(memory_budget, device.memory_bytes or 0)
-    cases: list[tuple[Plan, Container[str]]] = [(plan, ())]
-    if plan.pairs:
-        seconds = [pair.second for pair in plan.pairs]
-        cases += [(plan, set(seconds)), (plan, set(seconds[::2]))]
+    seconds = [pair.second for pair in plan.pairs]
+    second_firsts = [set(), set(seconds), set(seconds[::2])] if seconds else [set()]
     return [
-        simulate(
-            graph,
-            case,
-            cost_model,
-            allocator=allocator_lib.Allocator(limit - spare, device.reserves_memory),
-            second_first=second_first,
-        )
-        for case, second_first in cases
+        [
+            simulate(
+                graph,
+                plan,
+                cost_model,
+                allocator=allocator_lib.Allocator(limit - spare, device.reserves_memory),
+                second_first=second_first,
+            )
+            for second_first in second_firsts
+        ]
         for spare in sorted({(device.memory_bytes or 0) // _SPARE, 0})
     ]
 

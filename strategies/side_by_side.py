@@ -12,6 +12,7 @@ Of the 2^n ways in which n pairs may ask for memory only a few are tried (`gaps.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -55,7 +56,7 @@ def pair(
         except PlanError:  # what stands between the two can't move
             continue
         pairs.append(candidate)
-    batch = 1
+    batch, before = 0, ""
     for _ in range(_ATTEMPTS):
         if not pairs or time.monotonic() > deadline:
             break
@@ -65,20 +66,21 @@ def pair(
             pairs.pop()
             continue
         try:
-            timelines = gaps.placements(graph, paired, cost_model, memory_budget)
+            runs = gaps.placements(graph, paired, cost_model, memory_budget)
             gaps.placements(graph, paired.one_by_one(), cost_model, memory_budget)  # should one be over too soon
         except NoRoom as error:
             worst = error.after
         else:
-            low, *_, high = sorted(timelines, key=lambda timeline: timeline.allocated_peak_bytes)
-            spread = high.allocated_peak_bytes - low.allocated_peak_bytes
-            if high.allocated_peak_bytes <= memory_budget and spread <= _SPREAD * memory_budget:
+            peaks = [[timeline.allocated_peak_bytes for timeline in run] for run in runs]
+            spread = max(max(run) - min(run) for run in peaks)
+            if max(map(max, peaks)) <= memory_budget and spread <= _SPREAD * memory_budget:
                 return paired
-            worst = high.peak_step.name
-            batch *= 2
+            highest = max(itertools.chain(*runs), key=lambda timeline: timeline.allocated_peak_bytes)
+            worst = highest.peak_step.name
         place = {name: place for place, name in enumerate(paired.order)}
         # The last ones before the fault, then those after it.
         pairs.sort(key=lambda found: (place[found.first] <= place.get(worst, 0) + 1, place[found.first]))
+        batch, before = 2 * batch if worst == before else 1, worst
         del pairs[-batch:]
     return plan
 
