@@ -12,7 +12,6 @@ Of the 2^n ways in which n pairs may ask for memory only a few are tried (`gaps.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -28,7 +27,9 @@ _WINDOW = 60
 """How many nodes ahead a partner may be."""
 _LEAST_SECONDS = 0.5e-3
 """Of each node: on shorter ones waking another thread costs more than is won."""
-_ATTEMPTS = 48
+_ATTEMPTS = 24
+_LEAST_GROUP = 6
+"""A smaller group that does not fit is given up whole: trying its parts takes longer than it wins."""
 _SPREAD = 0.004
 """Of the budget: how much the peak may depend on who asks for memory first, so that all runs have the same."""
 
@@ -56,33 +57,31 @@ def pair(
         except PlanError:  # what stands between the two can't move
             continue
         pairs.append(candidate)
-    batch, before = 0, ""
+    best, accepted, groups = plan, [], [pairs]
     for _ in range(_ATTEMPTS):
-        if not pairs or time.monotonic() > deadline:
+        if not any(groups) or time.monotonic() > deadline:
             break
-        try:
-            paired = _with(ordered, plan, pairs).check(graph)
-        except PlanError:  # it relied on a pair that is gone
-            pairs.pop()
-            continue
-        try:
-            runs = gaps.placements(graph, paired, cost_model, memory_budget)
-            gaps.placements(graph, paired.one_by_one(), cost_model, memory_budget)  # should one be over too soon
-        except NoRoom as error:
-            worst = error.after
-        else:
-            peaks = [[timeline.allocated_peak_bytes for timeline in run] for run in runs]
-            spread = max(max(run) - min(run) for run in peaks)
-            if max(map(max, peaks)) <= memory_budget and spread <= _SPREAD * memory_budget:
-                return paired
-            highest = max(itertools.chain(*runs), key=lambda timeline: timeline.allocated_peak_bytes)
-            worst = highest.peak_step.name
-        place = {name: place for place, name in enumerate(paired.order)}
-        # The last ones before the fault, then those after it.
-        pairs.sort(key=lambda found: (place[found.first] <= place.get(worst, 0) + 1, place[found.first]))
-        batch, before = 2 * batch if worst == before else 1, worst
-        del pairs[-batch:]
-    return plan
+        group, *groups = groups
+        paired = _with(ordered, plan, [*accepted, *group])
+        if _fits(graph, paired, cost_model, memory_budget):
+            best, accepted = paired, [*accepted, *group]
+        elif len(group) >= _LEAST_GROUP:
+            half = len(group) // 2
+            groups = [group[:half], group[half:], *groups]
+    return best
+
+
+def _fits(graph: ir.Graph, plan: Plan, cost_model: CostModel, memory_budget: int) -> bool:
+    """Whether the plan keeps the budget, and the same peak whoever asks for memory first."""
+    try:
+        plan.check(graph)
+        runs = gaps.placements(graph, plan, cost_model, memory_budget)
+        gaps.placements(graph, plan.one_by_one(), cost_model, memory_budget)  # should one be over too soon
+    except (PlanError, NoRoom):
+        return False
+    peaks = [[timeline.allocated_peak_bytes for timeline in run] for run in runs]
+    spread = max(max(run) - min(run) for run in peaks)
+    return max(map(max, peaks)) <= memory_budget and spread <= _SPREAD * memory_budget
 
 
 class _Pair(NamedTuple):
