@@ -12,6 +12,7 @@ Of the 2^n ways in which n pairs may ask for memory only a few are tried (`gaps.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -27,6 +28,7 @@ _WINDOW = 60
 """How many nodes ahead a partner may be."""
 _LEAST_SECONDS = 0.5e-3
 """Of each node: on shorter ones waking another thread costs more than is won."""
+_REMOVALS = 5
 _ATTEMPTS = 24
 _LEAST_GROUP = 6
 """A smaller group that does not fit is given up whole: trying its parts takes longer than it wins."""
@@ -57,13 +59,22 @@ def pair(
         except PlanError:  # what stands between the two can't move
             continue
         pairs.append(candidate)
+    for _ in range(_REMOVALS):
+        paired = _with(ordered, plan, pairs)
+        fault = _fault(graph, paired, cost_model, memory_budget)
+        if fault is None:
+            return paired
+        place = {name: place for place, name in enumerate(paired.order)}
+        before = [found for found in pairs if place[found.first] <= place.get(fault, -1) + 1]
+        if before:
+            pairs.remove(max(before, key=lambda found: place[found.first]))
     best, accepted, groups = plan, [], [pairs]
     for _ in range(_ATTEMPTS):
         if not any(groups) or time.monotonic() > deadline:
             break
         group, *groups = groups
         paired = _with(ordered, plan, [*accepted, *group])
-        if _fits(graph, paired, cost_model, memory_budget):
+        if _fault(graph, paired, cost_model, memory_budget) is None:
             best, accepted = paired, [*accepted, *group]
         elif len(group) >= _LEAST_GROUP:
             half = len(group) // 2
@@ -71,17 +82,21 @@ def pair(
     return best
 
 
-def _fits(graph: ir.Graph, plan: Plan, cost_model: CostModel, memory_budget: int) -> bool:
-    """Whether the plan keeps the budget, and the same peak whoever asks for memory first."""
+def _fault(graph: ir.Graph, plan: Plan, cost_model: CostModel, memory_budget: int) -> str | None:
+    """None if the plan keeps the budget, with one peak whoever asks for memory first; else a node near the fault."""
     try:
         plan.check(graph)
         runs = gaps.placements(graph, plan, cost_model, memory_budget)
         gaps.placements(graph, plan.one_by_one(), cost_model, memory_budget)  # should one be over too soon
-    except (PlanError, NoRoom):
-        return False
+    except PlanError:
+        return ""
+    except NoRoom as error:
+        return error.after
     peaks = [[timeline.allocated_peak_bytes for timeline in run] for run in runs]
     spread = max(max(run) - min(run) for run in peaks)
-    return max(map(max, peaks)) <= memory_budget and spread <= _SPREAD * memory_budget
+    if max(map(max, peaks)) <= memory_budget and spread <= _SPREAD * memory_budget:
+        return None
+    return max(itertools.chain(*runs), key=lambda timeline: timeline.allocated_peak_bytes).peak_step.name
 
 
 class _Pair(NamedTuple):
