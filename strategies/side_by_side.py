@@ -60,14 +60,17 @@ def pair(
             continue
         pairs.append(candidate)
     for _ in range(_REMOVALS):
+        if not pairs:
+            return plan
         paired = _with(ordered, plan, pairs)
         fault = _fault(graph, paired, cost_model, memory_budget)
         if fault is None:
             return paired
         place = {name: place for place, name in enumerate(paired.order)}
         before = [found for found in pairs if place[found.first] <= place.get(fault, -1) + 1]
-        if before:
-            pairs.remove(max(before, key=lambda found: place[found.first]))
+        if not before:
+            break
+        pairs.remove(max(before, key=lambda found: place[found.first]))
     best, accepted, groups = plan, [], [pairs]
     for _ in range(_ATTEMPTS):
         if not any(groups) or time.monotonic() > deadline:
@@ -87,16 +90,17 @@ def _fault(graph: ir.Graph, plan: Plan, cost_model: CostModel, memory_budget: in
     try:
         plan.check(graph)
         runs = gaps.placements(graph, plan, cost_model, memory_budget)
-        gaps.placements(graph, plan.one_by_one(), cost_model, memory_budget)  # should one be over too soon
+        alone = gaps.placements(graph, plan.one_by_one(), cost_model, memory_budget)  # should one be over too soon
     except PlanError:
         return ""
     except NoRoom as error:
         return error.after
     peaks = [[timeline.allocated_peak_bytes for timeline in run] for run in runs]
     spread = max(max(run) - min(run) for run in peaks)
-    if max(map(max, peaks)) <= memory_budget and spread <= _SPREAD * memory_budget:
+    highest = max(itertools.chain(*runs, *alone), key=lambda timeline: timeline.allocated_peak_bytes)
+    if highest.allocated_peak_bytes <= memory_budget and spread <= _SPREAD * memory_budget:
         return None
-    return max(itertools.chain(*runs), key=lambda timeline: timeline.allocated_peak_bytes).peak_step.name
+    return highest.peak_step.name
 
 
 class _Pair(NamedTuple):
