@@ -95,23 +95,10 @@ def test_what_can_t_move_out_keeps_two_apart():
     assert PAIR not in side_by_side.pair(LAYER, plan, SLOW, 100 * MIB).check(LAYER).pairs
 
 
-def test_a_decision_that_relied_on_a_pair_goes_with_it():
-    # n moves above first_a for second_a, so its recompute can move to first_b. Then there is no room for that pair.
-    graph = parser.parse("""
-    graph g(%x, %w) -> (%second_a, %second_b) {
-      %x = Placeholder() : (float32[512,512])
-      %w = Placeholder() : (float32[512,512])
-      %first_a = MatMul(%x, %w) : (float32[512,4096])
-      %first_b = MatMul(%w, %x) : (float32[512,512])
-      %n = Relu(%x) : (float32[512,512])
-      %second_a = MatMul(%n, %w) : (float32[4096,512])
-      %second_b = MatMul(%n, %x) : (float32[512,512])
-    }
-    """)
-    plan = Plan(decisions=(Recompute(("n",), before="second_b"),)).check(graph)
-    for budget_mib in range(10, 30):
-        paired = side_by_side.pair(graph, plan, SLOW, budget_mib * MIB).check(graph)
-        rewrites.rewrite(graph, paired)
+def test_a_decision_that_relied_on_a_pair_that_is_gone_is_a_fault():
+    swap = Swap("x", out_after="grad_x", freed_before="grad_x", in_after="other", in_before="last")
+    assert side_by_side._fault(LAYER, Plan(order=ORDER, decisions=(PAIR,)), SLOW, 100 * MIB) is None
+    assert side_by_side._fault(LAYER, Plan(order=ORDER, decisions=(PAIR, swap)), SLOW, 100 * MIB) == ""
 
 
 def test_the_last_node_may_be_the_second_of_a_pair():
