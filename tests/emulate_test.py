@@ -1,3 +1,4 @@
+import functools
 import os
 import pathlib
 import signal
@@ -141,7 +142,10 @@ def test_signals_reach_the_script(script):
     time.sleep(60)
     """)
     command = [sys.executable, "-m", "graphswap", "run", "--memory=10MiB", "--", path]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=heed
+    ) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does
