@@ -141,7 +141,6 @@ def _folded(nodes: Sequence[ir.Node], func_graph: FuncGraph, folding: Folding | 
             node.inputs
             and not node.stateful
             and not node.control_inputs
-            and (folding is None or node.name not in folding or folding[node.name].op == "Const")
             and (is_known_shape or constant.issuperset(map(ir.producer, node.inputs)))
             and all(value.dtype in ir.ITEM_BYTES and value.is_resolved for value in node.outputs)
             and sum(value.nbytes for value in node.outputs) <= _FOLDED_BYTES
@@ -249,7 +248,8 @@ def _with_hidden_bytes(graph: ir.Graph, func_graph: FuncGraph, folding: Folding 
         elif (copied := _copied_input(node, folding)) is not None:
             facts = [("copy_of_input", copied)]
         elif node.op == "TensorListFromTensor" or (node.op == "ZerosLike" and node.outputs[0].dtype == "variant"):
-            facts = [("held_bytes", (_list_bytes(func_graph.get_operation_by_name(node.name).outputs[0], func_graph),))]
+            length, nbytes = _list_elements(func_graph.get_operation_by_name(node.name).outputs[0], func_graph)
+            facts = [("held_bytes", (length * nbytes,)), ("held_pieces", (max(length, 1),))]
         elif node.op in _BRANCHES or node.op in _CALLS:
             facts = _branch_bytes(node, func_graph)
         if node.stateful and _only_reads(func_graph, func_graph.get_operation_by_name(node.name)):
@@ -348,7 +348,7 @@ def _loop_bytes(node: ir.Node, func_graph: FuncGraph) -> list[tuple[str, ir.Attr
     trips = _trips(func_graph, operation)
     states = {inner.op.name: _source(result) for inner, result in zip(body.inputs, body.outputs, strict=True)}
     counted: set[str] = set()
-    held = [0] * len(node.outputs)
+    held, pieces = [0] * len(node.outputs), [1] * len(node.outputs)
     results = list(enumerate(zip(node.outputs, body.inputs, body.outputs, strict=True)))
     # An element may be in two lists: those that are pushed to wait for the backward loop.
     for index, (value, argument, result) in sorted(results, key=lambda r: _source(r[1][2]).type != _PUSH):
@@ -366,22 +366,23 @@ def _loop_bytes(node: ir.Node, func_graph: FuncGraph) -> list[tuple[str, ir.Attr
             if maker.type not in _MAKE_NOTHING and owner.name not in counted:
                 counted.add(owner.name)
                 held[index] = trips * allocator.rounded(_nbytes(element))
-    return [("held_bytes", tuple(held)), ("workspace_bytes", _body_peak(body))]
+                pieces[index] = trips
+    return [("held_bytes", tuple(held)), ("held_pieces", tuple(pieces)), ("workspace_bytes", _body_peak(body))]
 
 
-def _list_bytes(tensor: tf.Tensor, func_graph: FuncGraph) -> int:
-    """Bytes of a list's elements: each has a buffer of its own."""
+def _list_elements(tensor: tf.Tensor, func_graph: FuncGraph) -> tuple[int, int]:
+    """How many elements a list has, and the bytes of each, which has a buffer of its own."""
     operation = _source(tensor)
     if operation.type == "ZerosLike":
-        return _list_bytes(operation.inputs[0], func_graph)
+        return _list_elements(operation.inputs[0], func_graph)
     if operation.type == "TensorListFromTensor":
         rows = operation.inputs[0]
         length = rows.shape[0] if rows.shape.rank else None
-        return length * allocator.rounded(_nbytes(rows) // length) if length else 0
+        return (length, allocator.rounded(_nbytes(rows) // length)) if length else (0, 0)
     body = _body(func_graph, operation.get_attr("body").name) if operation.type in _LOOPS else None
     if body is not None and _source(body.outputs[tensor.value_index]) is body.inputs[tensor.value_index].op:
-        return _list_bytes(operation.inputs[tensor.value_index], func_graph)
-    return 0
+        return _list_elements(operation.inputs[tensor.value_index], func_graph)
+    return 0, 0
 
 
 _PUSH = "TensorListPushBack"

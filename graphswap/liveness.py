@@ -153,3 +153,12 @@ def output_bytes(node: ir.Node) -> Sequence[int]:
         if name == "held_bytes":
             return value  # pyright: ignore[reportReturnType]
     return [allocator.rounded(value.nbytes) for value in node.outputs]
+
+
+def output_pieces(node: ir.Node) -> Sequence[int]:
+    """In how many equal buffers the bytes of each output lie: a list's elements have one each.
+
+    The import writes them into the attribute `held_pieces`.
+    """
+    pieces: Any = dict(node.attrs).get("held_pieces")
+    return pieces or [1] * len(node.outputs)

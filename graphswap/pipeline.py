@@ -29,7 +29,7 @@ _TIGHTENING = 0.97
 _TIGHTEST = 0.75
 _CHEAP = 0.05
 _USABLE = 0.99
-"""Of the budget: the rest is for what wanders, such as the input pipeline's buffers."""
+"""Of a budget below the device's memory: the rest is for what wanders, such as the input pipeline's buffers."""
 _FRUGAL = 0.93
 """Of the budget, for the first run of a step: its workspace is an estimate."""
 _TRIALS = 3
@@ -287,13 +287,17 @@ class Session:
             fences = len(self._fences) * allocator.ALIGNMENT_BYTES
             resident_bytes = max(0, _resident_bytes(graph) - fences)
             cost_model = CostModel(device, resident_bytes=resident_bytes, far_tier=self._far_tier())
-            budget = self._budget(device)
-            planned = self._plan(func_graph, graph, cost_model, budget, clock)
+            budget, share = self._budget(device)
+            try:
+                planned = self._plan(func_graph, graph, cost_model, budget, clock)
+            except InfeasibleBudgetError as error:
+                asked, smallest = int(budget / share), int(error.smallest_bytes / share)
+                raise InfeasibleBudgetError(asked, smallest + 1, error.node) from None
             if not planned.plan.is_empty:
                 with clock("rewrite"):
                     rewritten = rewrites.rewrite(graph, planned.plan)
                     graphdef.export_function(func_graph, rewritten, self._tiers)
-            self._add_report(func_graph, shapes, _step_report(graph, budget, planned, clock.seconds))
+            self._add_report(func_graph, shapes, _step_report(graph, budget, share, planned, clock.seconds))
 
     def _arrange(self, device: DeviceSpec) -> None:
         """Lays the device out as `simulator` takes it to be: building the model has left holes."""
@@ -339,15 +343,19 @@ class Session:
             return "disk" if profiler.memory_in_use() is None else "host"
         return "host" if swap_to == "host" else "disk"
 
-    def _budget(self, device: DeviceSpec) -> int:
-        """The budget in bytes; 0 for "min"."""
+    def _budget(self, device: DeviceSpec) -> tuple[int, float]:
+        """The bytes to plan for, 0 for "min"; and their share of the budget.
+
+        A device can't pass a budget of all its memory, whatever its allocator loses; there the strategies leave room.
+        """
         asked = self.options.memory_budget
         if asked == "min":
-            return 0
-        if isinstance(asked, int):
-            return int(asked * self._scale * _USABLE)
+            return 0, 1.0
         whole = device.memory_bytes or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        return int(whole * self._scale * _USABLE)
+        if not isinstance(asked, int) or asked >= whole:
+            asked = whole
+        share = self._scale * (1.0 if asked == device.memory_bytes else _USABLE)
+        return int(asked * share), share
 
     def _plan(self, func_graph, graph: ir.Graph, cost_model: CostModel, budget: int, clock: _Clock) -> Planned:
         plain = simulator.simulate(graph, Plan(), cost_model)
@@ -358,11 +366,7 @@ class Session:
             profile = self._profile(func_graph, graph, cost_model, budget, notes)
         with clock("plan"):
             cost_model = dataclasses.replace(cost_model, profile=profile)
-            try:
-                plan = _plan_within(self._strategy(), graph, cost_model, budget)
-            except InfeasibleBudgetError as error:
-                asked, smallest = (int(nbytes / self._scale / _USABLE) for nbytes in (budget, error.smallest_bytes))
-                raise InfeasibleBudgetError(asked, smallest + 1, error.node) from None
+            plan = _plan_within(self._strategy(), graph, cost_model, budget)
         plain = simulator.simulate(graph, Plan(), cost_model)
         plan.check(graph)
         limit = max(plan.memory_budget or 0, cost_model.device.memory_bytes or 0)
@@ -486,12 +490,14 @@ def _resident_bytes(graph: ir.Graph) -> int:
     return max(0, current - shown)
 
 
-def _step_report(graph: ir.Graph, budget: int, planned: Planned, breakdown: dict[str, float]) -> StepReport:
+def _step_report(
+    graph: ir.Graph, budget: int, share: float, planned: Planned, breakdown: dict[str, float]
+) -> StepReport:
     plan, timeline = planned.plan, planned.timeline
     return StepReport(
         name=graph.name,
         nodes=len(graph.nodes),
-        memory_budget=int((budget or plan.memory_budget or 0) / _USABLE),
+        memory_budget=int((budget or plan.memory_budget or 0) / share),
         plan=plan,
         status="needs nothing" if plan.is_empty else "rewritten",
         plain_peak_bytes=planned.plain.peak_bytes,

@@ -127,6 +127,7 @@ class _Output(NamedTuple):
     Attributes:
         reference: The value; of a repeated node, the first one's.
         nbytes: Device bytes.
+        pieces: In how many equal buffers.
         held: The value before the step whose buffer it is; "" for a handle: who holds a handle does not
             keep the variable from being updated in place.
         alias: The input whose buffer it is.
@@ -135,6 +136,7 @@ class _Output(NamedTuple):
 
     reference: str
     nbytes: int
+    pieces: int
     held: str | None
     alias: int | None
     overwrites: Sequence[int]
@@ -219,7 +221,8 @@ def _facts(graph: ir.Graph, node: ir.Node, cost_model: CostModel, root_of: Mappi
     if node.op in ir.RESIDENT_OPS:
         resides = _VARIABLE if node.outputs[0].dtype == "resource" else _CONSTANT if node.op == "Const" else _ARGUMENT
     outputs = []
-    for index, (value, nbytes) in enumerate(zip(node.outputs, liveness.output_bytes(node), strict=True)):
+    sizes, pieces = liveness.output_bytes(node), liveness.output_pieces(node)
+    for index, (value, nbytes, count) in enumerate(zip(node.outputs, sizes, pieces, strict=True)):
         reference = ir.ref(node.like or node.name, index)
         held = None
         if resides is not None:
@@ -232,7 +235,7 @@ def _facts(graph: ir.Graph, node: ir.Node, cost_model: CostModel, root_of: Mappi
             if index == liveness.WRITTEN_IN_PLACE.get(node.op, 0)
             and _is_as_large(graph.value(node.inputs[slot]), value)
         ]
-        outputs.append(_Output(reference, nbytes, held, liveness.alias_of(node, index), overwrites))
+        outputs.append(_Output(reference, nbytes, count, held, liveness.alias_of(node, index), overwrites))
     in_place = node.op in liveness.UPDATES
     early, late = cost_model.workspace(graph, node)
     return _Facts(
@@ -368,11 +371,11 @@ def _turn_pairs(actions: list[_Action | _Copy], second_first: Container[str]) ->
 
 
 class _Buffer:
-    __slots__ = ("address", "nbytes", "readers", "holders", "is_free")
+    __slots__ = ("addresses", "nbytes", "readers", "holders", "is_free")
 
-    def __init__(self, nbytes: int, address: int):
+    def __init__(self, nbytes: int):
         self.nbytes = nbytes
-        self.address = address
+        self.addresses: list[int] = []  # of its pieces
         self.readers = 0
         self.holders = 0
         self.is_free = False
@@ -511,7 +514,7 @@ class _Run:
         return Step(facts.name, kind, start, self.now, live)
 
     def _place(self, output: _Output, inputs: Sequence[_Buffer | None]) -> _Buffer | None:
-        _, nbytes, held, alias, overwrites = output
+        _, nbytes, pieces, held, alias, overwrites = output
         if held is not None:
             return self.held.get(held)
         if alias is not None:
@@ -522,7 +525,7 @@ class _Run:
             buffer = inputs[slot]
             if buffer is not None and buffer.readers == 1 and not buffer.holders:
                 return buffer
-        return self._allocate(nbytes, output.reference)
+        return self._allocate(nbytes, output.reference, pieces)
 
     def _assign(self, facts: _Facts, inputs: Sequence[_Buffer | None]) -> _Buffer | None:
         """Gives a variable its new value. Returns the buffer that it gave up, if any."""
@@ -536,19 +539,22 @@ class _Run:
         new.holders += 1
         old.holders -= 1
         self.held[facts.assigns] = new
-        self.owners[new.address] = facts.assigns
+        self.owners.update(dict.fromkeys(new.addresses, facts.assigns))
         return old
 
-    def _allocate(self, nbytes: int, owner: str) -> _Buffer:
+    def _allocate(self, nbytes: int, owner: str, pieces: int = 1) -> _Buffer:
         self.live += nbytes
+        buffer = _Buffer(nbytes)
         if self.allocator is None:
-            return _Buffer(nbytes, 0)
-        try:
-            address = self.allocator.allocate(nbytes)
-        except allocator_lib.OutOfMemory:
-            raise NoRoom(self.after, nbytes, self.layout()) from None
-        self.owners[address] = owner
-        return _Buffer(nbytes, address)
+            return buffer
+        for _ in range(pieces):
+            try:
+                address = self.allocator.allocate(nbytes // pieces)
+            except allocator_lib.OutOfMemory:
+                raise NoRoom(self.after, nbytes // pieces, self.layout()) from None
+            self.owners[address] = owner
+            buffer.addresses.append(address)
+        return buffer
 
     def _release(self, buffer: _Buffer | None) -> None:
         """One reader less."""
@@ -564,5 +570,6 @@ class _Run:
         buffer.is_free = True
         self.live -= buffer.nbytes
         if self.allocator:
-            self.allocator.free(buffer.address)
-            del self.owners[buffer.address]
+            for address in buffer.addresses:
+                self.allocator.free(address)
+                del self.owners[address]

@@ -24,7 +24,7 @@ from graphswap.strategies import order as order_lib
 SMALL_BYTES = 64 << 10
 """Storages up to this size stay on the device: moving them costs more than it frees."""
 
-_SPARE = 128
+_SPARE = 100
 _NEVER_REPEATED = frozenset({"While", "StatelessWhile", "If", "StatelessIf", "Case", "StatelessCase"})
 
 

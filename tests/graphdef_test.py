@@ -298,6 +298,17 @@ def test_a_regrouping_that_changes_a_shape_is_left_to_tensorflow():
     assert [node.name for node in graph.nodes if node.op == "Mul"] == ["mul", "mul_1"]
 
 
+def test_constants_that_only_the_executor_folds_are_folded():
+    def step(x):
+        return x + tf.tile(tf.constant([[2.0]]), (256, 256))  # Grappler leaves those above 100 KiB
+
+    func_graph, graph = folded(step, floats(256, 256))
+    grappler = graphdef.constant_folding(func_graph)
+    assert grappler is not None
+    assert "Tile" in {node.op for node in grappler.values()}
+    assert [node.op for node in graph.nodes] == ["Placeholder", "Const", "AddV2", "Identity"]
+
+
 def test_nothing_is_regrouped_where_constant_folding_is_off():
     before = tf.config.optimizer.get_experimental_options()
     tf.config.optimizer.set_experimental_options({"constant_folding": False})
@@ -362,6 +373,7 @@ def test_keras_layers_import():
     loops = [node for node in graph.nodes if node.op.endswith("While")]
     forward, backward = (cast(dict[str, Any], dict(loop.attrs)) for loop in loops)
     assert sum(forward["held_bytes"]) > sum(backward["held_bytes"])
+    assert set(forward["held_pieces"]) == {1, 6}  # lists have one element for each of the six steps
 
 
 def ops_that_run(function):

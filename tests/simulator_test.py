@@ -471,6 +471,24 @@ def test_no_room_shows_the_layout():
     assert run(graph, allocator=Allocator(5 * 256)).allocated_peak_bytes == 4 * 256
 
 
+def test_the_elements_of_a_list_fill_holes():
+    graph = """
+    graph g(%x) -> () {{
+      %x = Placeholder() : (float32[64])
+      %a = MatMul(%x) : (float32[128])
+      %b = MatMul(%x) : (float32[64])
+      %c = MatMul(%a, %b) : (float32[64])
+      %list = While(%c) {{"held_bytes": [1024], "held_pieces": [{}]}} : (variant[])
+      %y = MatMul(%b, %c, %list) : (float32[64])
+    }}
+    """
+    # x, a hole of two, b, c, and three more
+    timeline = run(graph.format(4), allocator=Allocator(8 * 256))
+    assert timeline.allocated_peak_bytes == timeline.peak_bytes == 8 * 256
+    with pytest.raises(NoRoom, match="no room for 1024 bytes after node 'c'"):
+        run(graph.format(1), allocator=Allocator(8 * 256))
+
+
 def test_workspace_that_comes_before_the_outputs_lies_before_them():
     graph = parser.parse("""
     graph g(%x) -> (%b) {
