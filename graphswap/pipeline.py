@@ -369,17 +369,14 @@ class Session:
             plan = _plan_within(self._strategy(), graph, cost_model, budget)
         plain = simulator.simulate(graph, Plan(), cost_model)
         plan.check(graph)
-        limit = max(plan.memory_budget or 0, cost_model.device.memory_bytes or 0)
-        timelines = [
-            simulator.simulate(
-                graph,
-                plan,
-                cost_model,
-                allocator=allocator.Allocator(limit, cost_model.device.reserves_memory),
-                second_first=second_first,
-            )
-            for second_first in dict.fromkeys(((), tuple(pair.second for pair in plan.pairs)))
-        ]
+        device = cost_model.device
+        timelines = []
+        for second_first in dict.fromkeys(((), tuple(pair.second for pair in plan.pairs))):
+            memory = None
+            if device.memory_bytes is not None:
+                limit = max(plan.memory_budget or 0, device.memory_bytes)
+                memory = allocator.Allocator(limit, device.reserves_memory)
+            timelines.append(simulator.simulate(graph, plan, cost_model, allocator=memory, second_first=second_first))
         worst = max(timelines, key=lambda timeline: timeline.allocated_peak_bytes)
         return Planned(plan, worst, plain, notes)
 

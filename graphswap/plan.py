@@ -22,7 +22,7 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from graphswap import ir
+from graphswap import bound, ir
 
 TIERS = ("host", "disk")
 
@@ -109,6 +109,8 @@ class Plan:
         strategy: Name of the strategy that made it.
         memory_budget: Bytes it was made for; None without a budget.
         fingerprint: `Graph.fingerprint` of the graph it was made for; "" fits any.
+        certificate: A lower bound on the seconds of every plan like it; None if there is none. It says nothing of what
+            the plan does, so plans that differ in it only are equal.
     """
 
     order: tuple[str, ...] = ()
@@ -117,6 +119,7 @@ class Plan:
     strategy: str = ""
     memory_budget: int | None = None
     fingerprint: str = ""
+    certificate: bound.Certificate | None = dataclasses.field(default=None, compare=False)
 
     @property
     def is_empty(self) -> bool:
@@ -147,6 +150,7 @@ class Plan:
         fields = {**vars(self)}
         fields["decisions"] = [{"kind": type(d).__name__, **_fields(d)} for d in self.decisions]
         fields["declined"] = [_fields(d) for d in self.declined]
+        fields["certificate"] = self.certificate and self.certificate.fields()
         return json.dumps(fields, indent=1)
 
     @classmethod
@@ -163,10 +167,12 @@ class Plan:
             for entry in fields.pop("decisions"):
                 kind = kinds[entry.pop("kind")]
                 decisions.append(kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in entry.items()}))
+            certificate = fields.pop("certificate", None)
             return cls(
                 order=tuple(fields.pop("order")),
                 decisions=tuple(decisions),
                 declined=tuple(Declined(**entry) for entry in fields.pop("declined")),
+                certificate=certificate and bound.Certificate.from_fields(certificate),
                 **fields,
             )
         except (ValueError, TypeError, KeyError, AttributeError) as error:

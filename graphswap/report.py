@@ -73,6 +73,7 @@ class StepReport:
                 f"{plan.strategy or 'none'}: {len(plan.swaps)} swaps ({format_bytes(self.swapped_bytes)} out), "
                 f"{repeated} nodes repeated ({self.recomputed_seconds:.3f} s)",
             ),
+            ("bound", _bound(plan, self.predicted_seconds)),
             ("took", ", ".join(f"{what} {seconds:.1f} s" for what, seconds in self.breakdown.items())),
         ]
         lines = [f"{self.name} ({self.nodes} nodes): {self.status}"]
@@ -119,6 +120,16 @@ def report(owner: Any) -> Report:
             'Compile it with model.compile(..., graphswap="2GiB").'
         )
     return session.report
+
+
+def _bound(plan: Plan, predicted_seconds: float) -> str:
+    if plan.certificate is None or plan.memory_budget is None:
+        return ""
+    least = plan.certificate.seconds(plan.memory_budget)
+    return (
+        f"no plan in this order that runs one node at a time takes less than {least:.3f} s in this budget; "
+        f"predicted is {100 * (predicted_seconds / least - 1):.1f} % above"
+    )
 
 
 def _step_time(seconds: Sequence[float]) -> str:

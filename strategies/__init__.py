@@ -6,11 +6,13 @@ from graphswap.strategies.auto import Auto
 from graphswap.strategies.base import Strategy
 from graphswap.strategies.chen import Chen
 from graphswap.strategies.greedy import Greedy
+from graphswap.strategies.joint import Joint
 from graphswap.strategies.karma import Karma
 from graphswap.strategies.swap_all import SwapAll
 
 STRATEGIES: Mapping[str, Strategy] = {
     "auto": Auto(),
+    "joint": Joint(),
     "greedy": Greedy(),
     "karma": Karma(),
     "chen": Chen(),

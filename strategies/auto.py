@@ -9,7 +9,7 @@ from graphswap import ir
 from graphswap.cost_model import CostModel
 from graphswap.plan import Plan
 from graphswap.simulator import simulate
-from graphswap.strategies import base, chen, greedy, karma, side_by_side, swap_all
+from graphswap.strategies import base, chen, greedy, joint, karma, side_by_side, swap_all
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,14 +27,14 @@ class Auto:
         deadline = time.monotonic() + self.planning_seconds
         plans: list[Plan] = []
         errors: list[base.InfeasibleBudgetError] = []
-        for member in (
-            greedy.Greedy(self.planning_seconds / 2),
-            karma.Karma(self.planning_seconds / 4),
-            chen.Chen(),
-            swap_all.SwapAll(),
-        ):
-            if plans and time.monotonic() > deadline:
-                break
+        # Where copies take the cores that compute, greedy's prices are nearly exact, and it is given the time.
+        overlaps = cost_model.link(cost_model.far_tier).overlaps
+        shares = {joint.Joint: 1 / 2, greedy.Greedy: 1 / 8, karma.Karma: 1 / 8} if overlaps else {}
+        shares = shares or {greedy.Greedy: 1 / 2, karma.Karma: 1 / 4, joint.Joint: 1 / 4}
+        timed = [(kind(share * self.planning_seconds), share) for kind, share in shares.items()]
+        for member, share in (*timed[:2], (chen.Chen(), 0.0), (swap_all.SwapAll(), 0.0), *timed[2:]):
+            if plans and time.monotonic() > deadline - share * self.planning_seconds:
+                continue
             try:
                 plans.append(member.plan(graph, cost_model, memory_budget))
             except base.InfeasibleBudgetError as error:
@@ -42,6 +42,8 @@ class Auto:
         if not plans:
             raise min(errors, key=lambda error: error.smallest_bytes)
         best = min(plans, key=lambda plan: simulate(graph, plan, cost_model).seconds)
+        certificates = (plan.certificate for plan in plans if plan.certificate is not None)
+        best = best.replace(certificate=next(certificates, None))
         if not cost_model.device.runs_pairs:
             return best
         return side_by_side.pair(graph, best, cost_model, memory_budget, self.planning_seconds / 4)

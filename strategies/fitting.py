@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 
 from graphswap.plan import Decision, Plan
 from graphswap.simulator import NoRoom, Timeline
-from graphswap.strategies import base, gaps
+from graphswap.strategies import base, gaps, schedule
 
 BOTH = ("swap", "recompute")
 _TIGHTENING = 0.98
@@ -24,24 +24,41 @@ class Evictions:
     Attributes:
         evicted: Gap to "swap" or "recompute".
         anchors: Storages that recomputing may rely on.
+        since: Gap to the position after which it is evicted, where that is not the gap's start.
         decisions: The same as decisions.
         timeline: Simulated by the sum of buffers.
     """
 
     evicted: Mapping[int, str]
     anchors: Collection[int]
+    since: Mapping[int, int]
     decisions: tuple[Decision, ...]
     timeline: Timeline
 
 
-def evictions(problem: gaps.Gaps, evicted: Mapping[int, str], anchors: Collection[int] = ()) -> Evictions:
+def evictions(
+    problem: gaps.Gaps,
+    evicted: Mapping[int, str],
+    anchors: Collection[int] = (),
+    since: Mapping[int, int] | None = None,
+    target: float | None = None,
+) -> Evictions:
     """Works out decisions and timeline of a set of evictions.
+
+    Args:
+        problem: The gaps.
+        evicted: Gap to "swap" or "recompute".
+        anchors: Storages that recomputing may rely on.
+        since: Gap to the position after which it is evicted, where that is not the gap's start.
+        target: Bytes that copies in flight may fill; None for as little memory as can be, at the price of time.
 
     Raises:
         gaps.CantRecompute: If a value can't be recomputed.
     """
-    decisions = problem.decide(evicted, anchors)
-    return Evictions(dict(evicted), anchors, decisions, problem.simulate(decisions))
+    decisions = problem.decide(evicted, anchors, since=since)
+    if target is None or not problem.cost_model.link(problem.cost_model.far_tier).overlaps:
+        return Evictions(dict(evicted), anchors, since or {}, decisions, problem.simulate(decisions))
+    return Evictions(dict(evicted), anchors, since or {}, *schedule.timed(problem, decisions, target))
 
 
 Attempt = Callable[[float], Evictions]
@@ -83,13 +100,15 @@ def fit(
             if best is not None and time.monotonic() > deadline:
                 return problem.plan(best.decisions, strategy, memory_budget)
             state = attempt(target)
+            if problem.cost_model.link(problem.cost_model.far_tier).overlaps:
+                state = evictions(problem, state.evicted, state.anchors, state.since, target)
             if lowest is None or state.timeline.peak_bytes < lowest.peak_bytes:
                 lowest = state.timeline
             limit = math.inf if best is None else best.timeline.seconds
             if state.timeline.peak_bytes > target or state.timeline.seconds >= limit or state.evicted == tried:
                 break
             tried = state.evicted
-            placed = _place(problem, state, memory_budget, limit, actions)
+            placed = _place(problem, state, memory_budget, limit, actions, target)
             if placed is not None:
                 best = placed
                 break
@@ -101,7 +120,12 @@ def fit(
 
 
 def _place(
-    problem: gaps.Gaps, state: Evictions, memory_budget: int, limit_seconds: float, actions: Collection[str]
+    problem: gaps.Gaps,
+    state: Evictions,
+    memory_budget: int,
+    limit_seconds: float,
+    actions: Collection[str],
+    target: float,
 ) -> Evictions | None:
     """Clears windows until the allocator takes the step; None if it won't or if it gets too slow."""
     for _ in range(_REPAIRS):
@@ -115,7 +139,7 @@ def _place(
         if not window:
             return None
         try:
-            state = evictions(problem, {**state.evicted, **window}, state.anchors)
+            state = evictions(problem, {**state.evicted, **window}, state.anchors, state.since, target)
         except gaps.CantRecompute:
             return None
     return None

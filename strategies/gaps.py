@@ -175,20 +175,25 @@ class Gaps:
     # --- plans -------------------------------------------------------------------------------------------------
 
     def decide(
-        self, evicted: Mapping[int, str], anchors: Collection[int] = (), reuse: int = 40
+        self,
+        evicted: Mapping[int, str],
+        anchors: Collection[int] = (),
+        reuse: int = 40,
+        since: Mapping[int, int] | None = None,
     ) -> tuple[Decision, ...]:
-        """Turns evictions into decisions.
+        """Turns evictions into decisions. Every swap takes as little memory as it can; `schedule` gives it time.
 
         Args:
             evicted: Gap to "swap" or "recompute".
             anchors: Storages that recomputing may rely on even after their last use.
             reuse: For how many positions a repeated value that nobody else needs is kept for the next
                 recompute that reads it.
+            since: Gap to the position after which it is evicted, where that is not the gap's start.
 
         Raises:
             CantRecompute: If a gap says "recompute" and the value depends on something that can't be repeated.
         """
-        return _Restorer(self, evicted, anchors, reuse).decisions()
+        return _Restorer(self, evicted, anchors, reuse, since or {}).decisions()
 
     def recompute_seconds(self, gap: int, evicted: Mapping[int, str], anchors: Collection[int]) -> float:
         """Seconds to recompute the gap's storage at its end while `evicted` is evicted; infinite if it can't be."""
@@ -227,7 +232,7 @@ class Gaps:
 
 
 def placements(graph: ir.Graph, plan: Plan, cost_model: CostModel, memory_budget: int) -> list[list[Timeline]]:
-    """Simulates with the device's allocator, and once more with a little less memory.
+    """Simulates with the device's allocator, and once more with a little less memory; without where none limits it.
 
     A layout that fits only just may not fit where a small buffer lies elsewhere, as in the first step. Which
     node of a pair asks for memory first is open: tried are the first ones, the second ones, and every other one.
@@ -239,9 +244,11 @@ def placements(graph: ir.Graph, plan: Plan, cost_model: CostModel, memory_budget
         simulator.NoRoom: If it runs out of memory.
     """
     device = cost_model.device
-    limit = max(memory_budget, device.memory_bytes or 0)
     seconds = [pair.second for pair in plan.pairs]
     second_firsts = [set(), set(seconds), set(seconds[::2])] if seconds else [set()]
+    if device.memory_bytes is None:
+        return [[simulate(graph, plan, cost_model, second_first=second_first) for second_first in second_firsts]]
+    limit = max(memory_budget, device.memory_bytes)
     return [
         [
             simulate(
@@ -253,7 +260,7 @@ def placements(graph: ir.Graph, plan: Plan, cost_model: CostModel, memory_budget
             )
             for second_first in second_firsts
         ]
-        for spare in sorted({(device.memory_bytes or 0) // _SPARE, 0})
+        for spare in (0, device.memory_bytes // _SPARE)
     ]
 
 
@@ -270,12 +277,20 @@ class CantRecompute(Exception):
 class _Restorer:
     """Walks through the step and brings every evicted storage back when it is due or needed earlier."""
 
-    def __init__(self, gaps: Gaps, evicted: Mapping[int, str], anchors: Collection[int], reuse: int):
+    def __init__(
+        self,
+        gaps: Gaps,
+        evicted: Mapping[int, str],
+        anchors: Collection[int],
+        reuse: int,
+        since: Mapping[int, int] = {},  # noqa: B006 (never changed)
+    ):
         self.gaps = gaps
         self.graph = gaps.graph
         self.evicted = evicted
         self.anchors = anchors
         self.reuse = reuse
+        self.since = since
         self.tier = gaps.cost_model.far_tier
         self.absent: dict[int, int] = {}  # storage -> gap
         self.kept_until: dict[int, int] = {}  # storage of a repeated value -> last position that reads it
@@ -286,7 +301,7 @@ class _Restorer:
         events = []
         for gap in self.evicted:
             item = self.gaps.gaps[gap]
-            events.append((item.start, 1, gap))
+            events.append((self.since.get(gap, item.start), 1, gap))
             events.append((item.end, 0, gap))
         for position, is_start, gap in sorted(events):
             storage = self.gaps.gaps[gap].storage
@@ -367,22 +382,18 @@ class _Restorer:
         )
 
     def _swap(self, gap: int, position: int) -> None:
-        item = self.gaps.gaps[gap]
-        order, clock = self.gaps.order, self.gaps.clock
-        link = self.gaps.cost_model.link(self.tier)
-        freed, start = item.start + 1, position - 1
-        if link.overlaps:
-            out, back = link.out_seconds(item.nbytes), link.in_seconds(item.nbytes)
-            freed = min(int(np.searchsorted(clock, clock[item.start + 1] + out)), position - 1)
-            start = max(int(np.searchsorted(clock, clock[position] - back)) - 1, freed)
+        item, order = self.gaps.gaps[gap], self.gaps.order
+        freed = self.since.get(gap, item.start) + 1
+        if position <= freed:  # needed as soon as it would be gone
+            return
         self.found.append(
             Swap(
                 value=self.gaps.storages[item.storage].root,
                 out_after=order[item.start],
-                freed_before=order[max(freed, item.start + 1)],
-                in_after=order[max(start, item.start)],
+                freed_before=order[freed],
+                in_after=order[position - 1],
                 in_before=order[position],
                 tier=self.tier,
-                is_synchronous=not link.overlaps,
+                is_synchronous=not self.gaps.cost_model.link(self.tier).overlaps,
             )
         )

@@ -53,7 +53,7 @@ def evict(problem: gaps.Gaps, anchors: Collection[int], target: float) -> fittin
         live = problem.live_by_position(state.timeline)
         if live.max() <= target:
             break
-        chosen = _choose(problem, state.evicted, live, target, anchors) or _swap_instead(
+        chosen = choose(problem, state.evicted, live, target, anchors) or _swap_instead(
             problem, state.evicted, live, target
         )
         if not chosen:
@@ -67,7 +67,7 @@ def _swap_instead(problem: gaps.Gaps, evicted: Mapping[int, str], live: np.ndarr
     return {gap: "swap" for gap, way in evicted.items() if way == "recompute" and live[problem.gaps[gap].end] > target}
 
 
-def _choose(
+def choose(
     problem: gaps.Gaps, evicted: Mapping[int, str], live: np.ndarray, target: float, anchors: Collection[int]
 ) -> dict[int, str]:
     """Gaps to evict in this round, by falling overflow per second."""

@@ -12,10 +12,10 @@ ROOT = pathlib.Path(__file__).parent.parent
 # exposes, which it imports on first use.
 FLOORS = (
     {"package"},
-    {"ir", "allocator"},
+    {"ir", "allocator", "bound"},
     {"tiers", "placement"},
     {"plan", "cost_model", "liveness", "graphdef", "parser"},
-    {"simulator", "bound", "profiler"},
+    {"simulator", "profiler"},
     {"strategies", "rewrites"},
     {"options"},
     {"report"},
@@ -26,7 +26,16 @@ FLOORS = (
     {"__main__"},
 )
 STEPS = {
-    "strategies": ({"base", "order"}, {"gaps"}, {"fitting"}, None, {"auto"}, {"__init__"}),
+    "strategies": (
+        {"base", "order", "solver"},
+        {"gaps"},
+        {"schedule", "relaxation"},
+        {"fitting"},
+        None,
+        {"joint"},
+        {"auto"},
+        {"__init__"},
+    ),
     "rewrites": ({"pass_manager"}, None, {"__init__"}),
     "tools": ({"__init__"}, {"models"}, {"trial"}, {"benchmark"}, None, {"graphswap_cli"}),
 }

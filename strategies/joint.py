@@ -1,0 +1,160 @@
+"""Swap and recompute decided together: a linear program says what is worth what, the simulator judges.
+
+The program of `relaxation` is solved for the budget and for tighter ones. Each time its fractions are rounded to
+evictions; what overflows then, as repeated chains may, is evicted as `greedy` would; the copies are given their times,
+and the fastest plan that the allocator model accepts is kept. Its duals at the budget are the certified bound.
+
+Known weaknesses: the order is that of the other strategies; fractions are rounded one by one, so where few large
+storages share a small budget, plan and bound lie apart.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import time
+
+import numpy as np
+
+from graphswap import bound, ir
+from graphswap.cost_model import CostModel
+from graphswap.plan import Plan
+from graphswap.strategies import fitting, gaps, greedy, relaxation, solver
+
+_TIGHTENINGS = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.76, 0.72)
+_ROUNDS = 16
+_HALF = 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class Joint:
+    """See the module's text.
+
+    Attributes:
+        planning_seconds: When to stop looking for a faster plan.
+    """
+
+    planning_seconds: float = math.inf
+
+    def plan(self, graph: ir.Graph, cost_model: CostModel, memory_budget: int) -> Plan:
+        """Implements `Strategy.plan`."""
+        problem = gaps.problem(graph, cost_model)
+        search = _Search(problem, relaxation.Relaxation(problem), memory_budget, self.planning_seconds)
+        attempts = [functools.partial(search.attempt, share) for share in _TIGHTENINGS]
+        plan = fitting.fit(problem, attempts, memory_budget, "joint", planning_seconds=self.planning_seconds)
+        return plan.replace(certificate=search.certificate)
+
+
+def certificate(graph: ir.Graph, cost_model: CostModel, memory_budget: int, seconds: float = 60.0) -> bound.Certificate:
+    """A lower bound on the seconds of every plan in the strategies' order, best at `memory_budget`.
+
+    Raises:
+        solver.SolverError: If the program has no solution: no plan of its class keeps the budget; or if time runs out.
+    """
+    relaxed = relaxation.Relaxation(gaps.problem(graph, cost_model))
+    solution = solver.solve(relaxed.program, memory_budget, relaxed.prices, seconds)
+    return bound.certificate(relaxed.program, solution.duals)
+
+
+class _Search:
+    """The state of one call of `plan`.
+
+    Attributes:
+        certificate: The bound; None until the program was solved.
+    """
+
+    def __init__(self, problem: gaps.Gaps, relaxed: relaxation.Relaxation, memory_budget: int, seconds: float):
+        self._problem = problem
+        self._relaxed = relaxed
+        self._memory_budget = memory_budget
+        self._deadline = time.monotonic() + seconds
+        self._solved: dict[int, solver.Solution | None] = {}
+        self.certificate: bound.Certificate | None = None
+
+    def attempt(self, share: float, target: float) -> fitting.Evictions:
+        """Evicts after the program's solution at a share of the target."""
+        solution = self._solve(int(share * target))
+        evicted, since, anchors = ({}, {}, frozenset()) if solution is None else self._rounded(solution)
+        return self._repaired(evicted, since, anchors, target)
+
+    def _solve(self, memory_budget: int) -> solver.Solution | None:
+        if memory_budget not in self._solved:
+            left = self._deadline - time.monotonic()
+            try:
+                found = solver.solve(self._relaxed.program, memory_budget, self._relaxed.prices, left)
+            except solver.SolverError:
+                found = None
+            self._solved[memory_budget] = found
+            if found is not None:
+                self._note(bound.certificate(self._relaxed.program, found.duals))
+        return self._solved[memory_budget]
+
+    def _note(self, found: bound.Certificate) -> None:
+        """Keeps the certificate that says most at the budget."""
+        budget = self._memory_budget
+        if self.certificate is None or found.seconds(budget) > self.certificate.seconds(budget):
+            self.certificate = found
+
+    def _rounded(self, solution: solver.Solution) -> tuple[dict[int, str], dict[int, int], frozenset[int]]:
+        """Gaps to evict and how, since when where that is not from their start, and dead storages to keep."""
+        value, relaxed = solution.columns, self._relaxed
+        read: dict[int, set[int]] = {}  # bucket -> storages that are read by what is run again there
+        for (node, bucket), run in relaxed.runs.items():
+            if value[run] > _HALF:
+                read.setdefault(bucket, set()).update(relaxed.inputs(node))
+        evicted: dict[int, str] = {}
+        since: dict[int, int] = {}
+        for gap, stretches in relaxed.stretches.items():
+            item = self._problem.gaps[gap]
+            way, first = "", 0
+            for stretch in reversed(stretches):
+                swapped = value[stretch.swapped]
+                dropped = value[stretch.dropped] if stretch.dropped is not None else 0.0
+                if swapped + dropped > _HALF:
+                    way = way or ("swap" if swapped >= dropped else "recompute")
+                    first = stretch.first
+                elif way and item.storage in read.get(stretch.end, ()):
+                    break  # it is there for that run, and goes after it
+                elif way:
+                    first = stretch.first
+            if way:
+                evicted[gap] = way
+                if first > stretches[0].first:
+                    since[gap] = max(item.start, int(relaxed.checks[first]) - 1)
+        anchors = frozenset(s for s, kept in relaxed.kept.items() if any(value[k.column] > _HALF for k in kept))
+        return evicted, since, anchors
+
+    def _repaired(
+        self, evicted: dict[int, str], since: dict[int, int], anchors: frozenset[int], target: float
+    ) -> fitting.Evictions:
+        """Evicts what still overflows."""
+        problem = self._problem
+        try:
+            state = fitting.evictions(problem, evicted, anchors, since)
+        except gaps.CantRecompute:
+            state = fitting.evictions(problem, dict.fromkeys(evicted, "swap"), anchors, since)
+        for _ in range(_ROUNDS):
+            live = problem.live_by_position(state.timeline)
+            if live.max() <= target:
+                break
+            chosen = greedy.choose(problem, state.evicted, live, target, anchors)
+            late = {}
+            if not chosen:
+                over = np.flatnonzero(live > target)
+                late = {gap for gap, start in state.since.items() if self._covers(gap, over, start)}
+                chosen = {
+                    gap: "swap"
+                    for gap, way in state.evicted.items()
+                    if way == "recompute" and self._covers(gap, over, problem.gaps[gap].end)
+                }
+            if not (chosen or late):
+                break
+            kept = {gap: start for gap, start in state.since.items() if gap not in late}
+            state = fitting.evictions(problem, {**state.evicted, **chosen}, anchors, kept)
+        return state
+
+    def _covers(self, gap: int, positions: np.ndarray, last: int) -> bool:
+        """Whether one of the positions lies in the gap, up to `last`."""
+        start = np.searchsorted(positions, self._problem.gaps[gap].start, side="right")
+        return bool(start < len(positions) and positions[start] <= last)

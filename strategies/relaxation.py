@@ -1,0 +1,400 @@
+"""The linear program behind `joint`: what any plan must pay to keep a budget, by swaps and recompute together.
+
+POFO (Beaumont et al., NeurIPS 2021) does so for chains by dynamic programming, Checkmate (Jain et al., MLSys 2020) for
+recompute alone as a mixed-integer program; this works on the gaps between uses, and copies are cumulative flows. Time is
+cut into *buckets*; between two of them stands a *check*, the position with the most bytes in use nearby. Fractions:
+
+* of each gap, and each stretch of it between buckets in which the storage may be needed for a recompute: absent because
+  it is in the far tier, or absent because it was dropped;
+* of each node and bucket: run again there, which needs its inputs to be there, or to be run again in that bucket, too;
+* of each storage that is dead already: kept for a later recompute;
+* cumulative bytes copied out and back, at most what the links carry in the time that passes. Seconds that pass
+  without compute, and those of repeated nodes, are what is minimised; in both of them copies go on.
+
+What is absent at a check must have been copied out by then or be recomputed, and what was copied back early counts.
+Bytes on links that do not run beside compute cost their seconds instead.
+
+The optimum bounds all plans in this order that run one node at a time, repeat nodes right before a use that ends a gap,
+and of a chain of repeated nodes keep only the last `_RETAINED` for their own later use. Chains are followed over
+`_DEPTH` nodes; what lies before is taken to be there. Storages too small to plan for count as absent while idle.
+
+Known weaknesses: where a repeated chain overflows between two checks is not seen; a fraction of a storage may be
+dropped, which is paid for in full only where the rows of `_all_at_once` see it.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from graphswap import bound, ir
+from graphswap.strategies import gaps
+
+_CHECKS = 200
+_DEPTH = 6
+_RETAINED = 5
+_UNIT = 1e-9
+"""Bytes are counted in GB, so that all coefficients are of similar size."""
+_HORIZON = 10.0
+"""The bound holds for plans of at most so many times the step's compute."""
+_PRICE = 1e-4
+"""Of what it costs at worst: what a copy or a repeated node costs at least, so that no idle ones are chosen."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Stretch:
+    """A part of a gap in which its storage is present or absent as a whole.
+
+    Attributes:
+        first: Its first check.
+        end: The check after its last one; the bucket in which it ends has the same number.
+        swapped: Column: the fraction that is in the far tier.
+        dropped: Column: the fraction that was dropped; None if it can't be recomputed.
+    """
+
+    first: int
+    end: int
+    swapped: int
+    dropped: int | None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Kept:
+    """A dead storage's stretch between two buckets: the fraction that is still there."""
+
+    first: int
+    end: int
+    column: int
+
+
+class Relaxation:
+    """The program of one problem, and what its columns mean.
+
+    Attributes:
+        program: For any budget.
+        prices: Added to the cost while solving.
+        checks: Positions of the checks, rising.
+        stretches: Of each gap that covers a check.
+        runs: Column of (node, bucket): run again there.
+        kept: Storage to the columns of its stretches after its last use.
+    """
+
+    def __init__(self, problem: gaps.Gaps):
+        self._problem = problem
+        self._link = problem.cost_model.link(problem.cost_model.far_tier)
+        self._builder = bound.Builder()
+        self._prices: dict[int, float] = {}
+        self._inputs: dict[str, Sequence[int]] = {}
+        self.checks = self._find_checks()
+        starts = [gap.start for gap in problem.gaps]
+        ends = [gap.end for gap in problem.gaps]
+        self._first = np.searchsorted(self.checks, starts, side="right")
+        self._end = np.searchsorted(self.checks, ends, side="left")
+        self._of_storage: dict[int, list[int]] = collections.defaultdict(list)
+        for gap in sorted(np.flatnonzero(self._end > self._first), key=lambda gap: starts[gap]):
+            self._of_storage[problem.gaps[gap].storage].append(int(gap))
+
+        count = len(self.checks) + 1
+        self._absent: list[list[tuple[int, float]]] = [[] for _ in range(count)]  # changes at each check
+        self._out: list[list[tuple[int, float]]] = [
+            [] for _ in range(count)
+        ]  # what must have been copied out, likewise
+        self._born: list[list[tuple[int, float]]] = [[] for _ in range(count)]  # what may be, by bucket
+        self._due: list[list[tuple[int, float]]] = [[] for _ in range(count)]  # what must be back by the bucket's end
+        self._refunds: list[list[tuple[int, float]]] = [[] for _ in range(count)]  # runs that become superfluous
+        self._fetches: dict[tuple[int, int], int] = {}
+        self._there: dict[tuple[int, int], tuple[list[tuple[int, float]], float]] = {}  # (storage, bucket) -> terms
+
+        self.runs: dict[tuple[str, int], int] = {}
+        self.stretches: dict[int, list[Stretch]] = {}
+        self.kept: dict[int, list[_Kept]] = {}
+        self._depth = self._demands()
+        for node, bucket in self._depth:
+            self.runs[node, bucket] = self._column(price=self._seconds(node))
+        for storage in self._of_storage:
+            self._add_gaps(storage)
+        for storage in self._needed:
+            self._add_kept(storage)
+        for node, bucket in self.runs:
+            self._add_inputs(node, bucket)
+        for gap in self.stretches:
+            self._all_at_once(gap)
+        self._add_flows()
+        self.program = self._builder.program(constant=float(problem.seconds.sum()))
+        self.prices = np.zeros(len(self.program.cost))
+        for column, price in self._prices.items():
+            self.prices[column] = price
+
+    def inputs(self, node: str) -> Sequence[int]:
+        """Storages that the node reads and that may be absent."""
+        if node not in self._inputs:
+            problem = self._problem
+            roots = dict.fromkeys(problem.root_of[reference] for reference in problem.graph.by_name[node].inputs)
+            self._inputs[node] = [problem.storage_of[root] for root in roots if not problem.stays(root)]
+        return self._inputs[node]
+
+    # --- time ----------------------------------------------------------------------------------------------------
+
+    def _find_checks(self) -> np.ndarray:
+        """Cuts the step by a mix of time and number of nodes, and takes the fullest position of every part."""
+        seconds, live = self._problem.seconds, self._problem.live
+        weights = seconds / max(seconds.sum(), 1e-30) + 1.0 / len(seconds)
+        part = np.minimum((np.cumsum(weights) / weights.sum() * _CHECKS).astype(int), _CHECKS - 1)
+        borders = np.flatnonzero(np.diff(part, prepend=-1))
+        ends = [*borders[1:], len(part)]
+        return np.array([start + int(np.argmax(live[start:end])) for start, end in zip(borders, ends, strict=True)])
+
+    def _bucket(self, position: int) -> int:
+        return int(np.searchsorted(self.checks, position, side="left"))
+
+    # --- what there is to choose -----------------------------------------------------------------------------------
+
+    def _column(self, upper: float = 1.0, price: float = 0.0) -> int:
+        column = self._builder.column(upper)
+        self._prices[column] = _PRICE * price
+        return column
+
+    def _producer(self, storage: int) -> str:
+        return ir.producer(self._problem.storages[storage].root)
+
+    def _can_repeat(self, node: str) -> bool:
+        return self._problem.can_repeat(self._problem.graph.by_name[node])
+
+    def _seconds(self, node: str) -> float:
+        return float(self._problem.seconds[self._problem.graph.position[node]])
+
+    def _gigabytes(self, storage: int) -> float:
+        return self._problem.storages[storage].nbytes * _UNIT
+
+    def _demands(self) -> Mapping[tuple[str, int], int]:
+        """(node, bucket) in which it may be repeated, with the nodes that are followed from there on."""
+        depth: dict[tuple[str, int], int] = {}
+        self._needed: dict[int, set[int]] = collections.defaultdict(set)  # storage -> buckets
+        pending: collections.deque[tuple[str, int, int]] = collections.deque()
+
+        def push(node: str, bucket: int, left: int) -> None:
+            if depth.get((node, bucket), 0) < left:
+                depth[node, bucket] = left
+                pending.append((node, bucket, left))
+
+        for storage, found in self._of_storage.items():
+            for gap in found:
+                if self._can_repeat(self._producer(storage)):
+                    push(self._producer(storage), int(self._end[gap]), _DEPTH)
+        while pending:
+            node, bucket, left = pending.popleft()
+            if depth[node, bucket] != left:
+                continue
+            for storage in self.inputs(node):
+                can_repeat = self._can_repeat(self._producer(storage))
+                if left > 1 or not can_repeat:
+                    self._needed[storage].add(bucket)
+                if left > 1 and can_repeat:
+                    push(self._producer(storage), bucket, left - 1)
+        return depth
+
+    def _restoring(self, storage: int, bucket: int) -> list[tuple[int, float]]:
+        """The run in that bucket after which the storage stays."""
+        node = self._producer(storage)
+        stays = self._depth.get((node, bucket), 0) > _DEPTH - _RETAINED
+        return [(self.runs[node, bucket], 1.0)] if stays else []
+
+    def _add_gaps(self, storage: int) -> None:
+        problem, row = self._problem, self._builder.row
+        gigabytes, node = self._gigabytes(storage), self._producer(storage)
+        copying = problem.storages[storage].nbytes / self._link.out_bytes_per_second
+        moved = self._column(price=min(copying, float(problem.clock[-1])))
+        self._born[self._bucket(problem.storages[storage].born)].append((moved, gigabytes))
+        copied: int | None = None
+        for number, gap in enumerate(self._of_storage[storage]):
+            first, end = int(self._first[gap]), int(self._end[gap])
+            cuts = [first, *sorted(bucket for bucket in self._needed[storage] if first < bucket < end), end]
+            stretches = self.stretches[gap] = []
+            for start, stop in zip(cuts, cuts[1:], strict=False):
+                dropped = self._column() if self._can_repeat(node) else None
+                stretch = Stretch(start, stop, self._column(), dropped)
+                stretches.append(stretch)
+                out = self._column()
+                row([(out, 1.0), (stretch.swapped, -1.0)], lower=0.0)
+                if copied is not None:  # what is out there stays
+                    row([(out, 1.0), (copied, -1.0)], lower=0.0)
+                    self._out[start].append((copied, -gigabytes))
+                self._out[start].append((out, gigabytes))
+                copied = out
+                for column in (stretch.swapped, dropped):
+                    if column is not None:
+                        self._absent[start].append((column, gigabytes))
+                        self._absent[stop].append((column, -gigabytes))
+                if dropped is not None:
+                    row([(stretch.swapped, 1.0), (dropped, 1.0)], upper=1.0)
+            for stretch, after in zip(stretches, [*stretches[1:], None], strict=True):
+                self._end_stretch(storage, stretch, after)
+            is_unread = number == 0 and problem.gaps[gap].start == problem.storages[storage].born
+            if is_unread and stretches[0].dropped is not None and len(problem.graph.by_name[node].outputs) == 1:
+                self._refunds[self._bucket(problem.gaps[gap].start)].append((stretches[0].dropped, self._seconds(node)))
+        assert copied is not None
+        row([(moved, 1.0), (copied, -1.0)], lower=0.0)
+
+    def _end_stretch(self, storage: int, stretch: Stretch, after: Stretch | None) -> None:
+        """What is present in the next stretch and was not in this one is fetched or made again."""
+        row, bucket = self._builder.row, stretch.end
+        fetched = self._fetches[storage, bucket] = self._column()
+        self._due[bucket].append((fetched, self._gigabytes(storage)))
+        row([(fetched, 1.0), (stretch.swapped, -1.0)], upper=0.0)
+        row([(fetched, 1.0), (stretch.swapped, -1.0), *([(after.swapped, 1.0)] if after else [])], lower=0.0)
+        terms = [(stretch.swapped, -1.0), (fetched, 1.0)]
+        if stretch.dropped is not None:
+            terms.append((stretch.dropped, -1.0))
+            later = [(after.dropped, 1.0)] if after and after.dropped is not None else []
+            row([*self._restoring(storage, bucket), *later, (stretch.dropped, -1.0)], lower=0.0)
+        self._there[storage, bucket] = (terms, 1.0)
+
+    def _add_kept(self, storage: int) -> None:
+        """A dead storage may be kept; only buckets that a check separates from its last use matter."""
+        details = self._problem.storages[storage]
+        if details.is_held:
+            return
+        last = details.uses[-1] if details.uses else details.born
+        first = int(np.searchsorted(self.checks, last, side="right"))
+        before: _Kept | None = None
+        for bucket in sorted(bucket for bucket in self._needed[storage] if bucket > first):
+            kept = _Kept(first, bucket, self._column())
+            self._absent[first].append((kept.column, -self._gigabytes(storage)))
+            self._absent[bucket].append((kept.column, self._gigabytes(storage)))
+            if before is not None:
+                again = [(column, -1.0) for column, _ in self._restoring(storage, first)]
+                self._builder.row([(kept.column, 1.0), (before.column, -1.0), *again], upper=0.0)
+            self._there[storage, bucket] = ([(kept.column, 1.0)], 0.0)
+            self.kept.setdefault(storage, []).append(kept)
+            first, before = bucket, kept
+
+    def _add_inputs(self, node: str, bucket: int) -> None:
+        """A repeated node's inputs are there, are fetched, or are repeated, too."""
+        left = self._depth[node, bucket]
+        for storage in self.inputs(node):
+            producer = self._producer(storage)
+            if (storage, bucket) not in self._there or (left <= 1 and self._can_repeat(producer)):
+                continue
+            terms, constant = self._there[storage, bucket]
+            again = self.runs.get((producer, bucket))
+            if again == self.runs[node, bucket]:
+                continue
+            terms = [*terms, *([(again, 1.0)] if again is not None else [])]
+            row = [(self.runs[node, bucket], 1.0), *((column, -value) for column, value in terms)]
+            self._builder.row(row, upper=constant)
+
+    def _all_at_once(self, gap: int) -> None:
+        """What a dropped storage is made of is all there at some moment before the gap's end.
+
+        Otherwise a third of it could be made three times of a third of its input.
+        """
+        stretches = self.stretches[gap]
+        longest = max(stretches, key=lambda stretch: stretch.end - stretch.first)
+        window = range(longest.end, stretches[-1].end + 1)
+        if longest.dropped is None or len(window) < 2:
+            return
+        root = self._producer(self._problem.gaps[gap].storage)
+        again = {root: longest.dropped}  # node -> the fraction that is run again within the window
+        pending = collections.deque([(root, _DEPTH)])
+        while pending:
+            node, left = pending.popleft()
+            for storage in self.inputs(node) if left > 1 else ():
+                there = self._there_within(storage, gap, window)
+                if there is None:
+                    continue
+                terms, constant = there
+                producer = self._producer(storage)
+                if self._can_repeat(producer):
+                    if producer not in again:
+                        again[producer] = self._column()
+                        runs = [self.runs[producer, bucket] for bucket in window if (producer, bucket) in self.runs]
+                        self._builder.row([(again[producer], 1.0), *((run, -1.0) for run in runs)], upper=0.0)
+                        pending.append((producer, left - 1))
+                    if again[producer] == again[node]:
+                        continue
+                    terms = [*terms, (again[producer], 1.0)]
+                self._builder.row([(again[node], 1.0), *((column, -value) for column, value in terms)], upper=constant)
+
+    def _there_within(self, storage: int, gap: int, window: range) -> tuple[list[tuple[int, float]], float] | None:
+        """How much of a storage is there when the window begins, or comes back within; None if it may be all of it."""
+        for other in self._of_storage.get(storage, ()):
+            first, end = int(self._first[other]), int(self._end[other])
+            if first < window[0] <= end and end >= window[-1]:
+                stretches = self.stretches[other]
+                at_start = next(s for s in stretches if s.first < window[0] <= s.end)
+                terms = [(at_start.swapped, -1.0)]
+                if at_start.dropped is not None:
+                    terms.append((at_start.dropped, -1.0))
+                back = [self._fetches[storage, s.end] for s in stretches if s.end in window]
+                return [*terms, *((fetched, 1.0) for fetched in back)], 1.0
+            if self._problem.gaps[other].start < self._problem.gaps[gap].end and end > window[0]:
+                return None
+        kept = [kept for kept in self.kept.get(storage, ()) if kept.end >= window[0]]
+        if not kept or self.kept[storage][0].first >= window[-1]:
+            return None
+        return [(kept[0].column, 1.0)], 0.0
+
+    # --- memory and links ------------------------------------------------------------------------------------------
+
+    def _add_flows(self) -> None:
+        builder, link, count = self._builder, self._link, len(self.checks)
+        needed = (self._problem.live[self.checks] - self._idle_small_bytes()[self.checks]) * _UNIT
+        clock = self._problem.clock[[0, *(self.checks + 1), len(self._problem.order)]]
+        horizon = _HORIZON * float(clock[-1])
+        repeated: list[list[tuple[int, float]]] = [[] for _ in range(count + 1)]
+        for (node, bucket), run in self.runs.items():
+            repeated[bucket].append((run, self._seconds(node)))
+        total = sum(self._gigabytes(storage) for storage in (*self._of_storage, *self.kept)) + 1.0
+        out_speed, in_speed = link.out_bytes_per_second * _UNIT, link.in_bytes_per_second * _UNIT
+        absent = born = must = out = due = back = None
+
+        def running(before: int | None, changes: Sequence[tuple[int, float]], lower: float = 0.0) -> int:
+            """A column that is the one before plus the changes."""
+            column = builder.column(total, lower=lower)
+            earlier = [] if before is None else [(before, -1.0)]
+            builder.row([(column, 1.0), *earlier, *((c, -v) for c, v in changes)], lower=0.0, upper=0.0)
+            return column
+
+        def carried(before: int | None, speed: float, seconds: float, extra: int) -> int:
+            """A column that has grown by what a link carries at most."""
+            column = builder.column(total)
+            earlier = [] if before is None else [(before, -1.0)]
+            builder.row([(column, 1.0), *earlier, (extra, -speed)], upper=speed * seconds)
+            return column
+
+        for bucket in range(count + 1):
+            refunded = sum(seconds for _, seconds in self._refunds[bucket])
+            extra = builder.column(horizon, lower=-refunded, cost=1.0)
+            spent = [(c, -v) for c, v in repeated[bucket]] + self._refunds[bucket]
+            absent = running(absent, self._absent[bucket], lower=-total)
+            early: list[tuple[int, float]] = []  # bytes that are back before they are due
+            if link.overlaps:
+                seconds = float(clock[bucket + 1] - clock[bucket])
+                born, must = running(born, self._born[bucket]), running(must, self._out[bucket])
+                out = carried(out, out_speed, seconds, extra)
+                builder.row([(out, 1.0), (born, -1.0)], upper=0.0)
+                builder.row([(out, 1.0), (must, -1.0)], lower=0.0)
+                due = running(due, self._due[bucket])
+                back = carried(back, in_speed, seconds, extra)
+                builder.row([(back, 1.0), (due, -1.0)], lower=0.0)
+                early = [(back, -1.0), (due, 1.0)]
+            else:
+                spent += [(c, -v / out_speed) for c, v in self._born[bucket]]
+                spent += [(c, -v / in_speed) for c, v in self._due[bucket]]
+            builder.row([(extra, 1.0), *spent], lower=0.0)
+            if bucket < count:
+                builder.row([(absent, 1.0), *early], lower=float(needed[bucket]), share=_UNIT)
+
+    def _idle_small_bytes(self) -> np.ndarray:
+        """Bytes at each position of storages that are too small to plan for, while nobody uses them."""
+        change = np.zeros(len(self._problem.order) + 1)
+        for storage in self._problem.storages:
+            if not storage.is_held and storage.nbytes <= gaps.SMALL_BYTES:
+                points = (storage.born, *storage.uses)
+                for start, end in zip(points, points[1:], strict=False):
+                    change[start + 1] += storage.nbytes
+                    change[end] -= storage.nbytes
+        return np.cumsum(change)[:-1]

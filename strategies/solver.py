@@ -1,0 +1,64 @@
+"""HiGHS: solves a `bound.LinearProgram`. The only door to it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import highspy
+import numpy as np
+
+from graphswap.bound import LinearProgram
+
+
+class SolverError(Exception):
+    """No optimum was found; the text says why."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Solution:
+    """An optimum.
+
+    Attributes:
+        columns: Their values, shape (columns,).
+        duals: Of the rows, shape (rows,), positive where the lower side binds.
+    """
+
+    columns: np.ndarray
+    duals: np.ndarray
+
+
+def solve(program: LinearProgram, memory_budget: float, prices: np.ndarray, seconds: float) -> Solution:
+    """Solves a program at a budget.
+
+    Args:
+        program: To be minimised.
+        memory_budget: Bytes.
+        prices: Added to the cost, shape (columns,).
+        seconds: Time limit.
+
+    Raises:
+        SolverError: If there is no optimum, if time runs out, or if the answer is no number.
+    """
+    model = highspy.HighsLp()
+    model.num_col_, model.num_row_ = len(program.cost), len(program.row_lower)
+    model.col_cost_ = program.cost + prices
+    model.col_lower_, model.col_upper_ = program.lower, program.upper
+    model.row_lower_, model.row_upper_ = program.row_lower_at(memory_budget), program.row_upper
+    matrix = model.a_matrix_
+    matrix.format_ = highspy.MatrixFormat.kRowwise
+    matrix.num_col_, matrix.num_row_ = model.num_col_, model.num_row_
+    matrix.start_ = np.concatenate([[0], np.cumsum(np.bincount(program.rows, minlength=model.num_row_))])
+    matrix.index_, matrix.value_ = program.columns, program.values
+    highs = highspy.Highs()
+    highs.setOptionValue("output_flag", False)
+    highs.setOptionValue("time_limit", float(max(seconds, 0.1)))
+    highs.passModel(model)
+    highs.run()
+    status = highs.getModelStatus()
+    if status != highspy.HighsModelStatus.kOptimal:
+        raise SolverError(highs.modelStatusToString(status))
+    found = highs.getSolution()
+    solution = Solution(np.array(found.col_value), np.array(found.row_dual))
+    if not (np.isfinite(solution.columns).all() and np.isfinite(solution.duals).all()):
+        raise SolverError("the answer is no number")
+    return solution

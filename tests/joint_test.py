@@ -1,0 +1,125 @@
+import itertools
+
+import numpy as np
+import pytest
+import testing
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from graphswap import bound
+from graphswap.cost_model import CostModel, DeviceSpec, Link
+from graphswap.plan import Plan
+from graphswap.simulator import simulate
+from graphswap.strategies import STRATEGIES, fitting, gaps, joint, relaxation, solver
+from graphswap.strategies.base import InfeasibleBudgetError
+
+MIB = 1 << 20
+CHAIN = testing.chain(8)
+LINKS = {
+    "beside compute": Link(MIB, MIB, 0.0, overlaps=True),
+    "instead of compute": Link(2 * MIB, 2 * MIB, 0.0, overlaps=False),
+}
+
+
+@pytest.mark.parametrize("link", LINKS.values(), ids=LINKS)
+@pytest.mark.parametrize("budget_mib", [5, 6, 8, 10])
+def test_the_plan_keeps_the_budget_and_its_bound(link, budget_mib):
+    model = testing.seconds_per_node(1.0, link)
+    plan = joint.Joint().plan(CHAIN, model, budget_mib * MIB).check(CHAIN)
+    timeline = simulate(CHAIN, plan, model)
+    assert plan.certificate is not None
+    assert timeline.peak_bytes <= budget_mib * MIB
+    assert timeline.seconds >= plan.certificate.seconds(budget_mib * MIB) - 1e-6
+
+
+def test_a_step_that_fits_is_bounded_by_its_compute():
+    model = testing.seconds_per_node(1.0, LINKS["beside compute"])
+    plain = simulate(CHAIN, Plan(order=gaps.problem(CHAIN, model).order), model)
+    found = joint.certificate(CHAIN, model, plain.peak_bytes)
+    assert found.seconds(plain.peak_bytes) == pytest.approx(plain.seconds)
+
+
+def test_the_bound_is_written_into_the_plan_file():
+    model = testing.seconds_per_node(1.0, LINKS["beside compute"])
+    plan = joint.Joint().plan(CHAIN, model, 6 * MIB)
+    again = Plan.from_json(plan.to_json())
+    assert plan.certificate is not None and again.certificate is not None
+    assert again.certificate.seconds(6 * MIB) == plan.certificate.seconds(6 * MIB)
+    assert again.replace(certificate=None) == plan.replace(certificate=None)
+
+
+def test_one_certificate_bounds_all_budgets():
+    model = testing.seconds_per_node(1.0, LINKS["beside compute"])
+    of_six, of_eight = (joint.certificate(CHAIN, model, budget * MIB) for budget in (6, 8))
+    for budget in (6, 8):
+        best = max(of_six.seconds(budget * MIB), of_eight.seconds(budget * MIB))
+        assert best == pytest.approx((of_six if budget == 6 else of_eight).seconds(budget * MIB), rel=1e-3)
+    assert of_six.seconds_per_byte() >= of_eight.seconds_per_byte() >= 0
+
+
+@pytest.mark.parametrize("link", LINKS.values(), ids=LINKS)
+def test_no_evictions_beat_the_bound(link):
+    """All ways to swap, recompute or keep the values of a short chain."""
+    graph = testing.chain(5)
+    model = testing.seconds_per_node(1.0, link)
+    problem = gaps.problem(graph, model)
+    relaxed = relaxation.Relaxation(problem)
+    outcomes = []
+    for ways in itertools.product(("", "swap", "recompute"), repeat=len(problem.gaps)):
+        evicted = {gap: way for gap, way in enumerate(ways) if way}
+        for target in (None, 5 * MIB, 6 * MIB):
+            timeline = fitting.evictions(problem, evicted, target=target).timeline
+            outcomes.append((timeline.peak_bytes, timeline.seconds))
+    for budget in range(4 * MIB, 9 * MIB, MIB):
+        best = min((seconds for peak, seconds in outcomes if peak <= budget), default=None)
+        if best is None:
+            continue
+        solution = solver.solve(relaxed.program, budget, relaxed.prices, 60.0)
+        least = bound.certificate(relaxed.program, solution.duals).seconds(budget)
+        assert least <= best + 1e-6
+        found = simulate(graph, joint.Joint().plan(graph, model, budget), model).seconds
+        assert least - 1e-6 <= found
+        assert found <= best * 1.15, f"{found} s, the best is {best} s"
+
+
+@settings(max_examples=25, deadline=None)
+@given(graph=testing.random_graphs(), share=st.sampled_from([0.5, 0.6, 0.7, 0.85]), is_beside=st.booleans())
+def test_no_strategy_beats_the_bound(graph, share, is_beside):
+    link = Link(1e8, 1e8, 0.0, overlaps=is_beside)
+    model = CostModel(DeviceSpec(launch_seconds=1e-5, links={"host": link, "disk": link}))
+    problem = gaps.problem(graph, model)
+    budget = int(share * problem.live.max())
+    try:
+        found = joint.certificate(graph, model, budget)
+    except solver.SolverError:
+        found = None  # then nobody may keep the budget
+    for name, strategy in STRATEGIES.items():
+        try:
+            plan = strategy.plan(graph, model, budget)
+        except InfeasibleBudgetError:
+            continue
+        assert found is not None, f"{name} keeps a budget that the relaxation does not"
+        seconds = simulate(graph, plan, model).seconds
+        assert seconds >= found.seconds(budget) - 1e-9, f"{name} takes {seconds} s"
+
+
+@pytest.mark.parametrize("failure", ["no answer", "garbage"])
+def test_without_a_usable_solver_there_is_still_a_plan(monkeypatch, failure):
+    def solve(program, memory_budget, prices, seconds):
+        if failure == "no answer":
+            raise solver.SolverError("injected")
+        generator = np.random.default_rng(0)
+        return solver.Solution(generator.normal(size=len(program.cost)), generator.normal(size=len(program.row_lower)))
+
+    monkeypatch.setattr(solver, "solve", solve)
+    model = testing.seconds_per_node(1.0, LINKS["beside compute"])
+    plan = joint.Joint().plan(CHAIN, model, 6 * MIB).check(CHAIN)
+    timeline = simulate(CHAIN, plan, model)
+    assert timeline.peak_bytes <= 6 * MIB
+    assert plan.certificate is None or timeline.seconds >= plan.certificate.seconds(6 * MIB)
+
+
+def test_a_budget_that_nothing_keeps():
+    model = testing.seconds_per_node(1.0, LINKS["beside compute"])
+    with pytest.raises(InfeasibleBudgetError, match="below the smallest reachable peak"):
+        joint.Joint().plan(CHAIN, model, 2 * MIB)

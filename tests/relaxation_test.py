@@ -1,0 +1,43 @@
+"""On a chain in which every node takes a second and every value a MiB, and copies take no time at all or very long."""
+
+import pytest
+import testing
+
+from graphswap import bound
+from graphswap.cost_model import Link
+from graphswap.strategies import gaps, relaxation, solver
+
+MIB = 1 << 20
+CHAIN = testing.chain(8)
+QUICK, SLOW = Link(1e15, 1e15, 0.0, overlaps=True), Link(1.0, 1.0, 0.0, overlaps=True)
+
+
+def least(link, budget_mib):
+    relaxed = relaxation.Relaxation(gaps.problem(CHAIN, testing.seconds_per_node(1.0, link)))
+    solution = solver.solve(relaxed.program, budget_mib * MIB, relaxed.prices, 60.0)
+    return bound.certificate(relaxed.program, solution.duals).seconds(budget_mib * MIB)
+
+
+def test_copies_that_take_no_time_cost_nothing():
+    assert least(QUICK, 5) == pytest.approx(18.0, rel=1e-3)
+
+
+def test_without_a_link_everything_that_is_missing_is_recomputed():
+    # f1 to f7 wait for the backward pass, beside w, x, and two at work: 11 MiB.
+    assert least(SLOW, 11) == pytest.approx(18.0, rel=1e-3)
+    assert least(SLOW, 9) == pytest.approx(20.0, rel=1e-2)
+
+
+def test_less_memory_never_takes_less_time():
+    bounds = [least(SLOW, budget_mib) for budget_mib in range(12, 5, -1)]
+    assert bounds == sorted(bounds)
+
+
+def test_every_gap_that_matters_has_columns():
+    problem = gaps.problem(CHAIN, testing.seconds_per_node(1.0, QUICK))
+    relaxed = relaxation.Relaxation(problem)
+    assert set(relaxed.stretches) == set(range(len(problem.gaps)))
+    for gap, stretches in relaxed.stretches.items():
+        assert relaxed.checks[stretches[0].first] > problem.gaps[gap].start
+        assert relaxed.checks[stretches[-1].end - 1] < problem.gaps[gap].end
+        assert all(before.end == after.first for before, after in zip(stretches, stretches[1:], strict=False))
