@@ -45,7 +45,7 @@ class DeviceSpec:
 
     Attributes:
         name: For reports and cache keys.
-        memory_bytes: Size of its memory; None if nothing limits it.
+        memory_bytes: Size of its memory; None if nothing limits it: then its allocator loses none, either.
         reserves_memory: Whether its allocator takes all memory as one region at the start.
         holes: How many holes `placement` leaves for small buffers.
         runs_pairs: Whether two nodes side by side are done sooner than one after the other.

@@ -41,24 +41,14 @@ def evictions(
     evicted: Mapping[int, str],
     anchors: Collection[int] = (),
     since: Mapping[int, int] | None = None,
-    target: float | None = None,
 ) -> Evictions:
     """Works out decisions and timeline of a set of evictions.
-
-    Args:
-        problem: The gaps.
-        evicted: Gap to "swap" or "recompute".
-        anchors: Storages that recomputing may rely on.
-        since: Gap to the position after which it is evicted, where that is not the gap's start.
-        target: Bytes that copies in flight may fill; None for as little memory as can be, at the price of time.
 
     Raises:
         gaps.CantRecompute: If a value can't be recomputed.
     """
     decisions = problem.decide(evicted, anchors, since=since)
-    if target is None or not problem.cost_model.link(problem.cost_model.far_tier).overlaps:
-        return Evictions(dict(evicted), anchors, since or {}, decisions, problem.simulate(decisions))
-    return Evictions(dict(evicted), anchors, since or {}, *schedule.timed(problem, decisions, target))
+    return Evictions(dict(evicted), anchors, since or {}, decisions, problem.simulate(decisions))
 
 
 Attempt = Callable[[float], Evictions]
@@ -100,15 +90,18 @@ def fit(
             if best is not None and time.monotonic() > deadline:
                 return problem.plan(best.decisions, strategy, memory_budget)
             state = attempt(target)
-            if problem.cost_model.link(problem.cost_model.far_tier).overlaps:
-                state = evictions(problem, state.evicted, state.anchors, state.since, target)
             if lowest is None or state.timeline.peak_bytes < lowest.peak_bytes:
                 lowest = state.timeline
             limit = math.inf if best is None else best.timeline.seconds
-            if state.timeline.peak_bytes > target or state.timeline.seconds >= limit or state.evicted == tried:
+            if state.timeline.peak_bytes > target or state.evicted == tried:
                 break
             tried = state.evicted
-            placed = _place(problem, state, memory_budget, limit, actions, target)
+            timed = _timed(problem, state, target)
+            if timed.timeline.seconds >= limit:
+                break
+            placed = _place(problem, timed, memory_budget, limit, actions, target)
+            if placed is None and timed is not state:
+                placed = _place(problem, state, memory_budget, limit, actions, None)
             if placed is not None:
                 best = placed
                 break
@@ -119,13 +112,21 @@ def fit(
     return problem.plan(best.decisions, strategy, memory_budget)
 
 
+def _timed(problem: gaps.Gaps, state: Evictions, target: float | None) -> Evictions:
+    """The same evictions, their copies beside compute where the link allows it."""
+    if target is None or not problem.cost_model.link(problem.cost_model.far_tier).overlaps:
+        return state
+    decisions, timeline = schedule.timed(problem, state.decisions, target)
+    return dataclasses.replace(state, decisions=decisions, timeline=timeline)
+
+
 def _place(
     problem: gaps.Gaps,
     state: Evictions,
     memory_budget: int,
     limit_seconds: float,
     actions: Collection[str],
-    target: float,
+    target: float | None,
 ) -> Evictions | None:
     """Clears windows until the allocator takes the step; None if it won't or if it gets too slow."""
     for _ in range(_REPAIRS):
@@ -139,7 +140,8 @@ def _place(
         if not window:
             return None
         try:
-            state = evictions(problem, {**state.evicted, **window}, state.anchors, state.since, target)
+            wider = evictions(problem, {**state.evicted, **window}, state.anchors, state.since)
+            state = _timed(problem, wider, target)
         except gaps.CantRecompute:
             return None
     return None

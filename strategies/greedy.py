@@ -53,7 +53,7 @@ def evict(problem: gaps.Gaps, anchors: Collection[int], target: float) -> fittin
         live = problem.live_by_position(state.timeline)
         if live.max() <= target:
             break
-        chosen = choose(problem, state.evicted, live, target, anchors) or _swap_instead(
+        chosen = choose(problem, state.evicted, live, target, anchors) or swap_instead(
             problem, state.evicted, live, target
         )
         if not chosen:
@@ -62,7 +62,7 @@ def evict(problem: gaps.Gaps, anchors: Collection[int], target: float) -> fittin
     return state
 
 
-def _swap_instead(problem: gaps.Gaps, evicted: Mapping[int, str], live: np.ndarray, target: float) -> dict[int, str]:
+def swap_instead(problem: gaps.Gaps, evicted: Mapping[int, str], live: np.ndarray, target: float) -> dict[int, str]:
     """Gaps to swap instead: their recompute itself overflows, as all that it repeats is on the device at once."""
     return {gap: "swap" for gap, way in evicted.items() if way == "recompute" and live[problem.gaps[gap].end] > target}
 

@@ -139,10 +139,12 @@ class _Search:
             if live.max() <= target:
                 break
             chosen = greedy.choose(problem, state.evicted, live, target, anchors)
-            late = {}
+            chosen = chosen or greedy.swap_instead(problem, state.evicted, live, target)
+            late = set()
             if not chosen:
                 over = np.flatnonzero(live > target)
                 late = {gap for gap, start in state.since.items() if self._covers(gap, over, start)}
+            if not (chosen or late):
                 chosen = {
                     gap: "swap"
                     for gap, way in state.evicted.items()

@@ -1,8 +1,9 @@
 """The linear program behind `joint`: what any plan must pay to keep a budget, by swaps and recompute together.
 
 POFO (Beaumont et al., NeurIPS 2021) does so for chains by dynamic programming, Checkmate (Jain et al., MLSys 2020) for
-recompute alone as a mixed-integer program; this works on the gaps between uses, and copies are cumulative flows. Time is
-cut into *buckets*; between two of them stands a *check*, the position with the most bytes in use nearby. Fractions:
+recompute alone as a mixed-integer program; this works on the gaps between uses, and copies are cumulative flows.
+Time is cut into *buckets*; between two of them stands a *check*, the position with the most bytes in use nearby.
+Fractions:
 
 * of each gap, and each stretch of it between buckets in which the storage may be needed for a recompute: absent because
   it is in the far tier, or absent because it was dropped;

@@ -14,10 +14,12 @@ from __future__ import annotations
 import collections
 import dataclasses
 import heapq
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
 
+from graphswap import ir
 from graphswap.cost_model import Link
 from graphswap.plan import Decision, Recompute, Swap
 from graphswap.simulator import Timeline
@@ -25,6 +27,8 @@ from graphswap.strategies import gaps
 
 _MARGINS = (0.0, 0.02, 1.0)
 """Of the step's seconds: how much earlier than needed copies back may start."""
+_SHARES = (1.0, 0.96, 0.9)
+"""Of the budget, for copies back: less where all of it is passed, as when an op can no longer work in place."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -33,6 +37,7 @@ class _Move:
 
     swap: Swap
     nbytes: int
+    piece_bytes: int  # beside them on the device while they come back
     start: int  # out after
     idle: int  # the first position at which the value may be gone
     end: int  # the use that it must be back for
@@ -53,11 +58,10 @@ def timed(
     """
     place, value = problem.graph.position, problem.graph.value
     link = problem.cost_model.link(problem.cost_model.far_tier)
-    moves = [
-        _Move(s, value(s.value).nbytes, place[s.out_after], place[s.freed_before], place[s.in_before])
-        for s in decisions
-        if isinstance(s, Swap)
-    ]
+    moves = []
+    for swap in (decision for decision in decisions if isinstance(decision, Swap)):
+        places = (place[swap.out_after], place[swap.freed_before], place[swap.in_before])
+        moves.append(_Move(swap, value(swap.value).nbytes, _piece_bytes(value(swap.value)), *places))
     others = tuple(decision for decision in decisions if not isinstance(decision, Swap))
     tight = problem.simulate(tuple(decisions))
     best = (tuple(decisions), tight)
@@ -66,11 +70,20 @@ def timed(
     live = problem.live_by_position(tight)
     repeats = {place[decision.before] for decision in others if isinstance(decision, Recompute)}
     freed, memory, clock = _out(moves, live, _busy(problem, tight), repeats, memory_budget, link)
-    for margin in _MARGINS:
-        found = (*others, *_back(problem, moves, freed, memory.copy(), clock, margin, memory_budget, link))
+    leaving = np.zeros(len(live))  # what is freed at a position is still there when copies back start right before it
+    np.add.at(leaving, freed, [move.nbytes for move in moves])
+    for share, margin in itertools.product(_SHARES, _MARGINS):
+        if share < 1.0 and best[1].peak_bytes <= memory_budget and best[1] is not tight:
+            break
+        room = share * memory_budget
+        found = (*others, *_back(problem, moves, freed, memory.copy(), leaving, clock, margin, room, link))
         timeline = problem.simulate(found)
         best = min(best, (found, timeline), key=lambda plan: _worth(plan[1], memory_budget))
     return best
+
+
+def _piece_bytes(value: ir.Value) -> int:
+    return value.nbytes // max(1, ir.swap_pieces(value))
 
 
 def _worth(timeline: Timeline, memory_budget: float) -> tuple[float, float]:
@@ -141,6 +154,7 @@ def _back(
     moves: Sequence[_Move],
     freed: Sequence[int],
     memory: np.ndarray,
+    leaving: np.ndarray,
     clock: np.ndarray,
     margin: float,
     memory_budget: float,
@@ -159,8 +173,11 @@ def _back(
     for number in sorted(range(len(moves)), key=lambda number: moves[number].end):
         move = moves[number]
         first = min(max(latest[number], freed[number], before if margin else 0), move.end - 1)
+        at_first = move.nbytes + move.piece_bytes
         full = np.flatnonzero(memory[first + 1 : move.end] + move.nbytes > memory_budget)
         after = first + 1 + int(full[-1]) if len(full) else first
+        while after < move.end - 1 and memory[after + 1] + leaving[after + 1] + at_first > memory_budget:
+            after += 1
         memory[after + 1 : move.end] += move.nbytes
         before = max(before, after)
         swaps.append(dataclasses.replace(move.swap, freed_before=order[freed[number]], in_after=order[after]))

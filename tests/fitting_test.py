@@ -63,7 +63,8 @@ graph holes() -> () {
 
 
 def holes(link=AT_ONCE):
-    return gaps.Gaps(HOLES, order.traced(HOLES), testing.seconds_per_node(1.0, link))
+    model = testing.seconds_per_node(1.0, link, memory_bytes=1)  # so that the budget limits the allocator
+    return gaps.Gaps(HOLES, order.traced(HOLES), model)
 
 
 @pytest.mark.parametrize(

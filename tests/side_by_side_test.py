@@ -13,7 +13,7 @@ from graphswap.strategies import STRATEGIES, side_by_side
 from graphswap.strategies.base import InfeasibleBudgetError
 
 MIB = 1 << 20
-SLOW = CostModel(DeviceSpec(launch_seconds=1.0), Profile("", {}, {}))
+SLOW = CostModel(DeviceSpec(memory_bytes=1, launch_seconds=1.0), Profile("", {}, {}))
 LAYER = parser.parse("""
 graph layer(%x, %w, %gradient) -> (%grad_w, %grad_x) {
   %x = Placeholder() : (float32[512,512])
@@ -136,7 +136,7 @@ def test_a_constant_between_two_is_in_nobody_s_way():
 @given(graph=testing.random_graphs(12, batch=4096), fraction=st.floats(0.4, 1.1))
 def test_paired_plans_keep_the_budget(graph: ir.Graph, fraction: float):
     link = Link(1e9, 1e9, 0.0)
-    device = DeviceSpec(launch_seconds=1e-3, links={"host": link, "disk": link}, runs_pairs=True)
+    device = DeviceSpec(memory_bytes=1, launch_seconds=1e-3, links={"host": link, "disk": link}, runs_pairs=True)
     cost_model = CostModel(device)
     alone = dataclasses.replace(cost_model, device=dataclasses.replace(device, runs_pairs=False))
     budget = int(simulate(graph, Plan(), cost_model).peak_bytes * fraction)
