@@ -141,8 +141,8 @@ class _Search:
             chosen = greedy.choose(problem, state.evicted, live, target, anchors)
             chosen = chosen or greedy.swap_instead(problem, state.evicted, live, target)
             late = set()
+            over = np.flatnonzero(live > target)
             if not chosen:
-                over = np.flatnonzero(live > target)
                 late = {gap for gap, start in state.since.items() if self._covers(gap, over, start)}
             if not (chosen or late):
                 chosen = {

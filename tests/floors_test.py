@@ -15,7 +15,7 @@ FLOORS = (
     {"ir", "allocator", "bound"},
     {"tiers", "placement"},
     {"plan", "cost_model", "liveness", "graphdef", "parser"},
-    {"simulator", "profiler"},
+    {"simulator", "profiler", "devices"},
     {"strategies", "rewrites"},
     {"options"},
     {"report"},
@@ -37,7 +37,7 @@ STEPS = {
         {"__init__"},
     ),
     "rewrites": ({"pass_manager"}, None, {"__init__"}),
-    "tools": ({"__init__"}, {"models"}, {"trial"}, {"benchmark"}, None, {"graphswap_cli"}),
+    "tools": ({"__init__"}, {"models"}, {"trial", "steps"}, {"benchmark"}, None, {"graphswap_cli"}),
 }
 TENSORFLOW_DOORS = {"graphdef", "tiers", "placement", "profiler"}
 PRIVATE_TENSORFLOW_DOORS = {"graphdef", "profiler"}

@@ -1,0 +1,42 @@
+import keras
+import pytest
+import testing
+
+from graphswap import ir
+from graphswap.tools import bounds, steps
+
+
+def test_a_plan_beside_its_bound():
+    found = bounds.measure(testing.chain(8), "v100", 60, planning_seconds=5.0)
+    assert found["planned_peak_bytes"] <= found["budget_bytes"]
+    assert found["plain_seconds"] * 0.999 <= found["bound_seconds"] <= found["planned_seconds"]
+    cells = bounds.row("chain", "v100", 60, found)
+    assert len(cells) == len(bounds.COLUMNS)
+    assert cells[2].startswith("60 %, ")
+
+
+def test_a_budget_that_no_plan_keeps():
+    found = bounds.measure(testing.chain(8), "v100", 10, planning_seconds=5.0)
+    assert bounds.row("chain", "v100", 10, found)[4].startswith("none; smallest peak found 5.0MiB")
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--models=resnet", "--models: expected names out of resnet50, vgg16, .*, received 'resnet'."),
+        ("--devices=v200", "--devices: expected names out of v100, .*, received 'v200'."),
+        ("--budgets=half", "invalid literal"),
+        ("more", "expected flags, received more."),
+    ],
+)
+def test_bad_flags(flag, message):
+    with pytest.raises(SystemExit, match=message):
+        bounds.main(["bounds", flag])
+
+
+def test_a_step_is_traced_with_its_batch():
+    model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(16, "relu"), keras.layers.Dense(4)])
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    graph = ir.verify(steps.trace(model, keras.optimizers.SGD(0.1), loss, 32))
+    assert any(value.shape == (32, 16) for node in graph.nodes for value in node.outputs)
+    assert any(node.op.startswith("Assign") for node in graph.nodes)

@@ -1,0 +1,116 @@
+"""How far plans lie above their certified bound, on accelerators that are not here. A simulation, not a measurement.
+
+    python -m graphswap.tools.bounds --models=resnet50,gpt --devices=v100,h200 --budgets=70,50,30 --out=bounds.json
+
+Budgets are percents of the plain step's simulated peak. Costs are analytic, from the device's data sheet.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+from absl import app, flags
+
+from graphswap import ir, simulator
+from graphswap.cost_model import CostModel
+from graphswap.devices import DEVICES
+from graphswap.options import format_bytes
+from graphswap.plan import Plan
+from graphswap.strategies import Joint, gaps
+from graphswap.strategies.base import InfeasibleBudgetError
+from graphswap.tools.benchmark import markdown_table
+from graphswap.tools.steps import STEPS
+
+COLUMNS = ("model", "device", "budget", "bound", "planned", "gap", "swaps", "nodes repeated", "planning")
+
+
+def measure(graph: ir.Graph, device: str, percent: int, planning_seconds: float) -> dict[str, Any]:
+    """Plans one step for one budget.
+
+    Returns:
+        Seconds of the plain step, of the bound and of the plan, peaks in bytes, and what the plan does; only
+        "smallest_bytes" if no plan was found.
+    """
+    cost_model = CostModel(DEVICES[device])
+    plain = simulator.simulate(graph, Plan(order=gaps.problem(graph, cost_model).order), cost_model)
+    budget = plain.peak_bytes * percent // 100
+    start = time.perf_counter()
+    try:
+        plan = Joint(planning_seconds).plan(graph, cost_model, budget)
+    except InfeasibleBudgetError as error:
+        return {"budget_bytes": budget, "plain_seconds": plain.seconds, "smallest_bytes": error.smallest_bytes}
+    planned = simulator.simulate(graph, plan, cost_model)
+    bound = plain.seconds if plan.certificate is None else plan.certificate.seconds(budget)
+    return {
+        "budget_bytes": budget,
+        "plain_seconds": plain.seconds,
+        "bound_seconds": bound,
+        "planned_seconds": planned.seconds,
+        "planned_peak_bytes": planned.peak_bytes,
+        "swaps": len(plan.swaps),
+        "repeated_nodes": sum(len(decision.nodes) for decision in plan.recomputes),
+        "planning_seconds": time.perf_counter() - start,
+    }
+
+
+def row(model: str, device: str, percent: int, found: dict[str, Any]) -> tuple[str, ...]:
+    """What was found, for people: bound and plan as what they add to the plain step."""
+    start = (model, device, f"{percent} %, {format_bytes(found['budget_bytes'])}")
+    if "smallest_bytes" in found:
+        return (*start, "", f"none; smallest peak found {format_bytes(found['smallest_bytes'])}", "", "", "", "")
+    plain, bound, planned = (found[f"{what}_seconds"] for what in ("plain", "bound", "planned"))
+    return (
+        *start,
+        f"{100 * (bound / plain - 1):+.2f} %",
+        f"{100 * (planned / plain - 1):+.2f} %",
+        f"{100 * (planned / bound - 1):.2f} %",
+        str(found["swaps"]),
+        str(found["repeated_nodes"]),
+        f"{found['planning_seconds']:.0f} s",
+    )
+
+
+def main(argv: Sequence[str]) -> None:
+    """Plans all steps for all devices and budgets, prints the table and writes all numbers to a file."""
+    values = flags.FlagValues()
+    models = flags.DEFINE_list("models", list(STEPS), "Names of steps.STEPS.", flag_values=values)
+    devices = flags.DEFINE_list("devices", ["v100", "h200"], "Names of devices.DEVICES.", flag_values=values)
+    budgets = flags.DEFINE_list("budgets", ["70", "50", "30", "20"], "Percents of the plain peak.", flag_values=values)
+    seconds = flags.DEFINE_float("planning_seconds", 30.0, "For each plan.", lower_bound=0.0, flag_values=values)
+    out = flags.DEFINE_string("out", None, "File for all numbers, as JSON.", flag_values=values)
+    try:
+        if values(argv)[1:]:
+            raise app.UsageError(f"expected flags, received {', '.join(values(argv)[1:])}.")
+        for flag, names, known in (("models", models.value, STEPS), ("devices", devices.value, DEVICES)):
+            for name in names:
+                if name not in known:
+                    raise app.UsageError(f"--{flag}: expected names out of {', '.join(known)}, received '{name}'.")
+        percents = [int(percent) for percent in budgets.value]
+    except (flags.Error, app.UsageError, ValueError) as error:
+        sys.exit(f"bounds: {error}")
+
+    results, rows = [], []
+    for model in models.value:
+        keras.backend.clear_session()
+        graph = STEPS[model]()
+        for device in devices.value:
+            for percent in percents:
+                found = measure(graph, device, percent, seconds.value)
+                results.append(
+                    {"model": model, "device": device, "percent": percent, "nodes": len(graph.nodes), **found}
+                )
+                rows.append(row(model, device, percent, found))
+                print("  ".join(rows[-1]), flush=True)
+        if out.value is not None:  # after each model: a long run that is cut off leaves what it has
+            pathlib.Path(out.value).write_text(json.dumps(results, indent=1))
+    print(f"\n{markdown_table(COLUMNS, rows)}")
+
+
+if __name__ == "__main__":
+    main(sys.argv)
