@@ -96,11 +96,11 @@ def fit(
             if state.timeline.peak_bytes > target or state.evicted == tried:
                 break
             tried = state.evicted
-            timed = _timed(problem, state, target)
-            if timed.timeline.seconds >= limit:
+            paced = timed(problem, state, target)
+            if paced.timeline.seconds >= limit:
                 break
-            placed = _place(problem, timed, memory_budget, limit, actions, target)
-            if placed is None and timed is not state:
+            placed = _place(problem, paced, memory_budget, limit, actions, target)
+            if placed is None and paced is not state:
                 placed = _place(problem, state, memory_budget, limit, actions, None)
             if placed is not None:
                 best = placed
@@ -112,7 +112,7 @@ def fit(
     return problem.plan(best.decisions, strategy, memory_budget)
 
 
-def _timed(problem: gaps.Gaps, state: Evictions, target: float | None) -> Evictions:
+def timed(problem: gaps.Gaps, state: Evictions, target: float | None) -> Evictions:
     """The same evictions, their copies beside compute where the link allows it."""
     if target is None or not problem.cost_model.link(problem.cost_model.far_tier).overlaps:
         return state
@@ -141,7 +141,7 @@ def _place(
             return None
         try:
             wider = evictions(problem, {**state.evicted, **window}, state.anchors, state.since)
-            state = _timed(problem, wider, target)
+            state = timed(problem, wider, target)
         except gaps.CantRecompute:
             return None
     return None
