@@ -2,8 +2,8 @@
 
 The program of `relaxation` is solved for the budget and for tighter ones. Each time its fractions are rounded to
 evictions; what overflows then, as repeated chains may, is evicted as `greedy` would; and copies are given their times.
-The fastest is improved by changing one gap at a time as long as there is time. What the allocator model accepts is kept.
-The program's duals at the budget are the certified bound.
+The fastest is improved by changing one gap at a time as long as there is time. What the allocator model accepts is
+kept. The program's duals at the budget are the certified bound.
 
 Known weaknesses: the order is that of the other strategies; where few large storages share a small budget, fractions
 say little, and changing one gap at a time may end in a local optimum.
