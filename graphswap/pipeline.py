@@ -297,7 +297,9 @@ class Session:
                 with clock("rewrite"):
                     rewritten = rewrites.rewrite(graph, planned.plan)
                     graphdef.export_function(func_graph, rewritten, self._tiers)
-            self._add_report(func_graph, shapes, _step_report(graph, budget, share / self._scale, planned, clock.seconds))
+            self._add_report(
+                func_graph, shapes, _step_report(graph, budget, share / self._scale, planned, clock.seconds)
+            )
 
     def _arrange(self, device: DeviceSpec) -> None:
         """Lays the device out as `simulator` takes it to be: building the model has left holes."""
