@@ -386,7 +386,7 @@ class Session:
         strategy = self.options.strategy
         if isinstance(strategy, str):
             strategy = strategies.STRATEGIES[strategy]
-        if isinstance(strategy, strategies.Auto):
+        if isinstance(strategy, strategies.Auto | strategies.Joint):
             return dataclasses.replace(strategy, planning_seconds=self.options.planning_seconds)
         return strategy
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import os
+import sys
+from collections.abc import Iterator
 
 import highspy
 import numpy as np
@@ -49,7 +53,8 @@ def solve(program: LinearProgram, memory_budget: float, prices: np.ndarray, seco
     matrix.num_col_, matrix.num_row_ = model.num_col_, model.num_row_
     matrix.start_ = np.concatenate([[0], np.cumsum(np.bincount(program.rows, minlength=model.num_row_))])
     matrix.index_, matrix.value_ = program.columns, program.values
-    highs = highspy.Highs()
+    with _no_banner():
+        highs = highspy.Highs()
     highs.setOptionValue("output_flag", False)
     highs.setOptionValue("time_limit", float(max(seconds, 0.1)))
     highs.passModel(model)
@@ -62,3 +67,17 @@ def solve(program: LinearProgram, memory_budget: float, prices: np.ndarray, seco
     if not (np.isfinite(solution.columns).all() and np.isfinite(solution.duals).all()):
         raise SolverError("the answer is no number")
     return solution
+
+
+@contextlib.contextmanager
+def _no_banner() -> Iterator[None]:
+    """Drops what is written to standard output: HiGHS greets when it is made, before it can be told not to."""
+    sys.stdout.flush()
+    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)
