@@ -127,7 +127,7 @@ def _bound(plan: Plan, predicted_seconds: float) -> str:
         return ""
     least = plan.certificate.seconds(plan.memory_budget)
     return (
-        f"no plan in this order that runs one node at a time takes less than {least:.3f} s in this budget; "
+        f"no plan of its class (docs/limits.md) takes less than {least:.3f} s in this budget; "
         f"predicted is {100 * (predicted_seconds / least - 1):.1f} % above"
     )
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 
 from graphswap.plan import Decision, Plan
 from graphswap.simulator import NoRoom, Timeline
-from graphswap.strategies import base, gaps, schedule
+from graphswap.strategies import base, gaps, timing
 
 BOTH = ("swap", "recompute")
 _TIGHTENING = 0.98
@@ -116,7 +116,7 @@ def timed(problem: gaps.Gaps, state: Evictions, target: float | None) -> Evictio
     """The same evictions, their copies beside compute where the link allows it."""
     if target is None or not problem.cost_model.link(problem.cost_model.far_tier).overlaps:
         return state
-    decisions, timeline = schedule.timed(problem, state.decisions, target)
+    decisions, timeline = timing.timed(problem, state.decisions, target)
     return dataclasses.replace(state, decisions=decisions, timeline=timeline)
 
 

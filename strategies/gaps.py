@@ -181,7 +181,7 @@ class Gaps:
         reuse: int = 40,
         since: Mapping[int, int] | None = None,
     ) -> tuple[Decision, ...]:
-        """Turns evictions into decisions. Every swap takes as little memory as it can; `schedule` gives it time.
+        """Turns evictions into decisions. Every swap takes as little memory as it can; `timing` gives it time.
 
         Args:
             evicted: Gap to "swap" or "recompute".

@@ -349,6 +349,7 @@ class Relaxation:
         for (node, bucket), run in self.runs.items():
             repeated[bucket].append((run, self._seconds(node)))
         total = sum(self._gigabytes(storage) for storage in (*self._of_storage, *self.kept)) + 1.0
+        total += sum(gigabytes for due in self._due for _, gigabytes in due)  # each time that one comes back
         out_speed, in_speed = link.out_bytes_per_second * _UNIT, link.in_bytes_per_second * _UNIT
         absent = born = must = out = due = back = None
 

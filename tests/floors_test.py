@@ -29,7 +29,7 @@ STEPS = {
     "strategies": (
         {"base", "order", "solver"},
         {"gaps"},
-        {"schedule", "relaxation"},
+        {"timing", "relaxation"},
         {"fitting"},
         None,
         {"joint"},

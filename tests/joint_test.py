@@ -10,7 +10,7 @@ from graphswap import bound
 from graphswap.cost_model import CostModel, DeviceSpec, Link
 from graphswap.plan import Plan
 from graphswap.simulator import simulate
-from graphswap.strategies import STRATEGIES, fitting, gaps, joint, relaxation, schedule, solver
+from graphswap.strategies import STRATEGIES, fitting, gaps, joint, relaxation, solver, timing
 from graphswap.strategies.base import InfeasibleBudgetError
 
 MIB = 1 << 20
@@ -68,7 +68,7 @@ def test_no_evictions_beat_the_bound(link):
     for ways in itertools.product(("", "swap", "recompute"), repeat=len(problem.gaps)):
         evicted = {gap: way for gap, way in enumerate(ways) if way}
         tight = fitting.evictions(problem, evicted)
-        timelines = [schedule.timed(problem, tight.decisions, target)[1] for target in (5 * MIB, 6 * MIB)]
+        timelines = [timing.timed(problem, tight.decisions, target)[1] for target in (5 * MIB, 6 * MIB)]
         outcomes += [(timeline.peak_bytes, timeline.seconds) for timeline in (tight.timeline, *timelines)]
     for budget in range(4 * MIB, 9 * MIB, MIB):
         best = min((seconds for peak, seconds in outcomes if peak <= budget), default=None)

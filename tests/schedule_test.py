@@ -1,70 +1,25 @@
-"""On a chain in which every node takes a second, and a MiB two to the host and one back."""
-
 import pytest
-import testing
+import tiny_graphs
 
-from graphswap.cost_model import Link
-from graphswap.plan import Plan, Recompute, Swap
-from graphswap.simulator import simulate
-from graphswap.strategies import gaps, schedule
+from graphswap import ir, parser
+from graphswap.plan import Plan
+from graphswap.rewrites.schedule import schedule
 
-MIB = 1 << 20
-LINK = Link(MIB / 2, MIB, 0.0, overlaps=True)
-CHAIN = testing.chain(6)
-MODEL = testing.seconds_per_node(1.0, LINK)
+DIAMOND = parser.parse(tiny_graphs.DIAMOND)
 
 
-def timed(names, budget_mib):
-    problem = gaps.problem(CHAIN, MODEL)
-    of_root = {problem.storages[gap.storage].root: index for index, gap in enumerate(problem.gaps)}
-    decisions = problem.decide({of_root[name]: way for name, way in names.items()})
-    return problem, *schedule.timed(problem, decisions, budget_mib * MIB)
+def test_nodes_stand_in_the_planned_order():
+    order = ("w", "x", "top", "right", "left", "join")
+    scheduled = schedule(DIAMOND, Plan(order=order))
+    assert tuple(node.name for node in scheduled.nodes) == order
+    assert scheduled.by_name == DIAMOND.by_name
+    assert scheduled.replace(nodes=DIAMOND.nodes) == DIAMOND
 
 
-def long_gaps():
-    problem = gaps.problem(CHAIN, MODEL)
-    return [problem.storages[gap.storage].root for gap in problem.gaps if gap.end - gap.start > 5]
+def test_no_order_keeps_the_graph():
+    assert schedule(DIAMOND, Plan()) is DIAMOND
 
 
-def test_with_room_nothing_waits():
-    plain = simulate(CHAIN, Plan(order=gaps.problem(CHAIN, MODEL).order), MODEL)
-    _, decisions, timeline = timed({long_gaps()[0]: "swap"}, budget_mib=100)
-    assert timeline.seconds == plain.seconds
-    (swap,) = decisions
-    assert isinstance(swap, Swap)
-
-
-def test_without_room_the_next_node_waits_for_the_copy():
-    name = long_gaps()[0]
-    problem, decisions, slow = timed({name: "swap"}, budget_mib=1)
-    (swap,) = decisions
-    place = problem.graph.position
-    assert isinstance(swap, Swap)
-    assert place[swap.freed_before] == place[swap.out_after] + 1
-    assert slow.seconds > timed({name: "swap"}, budget_mib=100)[2].seconds
-
-
-@pytest.mark.parametrize("budget_mib", range(6, 20))
-def test_copies_in_flight_keep_the_budget(budget_mib):
-    names = dict.fromkeys(long_gaps(), "swap")
-    problem, decisions, timeline = timed(names, budget_mib)
-    tight = problem.simulate(problem.decide(dict.fromkeys(_gaps(problem, names), "swap")))
-    assert timeline.peak_bytes <= max(budget_mib * MIB, tight.peak_bytes)
-    assert timeline.seconds <= tight.seconds
-    problem.plan(decisions, "", budget_mib * MIB).check(problem.graph.replace(nodes=CHAIN.nodes))
-
-
-def test_room_is_left_for_what_is_repeated_before_a_node():
-    first, second = long_gaps()[:2]
-    problem, decisions, timeline = timed({first: "swap", second: "recompute"}, budget_mib=6)
-    assert any(isinstance(decision, Recompute) for decision in decisions)
-    tight = problem.simulate(problem.decide(_gaps(problem, {first: "swap", second: "recompute"})))
-    assert timeline.peak_bytes <= max(6 * MIB, tight.peak_bytes)
-
-
-def _gaps(problem, names):
-    return {
-        index: names[problem.storages[gap.storage].root]
-        for index, gap in enumerate(problem.gaps)
-        if problem.storages[gap.storage].root in names
-    }
+def test_an_order_that_breaks_the_graph_is_found_by_verify():
+    with pytest.raises(ir.GraphError, match="node 'top' reads '%x', which does not stand before it"):
+        ir.verify(schedule(DIAMOND, Plan(order=("top", "x", "w", "left", "right", "join"))))

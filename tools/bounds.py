@@ -46,11 +46,12 @@ def measure(graph: ir.Graph, device: str, percent: int, planning_seconds: float)
     except InfeasibleBudgetError as error:
         return {"budget_bytes": budget, "plain_seconds": plain.seconds, "smallest_bytes": error.smallest_bytes}
     planned = simulator.simulate(graph, plan, cost_model)
-    bound = plain.seconds if plan.certificate is None else plan.certificate.seconds(budget)
+    if plan.certificate is None:
+        raise RuntimeError(f"{planning_seconds} s were too short for a bound. Raise --planning_seconds.")
     return {
         "budget_bytes": budget,
         "plain_seconds": plain.seconds,
-        "bound_seconds": bound,
+        "bound_seconds": plan.certificate.seconds(budget),
         "planned_seconds": planned.seconds,
         "planned_peak_bytes": planned.peak_bytes,
         "swaps": len(plan.swaps),
