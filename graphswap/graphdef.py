@@ -92,7 +92,7 @@ def import_function(
         )
     graph = ir.Graph(
         name=func_graph.name,
-        nodes=_topological(_live(_folded(nodes, func_graph, folding), func_graph)),
+        nodes=_topological(_live(_folded(nodes, func_graph), func_graph)),
         inputs=tuple(tensor.op.name for tensor in func_graph.inputs),
         outputs=tuple(_ref(tensor) for tensor in func_graph.outputs),
         control_outputs=tuple(sorted(operation.name for operation in func_graph.control_outputs)),
@@ -131,8 +131,8 @@ def _live(nodes: Sequence[ir.Node], func_graph: FuncGraph) -> list[ir.Node]:
     return [node for node in nodes if node.name in live]
 
 
-def _folded(nodes: Sequence[ir.Node], func_graph: FuncGraph, folding: Folding | None) -> list[ir.Node]:
-    """The nodes, with those that TensorFlow's constant folding computes ahead as Const nodes."""
+def _folded(nodes: Sequence[ir.Node], func_graph: FuncGraph) -> list[ir.Node]:
+    """The nodes, with those that TensorFlow computes ahead, Grappler or the executor, as Const nodes."""
     constant: set[str] = set()
     folded = []
     for node in nodes:

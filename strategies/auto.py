@@ -42,8 +42,6 @@ class Auto:
         if not plans:
             raise min(errors, key=lambda error: error.smallest_bytes)
         best = min(plans, key=lambda plan: simulate(graph, plan, cost_model).seconds)
-        certificates = (plan.certificate for plan in plans if plan.certificate is not None)
-        best = best.replace(certificate=next(certificates, None))
         if not cost_model.device.runs_pairs:
             return best
         return side_by_side.pair(graph, best, cost_model, memory_budget, self.planning_seconds / 4)

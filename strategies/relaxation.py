@@ -107,6 +107,7 @@ class Relaxation:
         self._due: list[list[tuple[int, float]]] = [[] for _ in range(count)]  # what must be back by the bucket's end
         self._refunds: list[list[tuple[int, float]]] = [[] for _ in range(count)]  # runs that become superfluous
         self._fetches: dict[tuple[int, int], int] = {}
+        self._dropped_at_birth: dict[int, int | None] = {}  # storage that nobody reads before its first gap ends
         self._there: dict[tuple[int, int], tuple[list[tuple[int, float]], float]] = {}  # (storage, bucket) -> terms
 
         self.runs: dict[tuple[str, int], int] = {}
@@ -123,6 +124,7 @@ class Relaxation:
             self._add_inputs(node, bucket)
         for gap in self.stretches:
             self._all_at_once(gap)
+        self._add_refunds()
         self._add_flows()
         self.program = self._builder.program(constant=float(problem.seconds.sum()))
         self.prices = np.zeros(len(self.program.cost))
@@ -233,9 +235,8 @@ class Relaxation:
                     row([(stretch.swapped, 1.0), (dropped, 1.0)], upper=1.0)
             for stretch, after in zip(stretches, [*stretches[1:], None], strict=True):
                 self._end_stretch(storage, stretch, after)
-            is_unread = number == 0 and problem.gaps[gap].start == problem.storages[storage].born
-            if is_unread and stretches[0].dropped is not None and len(problem.graph.by_name[node].outputs) == 1:
-                self._refunds[self._bucket(problem.gaps[gap].start)].append((stretches[0].dropped, self._seconds(node)))
+            if number == 0 and problem.gaps[gap].start == problem.storages[storage].born:
+                self._dropped_at_birth[storage] = stretches[0].dropped
         assert copied is not None
         row([(moved, 1.0), (copied, -1.0)], lower=0.0)
 
@@ -337,6 +338,38 @@ class Relaxation:
         if not kept or self.kept[storage][0].first >= window[-1]:
             return None
         return [(kept[0].column, 1.0)], 0.0
+
+    def _add_refunds(self) -> None:
+        """A repeated node whose first values nobody reads runs only once.
+
+        Its first reader must do without: the storage was dropped at birth, or that reader is superfluous itself.
+        """
+        problem = self._problem
+        refunded: dict[str, int | None] = {}
+        consumers, position = problem.graph.consumers, problem.graph.position
+        for node in reversed(problem.graph.nodes):
+            if not self._can_repeat(node.name):
+                continue
+            rows = []
+            for reference in node.refs():
+                terms = []
+                readers = consumers.get(reference, ())
+                if not readers:
+                    continue
+                storage = problem.storage_of.get(problem.root_of[reference])
+                dropped = None if storage is None else self._dropped_at_birth.get(storage)
+                if dropped is not None:
+                    terms.append((dropped, 1.0))
+                by_reader = refunded.get(min(readers, key=position.__getitem__))
+                if by_reader is not None:
+                    terms.append((by_reader, 1.0))
+                rows.append(terms)
+            if not rows or not all(rows):
+                continue
+            column = refunded[node.name] = self._column()
+            for terms in rows:
+                self._builder.row([(column, 1.0), *((other, -1.0) for other, _ in terms)], upper=0.0)
+            self._refunds[self._bucket(position[node.name])].append((column, self._seconds(node.name)))
 
     # --- memory and links ------------------------------------------------------------------------------------------
 
