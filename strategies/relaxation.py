@@ -15,9 +15,9 @@ Fractions:
 What is absent at a check must have been copied out by then or be recomputed, and what was copied back early counts.
 Bytes on links that do not run beside compute cost their seconds instead.
 
-The optimum bounds all plans in this order that run one node at a time, repeat nodes right before a use that ends a gap,
-and of a chain of repeated nodes keep only the last `_RETAINED` for their own later use. Chains are followed over
-`_DEPTH` nodes; what lies before is taken to be there. Storages too small to plan for count as absent while idle.
+The optimum bounds all plans in this order that run one node at a time and repeat nodes right before a use that ends a
+gap. Chains are followed over `_DEPTH` nodes; what lies before is taken to be there. Storages too small to plan for
+count as absent while idle.
 
 Known weaknesses: where a repeated chain overflows between two checks is not seen; a fraction of a storage may be
 dropped, which is paid for in full only where the rows of `_all_at_once` see it.
@@ -36,7 +36,6 @@ from graphswap.strategies import gaps
 
 _CHECKS = 200
 _DEPTH = 6
-_RETAINED = 5
 _UNIT = 1e-9
 """Bytes are counted in GB, so that all coefficients are of similar size."""
 _HORIZON = 10.0
@@ -200,10 +199,9 @@ class Relaxation:
         return depth
 
     def _restoring(self, storage: int, bucket: int) -> list[tuple[int, float]]:
-        """The run in that bucket after which the storage stays."""
-        node = self._producer(storage)
-        stays = self._depth.get((node, bucket), 0) > _DEPTH - _RETAINED
-        return [(self.runs[node, bucket], 1.0)] if stays else []
+        """The run in that bucket after which the storage is there, if it can be."""
+        run = self.runs.get((self._producer(storage), bucket))
+        return [] if run is None else [(run, 1.0)]
 
     def _add_gaps(self, storage: int) -> None:
         problem, row = self._problem, self._builder.row
@@ -345,7 +343,10 @@ class Relaxation:
         Its first reader must do without: the storage was dropped at birth, or that reader is superfluous itself.
         """
         problem = self._problem
-        refunded: dict[str, int | None] = {}
+        refunded: dict[str, int] = {}
+        again: dict[str, list[int]] = collections.defaultdict(list)
+        for (node, _), run in self.runs.items():
+            again[node].append(run)
         consumers, position = problem.graph.consumers, problem.graph.position
         for node in reversed(problem.graph.nodes):
             if not self._can_repeat(node.name):
@@ -369,7 +370,11 @@ class Relaxation:
             column = refunded[node.name] = self._column()
             for terms in rows:
                 self._builder.row([(column, 1.0), *((other, -1.0) for other, _ in terms)], upper=0.0)
-            self._refunds[self._bucket(position[node.name])].append((column, self._seconds(node.name)))
+            if node.name in again:  # otherwise its repeats cost nothing here, either
+                saved = self._column()
+                self._builder.row([(saved, 1.0), (column, -1.0)], upper=0.0)
+                self._builder.row([(saved, 1.0), *((run, -1.0) for run in again[node.name])], upper=0.0)
+                self._refunds[self._bucket(position[node.name])].append((saved, self._seconds(node.name)))
 
     # --- memory and links ------------------------------------------------------------------------------------------
 
