@@ -18,6 +18,7 @@ _COMPUTE, _MEMORY, _LINK = 0.6, 0.8, 0.8
 def _device(name: str, flops: float, memory: float, link: float, launch_seconds: float = 5e-6) -> DeviceSpec:
     """A device by its peaks: operations and bytes per second, and bytes per second each way to the host."""
     host = Link(_LINK * link, _LINK * link, 10e-6, overlaps=True)
+    # What a solid-state disk does; an assumption.
     disk = Link(2e9, 3e9, 100e-6, overlaps=True)
     return DeviceSpec(
         name=name,
@@ -34,11 +35,11 @@ _PCIE3, _PCIE4, _PCIE5 = 15.75e9, 31.5e9, 63.0e9
 DEVICES: Mapping[str, DeviceSpec] = {
     device.name: device
     for device in (
-        _device("v100", 15.7e12, 900e9, _PCIE3),  # V100 SXM2 16 GB, data sheet of January 2020; float32
-        _device("a100", 156e12, 1555e9, _PCIE4),  # A100 SXM 40 GB, data sheet of June 2021
-        _device("h100", 494.5e12, 3350e9, _PCIE5),  # H100 SXM 80 GB, data sheet of 2023; without sparsity
-        _device("h200", 494.5e12, 4800e9, _PCIE5),  # H200 SXM 141 GB, data sheet of 2024; without sparsity
-        _device("gh200", 494.5e12, 4000e9, 450e9),  # GH200 96 GB, data sheet of 2023; NVLink-C2C
+        _device("v100", 15.7e12, 900e9, _PCIE3),  # V100 SXM2 16 GB, data sheet; float32
+        _device("a100", 156e12, 1555e9, _PCIE4),  # A100 SXM 40 GB, data sheet
+        _device("h100", 494.5e12, 3350e9, _PCIE5),  # H100 SXM 80 GB, data sheet; without sparsity
+        _device("h200", 494.5e12, 4800e9, _PCIE5),  # H200 SXM 141 GB, data sheet; without sparsity
+        _device("gh200", 494.5e12, 4000e9, 450e9),  # GH200 96 GB, data sheet; NVLink-C2C
         _device("tpu_v4", 275e12, 1200e9, _PCIE3),  # bfloat16; Google Cloud's documentation; its link is an assumption
         _device("tpu_v5e", 197e12, 819e9, _PCIE3),  # bfloat16; Google Cloud's documentation; its link is an assumption
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Callable, Mapping
 
 from graphswap import ir
 from graphswap.cost_model import CostModel
@@ -27,12 +28,16 @@ class Auto:
         deadline = time.monotonic() + self.planning_seconds
         plans: list[Plan] = []
         errors: list[base.InfeasibleBudgetError] = []
-        # Where copies take the cores that compute, greedy's prices are nearly exact, and it is given the time.
-        overlaps = cost_model.link(cost_model.far_tier).overlaps
-        shares = {joint.Joint: 1 / 2, greedy.Greedy: 1 / 8, karma.Karma: 1 / 8} if overlaps else {}
-        shares = shares or {greedy.Greedy: 1 / 2, karma.Karma: 1 / 4, joint.Joint: 1 / 4}
-        timed = [(kind(share * self.planning_seconds), share) for kind, share in shares.items()]
-        for member, share in (*timed[:2], (chen.Chen(), 0.0), (swap_all.SwapAll(), 0.0), *timed[2:]):
+        quick = ((chen.Chen(), 0.0), (swap_all.SwapAll(), 0.0))
+        if cost_model.link(cost_model.far_tier).overlaps:
+            members = (*self._timed({joint.Joint: 1 / 2, greedy.Greedy: 1 / 8, karma.Karma: 1 / 8}), *quick)
+        else:  # joint is not measured on devices whose copies take the cores that compute: it gets what time is left
+            members = (
+                *self._timed({greedy.Greedy: 1 / 2, karma.Karma: 1 / 4}),
+                *quick,
+                *self._timed({joint.Joint: 1 / 4}),
+            )
+        for member, share in members:
             if plans and time.monotonic() > deadline - share * self.planning_seconds:
                 continue
             try:
@@ -45,3 +50,7 @@ class Auto:
         if not cost_model.device.runs_pairs:
             return best
         return side_by_side.pair(graph, best, cost_model, memory_budget, self.planning_seconds / 4)
+
+    def _timed(self, shares: Mapping[Callable[[float], base.Strategy], float]) -> list[tuple[base.Strategy, float]]:
+        """Strategies with their share of the time."""
+        return [(kind(share * self.planning_seconds), share) for kind, share in shares.items()]

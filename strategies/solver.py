@@ -72,8 +72,14 @@ def solve(program: LinearProgram, memory_budget: float, prices: np.ndarray, seco
 @contextlib.contextmanager
 def _no_banner() -> Iterator[None]:
     """Drops what is written to standard output: HiGHS greets when it is made, before it can be told not to."""
-    sys.stdout.flush()
-    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    try:
+        kept = os.dup(1)
+    except OSError:  # nobody listens
+        yield
+        return
+    if sys.stdout is not None:
+        sys.stdout.flush()
+    nowhere = os.open(os.devnull, os.O_WRONLY)
     try:
         os.dup2(nowhere, 1)
         yield

@@ -25,7 +25,7 @@ def test_a_budget_that_no_plan_keeps():
     [
         ("--models=resnet", "--models: expected names out of resnet50, vgg16, .*, received 'resnet'."),
         ("--devices=v200", "--devices: expected names out of v100, .*, received 'v200'."),
-        ("--budgets=half", "invalid literal"),
+        ("--budgets=half", "--budgets: expected percents such as 50, received 'half'."),
         ("more", "expected flags, received more."),
     ],
 )

@@ -8,6 +8,8 @@ from graphswap.cost_model import Link
 from graphswap.strategies import gaps, relaxation, solver
 
 MIB = 1 << 20
+# The prices against idle choices cost the bound up to 1e-4 of what they price: of all runs and copies, 1e-3 of a step.
+NEARLY = 1e-3
 CHAIN = testing.chain(8)
 QUICK, SLOW = Link(1e15, 1e15, 0.0, overlaps=True), Link(1.0, 1.0, 0.0, overlaps=True)
 
@@ -19,13 +21,13 @@ def least(link, budget_mib):
 
 
 def test_copies_that_take_no_time_cost_nothing():
-    assert least(QUICK, 5) == pytest.approx(18.0, rel=1e-3)
+    assert least(QUICK, 5) == pytest.approx(18.0, rel=NEARLY)
 
 
 def test_without_a_link_everything_that_is_missing_is_recomputed():
     # f1 to f7 wait for the backward pass, beside w, x, and two at work: 11 MiB.
-    assert least(SLOW, 11) == pytest.approx(18.0, rel=1e-3)
-    assert least(SLOW, 9) == pytest.approx(20.0, rel=1e-2)
+    assert least(SLOW, 11) == pytest.approx(18.0, rel=NEARLY)
+    assert least(SLOW, 9) == pytest.approx(20.0, rel=NEARLY)
 
 
 def test_less_memory_never_takes_less_time():

@@ -1,7 +1,9 @@
 """What the report says before, during and after training."""
 
+import numpy as np
 import pytest
 
+from graphswap import bound
 from graphswap.plan import Declined, Plan, Recompute, Swap
 from graphswap.report import Report, StepReport, report
 
@@ -28,6 +30,17 @@ def step_report(**changes):
         "breakdown": {"import": 0.25, "plan": 1.5},
     }
     return StepReport(**{**facts, **changes})
+
+
+def test_a_bound_and_how_far_the_plan_lies_above_it():
+    builder = bound.Builder()
+    builder.row([(builder.column(cost=0.5), 100.0 * MIB)], lower=122.0 * MIB, share=1.0)
+    certificate = bound.certificate(builder.program(constant=0.5), np.array([0.005 / MIB]))
+    step = step_report(plan=Plan(strategy="joint", memory_budget=97 * MIB, certificate=certificate))
+    (line,) = [line for line in str(step).splitlines() if line.startswith("  bound")]
+    assert line == (
+        "  bound   no plan of its class (docs/limits.md) takes less than 0.625 s in this budget; predicted is 20.0 % above"
+    )
 
 
 def test_a_planned_step_before_it_runs():

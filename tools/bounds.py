@@ -92,8 +92,10 @@ def main(argv: Sequence[str]) -> None:
             for name in names:
                 if name not in known:
                     raise app.UsageError(f"--{flag}: expected names out of {', '.join(known)}, received '{name}'.")
-        percents = [int(percent) for percent in budgets.value]
-    except (flags.Error, app.UsageError, ValueError) as error:
+        for percent in budgets.value:
+            if not percent.isdecimal() or not int(percent):
+                raise app.UsageError(f"--budgets: expected percents such as 50, received '{percent}'.")
+    except (flags.Error, app.UsageError) as error:
         sys.exit(f"bounds: {error}")
 
     results, rows = [], []
@@ -101,7 +103,7 @@ def main(argv: Sequence[str]) -> None:
         keras.backend.clear_session()
         graph = STEPS[model]()
         for device in devices.value:
-            for percent in percents:
+            for percent in map(int, budgets.value):
                 found = measure(graph, device, percent, seconds.value)
                 results.append(
                     {"model": model, "device": device, "percent": percent, "nodes": len(graph.nodes), **found}
