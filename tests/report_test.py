@@ -39,7 +39,8 @@ def test_a_bound_and_how_far_the_plan_lies_above_it():
     step = step_report(plan=Plan(strategy="joint", memory_budget=97 * MIB, certificate=certificate))
     (line,) = [line for line in str(step).splitlines() if line.startswith("  bound")]
     assert line == (
-        "  bound   no plan of its class (docs/limits.md) takes less than 0.625 s in this budget; predicted is 20.0 % above"
+        "  bound   no plan of its class (docs/limits.md) takes less than 0.625 s in this budget; "
+        "predicted is 20.0 % above"
     )
 
 
