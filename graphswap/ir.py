@@ -185,6 +185,7 @@ _PIECE_BYTES = 4 << 20
 _SMALLEST_PIECE_BYTES = 1 << 20
 
 
+@functools.lru_cache(maxsize=4096)
 def swap_pieces(value: Value) -> int:
     """In how many equal pieces a value travels to the far tier: 1 up to 16 MiB, else pieces of 1 to 4 MiB.
 

@@ -13,16 +13,14 @@ change which elementwise op writes over which input. Two nodes side by side are 
 
 from __future__ import annotations
 
-import collections
 import dataclasses
-import functools
-from collections.abc import Container, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Container, Iterable, Sequence
+from typing import NamedTuple
 
+from graphswap import actions, ir
 from graphswap import allocator as allocator_lib
-from graphswap import ir, liveness
-from graphswap.cost_model import CostModel, Workspace
-from graphswap.plan import Plan, Swap
+from graphswap.cost_model import CostModel
+from graphswap.plan import Plan
 
 
 class Step(NamedTuple):
@@ -107,267 +105,11 @@ def simulate(
     Raises:
         NoRoom: If the modelled allocator runs out.
     """
-    plain = _plain(graph, cost_model)
-    actions, versions = _expand(graph, plan, plain)
+    plain = actions.plain(graph, cost_model)
+    entries, versions = actions.expand(graph, plan, plain)
     if second_first:
-        _turn_pairs(actions, second_first)
-    results = [plain.version[reference] for reference in graph.outputs]
-    return _Run(actions, versions, results, cost_model, allocator).timeline()
-
-
-# --- what to run ----------------------------------------------------------------------------------------------
-
-
-_VARIABLE, _ARGUMENT, _CONSTANT = range(3)  # in the order in which they come to the device
-
-
-class _Output(NamedTuple):
-    """Where an output lives: the first of `held`, `alias` and `overwrites` that applies, else in a new buffer.
-
-    Attributes:
-        reference: The value; of a repeated node, the first one's.
-        nbytes: Device bytes.
-        pieces: In how many equal buffers.
-        held: The value before the step whose buffer it is; "" for a handle: who holds a handle does not
-            keep the variable from being updated in place.
-        alias: The input whose buffer it is.
-        overwrites: Inputs that it may be written over if nobody else needs them.
-    """
-
-    reference: str
-    nbytes: int
-    pieces: int
-    held: str | None
-    alias: int | None
-    overwrites: Sequence[int]
-
-
-class _Facts(NamedTuple):
-    """What the simulation needs of a node, looked up once."""
-
-    name: str
-    seconds: float
-    workspace: Workspace  # rounded as the allocator does
-    outputs: Sequence[_Output]
-    resides: int | None  # _VARIABLE, _ARGUMENT or _CONSTANT if the outputs are there before the step
-    assigns: str  # the variable that gets another value, or ""
-    in_place: bool  # whether it keeps its buffer if nobody reads it
-
-
-class _Action(NamedTuple):
-    """A node to run on versions of values. A version is a number: one copy of a value."""
-
-    kind: str
-    inputs: Sequence[int]
-    outputs: Sequence[int]
-    facts: _Facts
-    waits: Sequence[int] = ()  # copies in the far tier that must be complete; their sources may then go
-    beside: str = ""  # the node that it runs side by side with, if that is the action before
-
-
-class _Copy(NamedTuple):
-    """A copy from one tier to the other: makes a version of a version."""
-
-    kind: str
-    inputs: Sequence[int]
-    outputs: Sequence[int]
-    value: str
-    nbytes: int
-    tier: str
-    piece_bytes: int  # what is on the device twice while the value comes back in pieces
-    is_synchronous: bool  # whether nothing else runs meanwhile
-
-
-def _piece_bytes(value: ir.Value) -> int:
-    pieces = ir.swap_pieces(value)
-    return value.nbytes // pieces if pieces > 1 else 0
-
-
-class _Plain(NamedTuple):
-    """The step without a plan."""
-
-    actions: Mapping[str, _Action | _Copy]  # by node
-    version: Mapping[str, int]  # of each value the first one
-
-
-@functools.lru_cache(maxsize=8)
-def _plain(graph: ir.Graph, cost_model: CostModel) -> _Plain:
-    root_of, origin = liveness.roots(graph), ir.origin(graph)
-    version = {reference: number for number, reference in enumerate(origin)}
-    departing = {
-        node.name for node in graph.nodes if node.op == ir.SWAP_OUT and not dict(node.attrs).get("is_synchronous")
-    }
-    actions: dict[str, _Action | _Copy] = {}
-    for node in graph.nodes:
-        inputs = tuple(version[reference] for reference in node.inputs)
-        outputs = tuple(version[reference] for reference in node.refs())
-        if node.op in (ir.SWAP_OUT, ir.SWAP_IN):
-            kind = "swap_out" if node.op == ir.SWAP_OUT else "swap_in"
-            attrs: Any = dict(node.attrs)
-            moved = graph.value(node.inputs[0]) if kind == "swap_out" else node.outputs[0]
-            value, nbytes, tier = origin[node.name], attrs["nbytes"], attrs["tier"]
-            synchronous = attrs.get("is_synchronous", False)
-            actions[node.name] = _Copy(kind, inputs, outputs, value, nbytes, tier, _piece_bytes(moved), synchronous)
-        else:
-            kind = "recompute" if node.like else "run"
-            waits = [version[name] for name in node.control_inputs if name in departing]
-            beside: Any = dict(node.attrs).get("beside", "")
-            actions[node.name] = _Action(kind, inputs, outputs, _facts(graph, node, cost_model, root_of), waits, beside)
-    return _Plain(actions, version)
-
-
-def _facts(graph: ir.Graph, node: ir.Node, cost_model: CostModel, root_of: Mapping[str, str]) -> _Facts:
-    resides = None
-    if node.op in ir.RESIDENT_OPS:
-        resides = _VARIABLE if node.outputs[0].dtype == "resource" else _CONSTANT if node.op == "Const" else _ARGUMENT
-    outputs = []
-    sizes, pieces = liveness.output_bytes(node), liveness.output_pieces(node)
-    for index, (value, nbytes, count) in enumerate(zip(node.outputs, sizes, pieces, strict=True)):
-        reference = ir.ref(node.like or node.name, index)
-        held = None
-        if resides is not None:
-            held = "" if value.dtype == "resource" else reference
-        elif node.op == "ReadVariableOp":
-            held = root_of[node.inputs[0]]
-        overwrites = [
-            slot
-            for slot in liveness.IN_PLACE.get(node.op, ())[: len(node.inputs)]
-            if index == liveness.WRITTEN_IN_PLACE.get(node.op, 0)
-            and _is_as_large(graph.value(node.inputs[slot]), value)
-        ]
-        outputs.append(_Output(reference, nbytes, count, held, liveness.alias_of(node, index), overwrites))
-    in_place = node.op in liveness.UPDATES
-    early, late = cost_model.workspace(graph, node)
-    return _Facts(
-        name=node.like or node.name,
-        seconds=cost_model.seconds(graph, node),
-        workspace=Workspace(tuple(map(allocator_lib.rounded, early)), tuple(map(allocator_lib.rounded, late))),
-        outputs=outputs,
-        resides=resides,
-        assigns=root_of[node.inputs[0]] if in_place or node.op in liveness.ASSIGNS else "",
-        in_place=in_place,
-    )
-
-
-def _is_as_large(value: ir.Value, other: ir.Value) -> bool:
-    return (value.dtype, value.nbytes) == (other.dtype, other.nbytes)
-
-
-@dataclasses.dataclass(slots=True)
-class _Transfer:
-    """A Swap that is being carried out."""
-
-    swap: Swap
-    value: int  # first version
-    out: int | None = None  # version in the far tier; None if it was there before
-    back: int = -1  # version that came back
-
-
-def _expand(graph: ir.Graph, plan: Plan, plain: _Plain) -> tuple[list[_Action | _Copy], int]:
-    """The actions in execution order, every input bound to the version it reads; and the number of versions."""
-    outs, fences, ins, switches = (collections.defaultdict[str, list[_Transfer]](list) for _ in range(4))
-    repeats = collections.defaultdict[str, list[str]](list)
-    for swap in plan.swaps:
-        transfer = _Transfer(swap, plain.version[swap.value])
-        outs[swap.out_after].append(transfer)
-        fences[swap.freed_before].append(transfer)
-        ins[swap.in_after].append(transfer)
-        switches[swap.in_before].append(transfer)
-    for recompute in plan.recomputes:
-        repeats[recompute.before].extend(recompute.nodes)
-
-    first_of = {pair.second: pair.first for pair in plan.pairs}
-    actions: list[_Action | _Copy] = []
-    current: dict[int, int] = {}  # first version -> the one that is read now, where that is another one
-    handles: dict[int, int] = {}  # first version -> the one in the far tier
-    versions = len(plain.version)
-
-    def bound(name: str) -> Any:
-        action = plain.actions[name]
-        if current.keys().isdisjoint(action.inputs):
-            return action
-        kind, inputs, *others = action
-        return action._make((kind, [current.get(version, version) for version in inputs], *others))
-
-    def copy(kind: str, source: int, swap: Swap) -> int:
-        nonlocal versions
-        value = graph.value(swap.value)
-        piece_bytes = _piece_bytes(value)
-        moved = (swap.value, value.nbytes, swap.tier, piece_bytes, swap.is_synchronous)
-        actions.append(_Copy(kind, (source,), (versions,), *moved))
-        versions += 1
-        return versions - 1
-
-    for name in plan.order or graph.position:
-        for transfer in switches.get(name, ()):
-            current[transfer.value] = transfer.back
-        for repeated in repeats.get(name, ()):
-            action = bound(repeated)
-            outputs = range(versions, versions + len(action.outputs))
-            versions += len(outputs)
-            current.update(zip(action.outputs, outputs, strict=True))
-            actions.append(action._replace(kind="recompute", outputs=outputs))
-        action = bound(name)
-        fenced = [transfer for transfer in fences.get(name, ()) if not transfer.swap.is_synchronous]
-        waits = [transfer.out for transfer in fenced if transfer.out is not None]
-        if waits or name in first_of:
-            action = action._replace(waits=waits or action.waits, beside=first_of.get(name, action.beside))
-        actions.append(action)
-        for transfer in outs.get(name, ()):
-            value = transfer.value
-            if value not in handles:
-                transfer.out = handles[value] = copy("swap_out", current.get(value, value), transfer.swap)
-        for transfer in ins.get(name, ()):
-            transfer.back = copy("swap_in", handles[transfer.value], transfer.swap)
-    return _without_unread(graph, plan, plain, actions), versions
-
-
-def _without_unread(
-    graph: ir.Graph, plan: Plan, plain: _Plain, actions: list[_Action | _Copy]
-) -> list[_Action | _Copy]:
-    """The actions less the nodes that `rewrites.prune` takes out."""
-    repeated = {name for decision in plan.recomputes for name in decision.nodes} - liveness.waited_for(graph)
-    if not repeated:
-        return actions
-    readers = collections.Counter(version for action in actions for version in action.inputs)
-    readers.update(plain.version[reference] for reference in graph.outputs)
-    kept: list[_Action | _Copy] = []
-    for action in reversed(actions):
-        if isinstance(action, _Action) and action.facts.name in repeated and not any(map(readers.get, action.outputs)):
-            readers.subtract(action.inputs)
-            _hand_on_waits(action, kept)
-        else:
-            kept.append(action)
-    return kept[::-1]
-
-
-def _hand_on_waits(action: _Action, later: list[_Action | _Copy]) -> None:
-    """What the action would have waited for, the next one (at the end of `later`) waits for."""
-    for place in reversed(range(len(later))):
-        heir = later[place]
-        if isinstance(heir, _Action):
-            later[place] = heir._replace(waits=[*action.waits, *heir.waits])
-            return
-
-
-def _are_beside(first: _Action | _Copy, second: _Action | _Copy | None) -> bool:
-    return (
-        isinstance(first, _Action)
-        and isinstance(second, _Action)
-        and (first.kind, first.facts.name) == ("run", second.beside)
-    )
-
-
-def _turn_pairs(actions: list[_Action | _Copy], second_first: Container[str]) -> None:
-    for place in range(len(actions) - 1):
-        first, second = actions[place : place + 2]
-        if not (isinstance(first, _Action) and isinstance(second, _Action) and _are_beside(first, second)):
-            continue
-        if second.facts.name in second_first:
-            actions[place : place + 2] = second._replace(beside=""), first._replace(beside=second.facts.name)
-
-
-# --- running it -----------------------------------------------------------------------------------------------
+        actions.turn_pairs(entries, second_first)
+    return _Run([action for _, action in entries], versions, plain.results, cost_model, allocator).timeline()
 
 
 class _Buffer:
@@ -386,13 +128,13 @@ class _Run:
 
     def __init__(
         self,
-        actions: Sequence[_Action | _Copy],
+        todo: Sequence[actions.Action | actions.Copy],
         versions: int,
         results: Sequence[int],
         cost_model: CostModel,
         allocator: allocator_lib.Allocator | None,
     ):
-        self.actions = actions
+        self.todo = todo
         self.cost = cost_model
         self.allocator = allocator
         self.owners: dict[int, str] = {}  # address -> the value that lives there
@@ -405,22 +147,22 @@ class _Run:
         for version in results:
             self.readers[version] += 1
         residents = []
-        for action in actions:
+        for action in todo:
             for version in action.inputs:
                 self.readers[version] += 1
-            if isinstance(action, _Action) and action.facts.resides is not None:
+            if isinstance(action, actions.Action) and action.facts.resides is not None:
                 residents += [(action.facts.resides, -output.nbytes, output) for output in action.facts.outputs]
         residents.sort(key=lambda resident: resident[:2])
-        self._reside(output for when, _, output in residents if when != _CONSTANT)
+        self._reside(output for when, _, output in residents if when != actions.CONSTANT)
         holes = []
         for _ in range(cost_model.device.holes if allocator else 0):
             holes.append(self._allocate(allocator_lib.HOLE_BYTES, ""))
             self._allocate(allocator_lib.ALIGNMENT_BYTES, "")  # the fence behind it
         for hole in holes:
             self._drop(hole)
-        self._reside(output for when, _, output in residents if when == _CONSTANT)
+        self._reside(output for when, _, output in residents if when == actions.CONSTANT)
 
-    def _reside(self, outputs: Iterable[_Output]) -> None:
+    def _reside(self, outputs: Iterable[actions.Output]) -> None:
         for output in outputs:
             if output.nbytes:
                 buffer = self.held[output.reference] = self._allocate(output.nbytes, output.reference)
@@ -437,9 +179,9 @@ class _Run:
         steps = []
         swapped = recomputed = 0
         highest, peak_step = -1, Step("", "run", 0.0, 0.0, self.live)
-        for action, later in zip(self.actions, [*self.actions[1:], None], strict=True):
-            if isinstance(action, _Action):
-                step = self._compute(action, is_first=_are_beside(action, later))
+        for action, later in zip(self.todo, [*self.todo[1:], None], strict=True):
+            if isinstance(action, actions.Action):
+                step = self._compute(action, is_first=actions.are_beside(action, later))
                 recomputed += action.facts.seconds if step.kind == "recompute" else 0
             else:
                 step = self._copy(action)
@@ -458,7 +200,7 @@ class _Run:
         chunks = self.allocator.layout() if self.allocator else []
         return [(address, nbytes, self.owners.get(address, "") if used else None) for address, nbytes, used in chunks]
 
-    def _copy(self, action: _Copy) -> Step:
+    def _copy(self, action: actions.Copy) -> Step:
         (source,), (target,) = action.inputs, action.outputs
         link, lane = self.cost.link(action.tier), (action.tier, action.kind)
         start = max(self.now, self.lanes.get(lane, 0.0), self.ready.get(source, 0.0))
@@ -482,7 +224,7 @@ class _Run:
             self.now = end
         return Step(action.value, action.kind, start, end, live)
 
-    def _compute(self, action: _Action, is_first: bool) -> Step:
+    def _compute(self, action: actions.Action, is_first: bool) -> Step:
         """Runs a node. The first of a pair lets go of its buffers only when the second one does."""
         kind, facts, buffers = action.kind, action.facts, self.buffers
         start = self.now
@@ -513,7 +255,7 @@ class _Run:
             self.after = facts.name
         return Step(facts.name, kind, start, self.now, live)
 
-    def _place(self, output: _Output, inputs: Sequence[_Buffer | None]) -> _Buffer | None:
+    def _place(self, output: actions.Output, inputs: Sequence[_Buffer | None]) -> _Buffer | None:
         _, nbytes, pieces, held, alias, overwrites = output
         if held is not None:
             return self.held.get(held)
@@ -527,7 +269,7 @@ class _Run:
                 return buffer
         return self._allocate(nbytes, output.reference, pieces)
 
-    def _assign(self, facts: _Facts, inputs: Sequence[_Buffer | None]) -> _Buffer | None:
+    def _assign(self, facts: actions.Facts, inputs: Sequence[_Buffer | None]) -> _Buffer | None:
         """Gives a variable its new value. Returns the buffer that it gave up, if any."""
         old, new = self.held.get(facts.assigns), inputs[1]
         if old is None or new is None:

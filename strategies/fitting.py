@@ -7,8 +7,9 @@ import math
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 
+from graphswap.incremental import Outline
 from graphswap.plan import Decision, Plan
-from graphswap.simulator import NoRoom, Timeline
+from graphswap.simulator import NoRoom
 from graphswap.strategies import base, gaps, timing
 
 BOTH = ("swap", "recompute")
@@ -26,14 +27,14 @@ class Evictions:
         anchors: Storages that recomputing may rely on.
         since: Gap to the position after which it is evicted, where that is not the gap's start.
         decisions: The same as decisions.
-        timeline: Simulated by the sum of buffers.
+        outline: By the sum of buffers.
     """
 
     evicted: Mapping[int, str]
     anchors: Collection[int]
     since: Mapping[int, int]
     decisions: tuple[Decision, ...]
-    timeline: Timeline
+    outline: Outline
 
 
 def evictions(
@@ -42,13 +43,13 @@ def evictions(
     anchors: Collection[int] = (),
     since: Mapping[int, int] | None = None,
 ) -> Evictions:
-    """Works out decisions and timeline of a set of evictions.
+    """Works out decisions and outline of a set of evictions.
 
     Raises:
         gaps.CantRecompute: If a value can't be recomputed.
     """
     decisions = problem.decide(evicted, anchors, since=since)
-    return Evictions(dict(evicted), anchors, since or {}, decisions, problem.simulate(decisions))
+    return Evictions(dict(evicted), anchors, since or {}, decisions, problem.outline(decisions))
 
 
 Attempt = Callable[[float], Evictions]
@@ -82,7 +83,7 @@ def fit(
     """
     deadline = time.monotonic() + planning_seconds
     best: Evictions | None = None
-    lowest: Timeline | None = None
+    lowest: Outline | None = None
     for attempt in attempts:
         target = float(memory_budget)
         tried: Mapping[int, str] | None = None
@@ -90,14 +91,14 @@ def fit(
             if best is not None and time.monotonic() > deadline:
                 return problem.plan(best.decisions, strategy, memory_budget)
             state = attempt(target)
-            if lowest is None or state.timeline.peak_bytes < lowest.peak_bytes:
-                lowest = state.timeline
-            limit = math.inf if best is None else best.timeline.seconds
-            if state.timeline.peak_bytes > target or state.evicted == tried:
+            if lowest is None or state.outline.peak_bytes < lowest.peak_bytes:
+                lowest = state.outline
+            limit = math.inf if best is None else best.outline.seconds
+            if state.outline.peak_bytes > target or state.evicted == tried:
                 break
             tried = state.evicted
             paced = timed(problem, state, target)
-            if paced.timeline.seconds >= limit:
+            if paced.outline.seconds >= limit:
                 break
             placed = _place(problem, paced, memory_budget, limit, actions, target)
             if placed is None and paced is not state:
@@ -108,7 +109,7 @@ def fit(
             target *= _TIGHTENING
     if best is None:
         assert lowest is not None
-        raise base.InfeasibleBudgetError(memory_budget, lowest.peak_bytes, lowest.peak_step.name)
+        raise base.InfeasibleBudgetError(memory_budget, lowest.peak_bytes, problem.order[int(lowest.live.argmax())])
     return problem.plan(best.decisions, strategy, memory_budget)
 
 
@@ -116,8 +117,8 @@ def timed(problem: gaps.Gaps, state: Evictions, target: float | None) -> Evictio
     """The same evictions, their copies beside compute where the link allows it."""
     if target is None or not problem.cost_model.link(problem.cost_model.far_tier).overlaps:
         return state
-    decisions, timeline = timing.timed(problem, state.decisions, target)
-    return dataclasses.replace(state, decisions=decisions, timeline=timeline)
+    decisions, outline = timing.timed(problem, state.decisions, target)
+    return dataclasses.replace(state, decisions=decisions, outline=outline)
 
 
 def _place(
@@ -130,7 +131,7 @@ def _place(
 ) -> Evictions | None:
     """Clears windows until the allocator takes the step; None if it won't or if it gets too slow."""
     for _ in range(_REPAIRS):
-        if state.timeline.seconds >= limit_seconds:
+        if state.outline.seconds >= limit_seconds:
             return None
         try:
             fits = problem.place(state.decisions, memory_budget).allocated_peak_bytes <= memory_budget

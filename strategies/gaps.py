@@ -10,13 +10,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
 from graphswap import allocator as allocator_lib
 from graphswap import ir, liveness
 from graphswap.cost_model import CostModel
+from graphswap.incremental import Incremental, Outline
 from graphswap.plan import Decision, Plan, Recompute, Swap
 from graphswap.simulator import Timeline, simulate
 from graphswap.strategies import order as order_lib
@@ -71,8 +72,8 @@ class Gaps:
         self.by_storage: dict[int, list[int]] = {}
         for index, gap in enumerate(self.gaps):
             self.by_storage.setdefault(gap.storage, []).append(index)
-        timeline = simulate(self.graph, Plan(), cost_model)
-        self.live = self.live_by_position(timeline)
+        self._incremental = Incremental(self.graph, cost_model)
+        self.live = self.outline(()).live
 
     def _find_gaps(self):
         for index, storage in enumerate(self.storages):
@@ -98,17 +99,6 @@ class Gaps:
         """Whether a storage is on the device all the time, or takes no bytes there."""
         index = self.storage_of.get(root)
         return index is None or self.storages[index].is_held or self.storages[index].nbytes <= SMALL_BYTES
-
-    def live_by_position(self, timeline: Timeline) -> np.ndarray:
-        """Bytes in use at each position; what is inserted counts for the user's node after it."""
-        live = np.zeros(len(self.order))
-        most = 0
-        for step in timeline.steps:
-            most = max(most, step.live_bytes)
-            if step.kind == "run":
-                live[self.graph.position[step.name]] = most
-                most = 0
-        return live
 
     # --- recompute ---------------------------------------------------------------------------------------------
 
@@ -222,8 +212,9 @@ class Gaps:
             fingerprint=self.fingerprint,
         )
 
-    def simulate(self, decisions: tuple[Decision, ...]) -> Timeline:
-        return simulate(self.graph, Plan(decisions=decisions), self.cost_model)
+    def outline(self, decisions: Sequence[Decision]) -> Outline:
+        """Bytes and seconds of the step under these decisions, by the sum of its buffers."""
+        return self._incremental.outline(decisions)
 
     def place(self, decisions: tuple[Decision, ...], memory_budget: int) -> Timeline:
         """The worst of `placements`."""

@@ -50,7 +50,7 @@ def evict(problem: gaps.Gaps, anchors: Collection[int], target: float) -> fittin
     """Evicts until the simulated peak is at most `target` bytes or nothing is left to evict."""
     state = fitting.evictions(problem, {}, anchors)
     for _ in range(_ROUNDS):
-        live = problem.live_by_position(state.timeline)
+        live = state.outline.live
         if live.max() <= target:
             break
         chosen = choose(problem, state.evicted, live, target, anchors) or swap_instead(

@@ -20,8 +20,8 @@ import numpy as np
 
 from graphswap import bound, ir
 from graphswap.cost_model import CostModel
+from graphswap.incremental import Outline
 from graphswap.plan import Plan
-from graphswap.simulator import Timeline
 from graphswap.strategies import fitting, gaps, greedy, relaxation, solver
 
 _TIGHTENINGS = (1.0, 0.94, 0.88, 0.8)
@@ -105,20 +105,20 @@ class _Search:
                     state = fitting.evictions(problem, changed, best.anchors, best.since)
                 except gaps.CantRecompute:
                     continue
-                if worth[0] == 0.0 and not self._may_be_better(state.timeline, target, worth[1]):
+                if worth[0] == 0.0 and not self._may_be_better(state.outline, target, worth[1]):
                     continue
                 if (found := self._worth(state, target)) < worth:
                     best, worth, is_better = state, found, True
         return best
 
-    def _may_be_better(self, tight: Timeline, target: float, seconds: float) -> bool:
+    def _may_be_better(self, tight: Outline, target: float, seconds: float) -> bool:
         """Whether copies at their best could make a plan fit the target in less time; cheaper than `_worth`."""
         return tight.peak_bytes <= target and self._problem.clock[-1] + tight.recomputed_seconds < seconds
 
     def _worth(self, state: fitting.Evictions, target: float) -> tuple[float, float]:
         """Bytes above the target, and seconds when copies have their times: less is better."""
-        timeline = fitting.timed(self._problem, state, target).timeline
-        return max(0.0, timeline.peak_bytes - target), timeline.seconds
+        outline = fitting.timed(self._problem, state, target).outline
+        return max(0.0, outline.peak_bytes - target), outline.seconds
 
     def _solve(self, memory_budget: int) -> solver.Solution | None:
         if memory_budget not in self._solved:
@@ -177,7 +177,7 @@ class _Search:
         except gaps.CantRecompute:
             state = fitting.evictions(problem, dict.fromkeys(evicted, "swap"), anchors, since)
         for _ in range(_ROUNDS):
-            live = problem.live_by_position(state.timeline)
+            live = state.outline.live
             if live.max() <= target:
                 break
             chosen = greedy.choose(problem, state.evicted, live, target, anchors)

@@ -47,7 +47,7 @@ class Karma:
 def _evict(problem: gaps.Gaps, anchors: Collection[int], target: float) -> fitting.Evictions:
     state = fitting.evictions(problem, {}, anchors)
     for _ in range(_ROUNDS):
-        live = problem.live_by_position(state.timeline)
+        live = state.outline.live
         if live.max() <= target:
             break
         swapped = _needed_last(problem, state.evicted, live, target)

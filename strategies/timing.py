@@ -21,8 +21,8 @@ import numpy as np
 
 from graphswap import ir
 from graphswap.cost_model import Link
+from graphswap.incremental import Outline
 from graphswap.plan import Decision, Recompute, Swap
-from graphswap.simulator import Timeline
 from graphswap.strategies import gaps
 
 _MARGINS = (0.0, 0.02, 1.0)
@@ -45,7 +45,7 @@ class _Move:
 
 def timed(
     problem: gaps.Gaps, decisions: Sequence[Decision], memory_budget: float
-) -> tuple[tuple[Decision, ...], Timeline]:
+) -> tuple[tuple[Decision, ...], Outline]:
     """Gives every swap its times.
 
     Args:
@@ -54,7 +54,7 @@ def timed(
         memory_budget: Bytes that copies in flight may fill; what overflows without them stays as it is.
 
     Returns:
-        The decisions and their timeline: of those that keep the budget the fastest, else the smallest.
+        The decisions and their outline: of those that keep the budget the fastest, else the smallest.
     """
     place, value = problem.graph.position, problem.graph.value
     link = problem.cost_model.link(problem.cost_model.far_tier)
@@ -63,22 +63,23 @@ def timed(
         places = (place[swap.out_after], place[swap.freed_before], place[swap.in_before])
         moves.append(_Move(swap, value(swap.value).nbytes, _piece_bytes(value(swap.value)), *places))
     others = tuple(decision for decision in decisions if not isinstance(decision, Swap))
-    tight = problem.simulate(tuple(decisions))
+    tight = problem.outline(decisions)
     best = (tuple(decisions), tight)
     if not moves:
         return best
-    live = problem.live_by_position(tight)
     repeats = {place[decision.before] for decision in others if isinstance(decision, Recompute)}
-    freed, memory, clock = _out(moves, live, _busy(problem, tight), repeats, memory_budget, link)
-    leaving = np.zeros(len(live))  # what is freed at a position is still there when copies back start right before it
+    freed, memory, clock = _out(moves, tight.live, tight.busy, repeats, memory_budget, link)
+    leaving = np.zeros(
+        len(tight.live)
+    )  # what is freed at a position is still there when copies back start right before it
     np.add.at(leaving, freed, [move.nbytes for move in moves])
     for share, margin in itertools.product(_SHARES, _MARGINS):
         if share < 1.0 and best[1].peak_bytes <= memory_budget and best[1] is not tight:
             break
         room = share * memory_budget
         found = (*others, *_back(problem, moves, freed, memory.copy(), leaving, clock, margin, room, link))
-        timeline = problem.simulate(found)
-        best = min(best, (found, timeline), key=lambda plan: _worth(plan[1], memory_budget))
+        outline = problem.outline(found)
+        best = min(best, (found, outline), key=lambda plan: _worth(plan[1], memory_budget))
     return best
 
 
@@ -86,21 +87,8 @@ def _piece_bytes(value: ir.Value) -> int:
     return value.nbytes // max(1, ir.swap_pieces(value))
 
 
-def _worth(timeline: Timeline, memory_budget: float) -> tuple[float, float]:
-    return max(0.0, timeline.peak_bytes - memory_budget), timeline.seconds
-
-
-def _busy(problem: gaps.Gaps, timeline: Timeline) -> np.ndarray:
-    """Seconds of each of the user's nodes with what is repeated before it."""
-    busy = np.zeros(len(problem.order))
-    before = 0.0
-    for step in timeline.steps:
-        if step.kind in ("run", "recompute"):
-            position = problem.graph.position[step.name]
-            before += problem.seconds[position]
-            if step.kind == "run":
-                busy[position], before = before, 0.0
-    return busy
+def _worth(outline: Outline, memory_budget: float) -> tuple[float, float]:
+    return max(0.0, outline.peak_bytes - memory_budget), outline.seconds
 
 
 def _out(

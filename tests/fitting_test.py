@@ -79,7 +79,7 @@ def holes(link=AT_ONCE):
 def test_a_window_is_cleared_where_a_request_finds_no_chunk(link, actions, decisions):
     problem = holes(link)
     nothing = functools.partial(evict, {}, problem=problem)
-    assert nothing(0).timeline.peak_bytes == 3 * MIB
+    assert nothing(0).outline.peak_bytes == 3 * MIB
     with pytest.raises(NoRoom):
         problem.place((), 3 * MIB)
     plan = fitting.fit(problem, [nothing], 3 * MIB, "s", actions)

@@ -64,9 +64,9 @@ def test_small_and_held_storages_have_no_gaps(old, new):
 def test_live_counts_what_is_inserted_for_the_node_after_it():
     found = problem()
     assert found.live.tolist() == [units * MIB for units in (2, 2, 3, 4, 5, 6, 7, 7, 6, 5)]
-    timeline = found.simulate((Recompute(("f1", "f2"), before="b2"),))
+    outline = found.outline((Recompute(("f1", "f2"), before="b2"),))
     # At b2: x w b3 f1 f2 b2.
-    assert found.live_by_position(timeline).tolist() == [units * MIB for units in (2, 2, 3, 4, 4, 4, 5, 5, 6, 5)]
+    assert outline.live.tolist() == [units * MIB for units in (2, 2, 3, 4, 4, 4, 5, 5, 6, 5)]
 
 
 def test_saved_is_what_waits_at_the_peak():
@@ -286,7 +286,7 @@ def test_a_swap_frees_its_gap(graph, overlaps):
     links = {"host": Link(math.inf, math.inf, 0.0, overlaps)}
     found = gaps.problem(graph, CostModel(DeviceSpec(links=links)))
     for index, gap in enumerate(found.gaps):
-        live = found.live_by_position(found.simulate(found.decide({index: "swap"})))
+        live = found.outline(found.decide({index: "swap"})).live
         inside = slice(gap.start + 2, gap.end - 1)
         assert np.all(live[inside] <= found.live[inside] - gap.nbytes)
 

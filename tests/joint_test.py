@@ -70,8 +70,8 @@ def test_no_evictions_beat_the_bound(link):
     for ways in itertools.product(("", "swap", "recompute"), repeat=len(problem.gaps)):
         evicted = {gap: way for gap, way in enumerate(ways) if way}
         tight = fitting.evictions(problem, evicted)
-        timelines = [timing.timed(problem, tight.decisions, target)[1] for target in (5 * MIB, 6 * MIB)]
-        outcomes += [(timeline.peak_bytes, timeline.seconds) for timeline in (tight.timeline, *timelines)]
+        outlines = [timing.timed(problem, tight.decisions, target)[1] for target in (5 * MIB, 6 * MIB)]
+        outcomes += [(outline.peak_bytes, outline.seconds) for outline in (tight.outline, *outlines)]
     for budget in range(4 * MIB, 9 * MIB, MIB):
         best = min((seconds for peak, seconds in outcomes if peak <= budget), default=None)
         if best is None:
@@ -113,8 +113,8 @@ def test_changing_one_gap_at_a_time_makes_a_bad_plan_better():
     everything = fitting.evictions(problem, dict.fromkeys(range(len(problem.gaps)), "swap"))
     search._seen.append(everything)
     better = search.improved(8 * MIB)
-    assert better.timeline.peak_bytes <= 8 * MIB
-    assert better.timeline.seconds < everything.timeline.seconds
+    assert better.outline.peak_bytes <= 8 * MIB
+    assert better.outline.seconds < everything.outline.seconds
 
 
 @pytest.mark.parametrize("failure", ["no answer", "garbage"])

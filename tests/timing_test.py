@@ -28,8 +28,8 @@ def long_gaps():
 
 def test_with_room_nothing_waits():
     plain = simulate(CHAIN, Plan(order=gaps.problem(CHAIN, MODEL).order), MODEL)
-    _, decisions, timeline = timed({long_gaps()[0]: "swap"}, budget_mib=100)
-    assert timeline.seconds == plain.seconds
+    _, decisions, outline = timed({long_gaps()[0]: "swap"}, budget_mib=100)
+    assert outline.seconds == plain.seconds
     (swap,) = decisions
     assert isinstance(swap, Swap)
 
@@ -47,19 +47,19 @@ def test_without_room_the_next_node_waits_for_the_copy():
 @pytest.mark.parametrize("budget_mib", range(6, 20))
 def test_copies_in_flight_keep_the_budget(budget_mib):
     names = dict.fromkeys(long_gaps(), "swap")
-    problem, decisions, timeline = timed(names, budget_mib)
-    tight = problem.simulate(problem.decide(dict.fromkeys(_gaps(problem, names), "swap")))
-    assert timeline.peak_bytes <= max(budget_mib * MIB, tight.peak_bytes)
-    assert timeline.seconds <= tight.seconds
+    problem, decisions, outline = timed(names, budget_mib)
+    tight = problem.outline(problem.decide(dict.fromkeys(_gaps(problem, names), "swap")))
+    assert outline.peak_bytes <= max(budget_mib * MIB, tight.peak_bytes)
+    assert outline.seconds <= tight.seconds
     problem.plan(decisions, "", budget_mib * MIB).check(problem.graph.replace(nodes=CHAIN.nodes))
 
 
 def test_room_is_left_for_what_is_repeated_before_a_node():
     first, second = long_gaps()[:2]
-    problem, decisions, timeline = timed({first: "swap", second: "recompute"}, budget_mib=6)
+    problem, decisions, outline = timed({first: "swap", second: "recompute"}, budget_mib=6)
     assert any(isinstance(decision, Recompute) for decision in decisions)
-    tight = problem.simulate(problem.decide(_gaps(problem, {first: "swap", second: "recompute"})))
-    assert timeline.peak_bytes <= max(6 * MIB, tight.peak_bytes)
+    tight = problem.outline(problem.decide(_gaps(problem, {first: "swap", second: "recompute"})))
+    assert outline.peak_bytes <= max(6 * MIB, tight.peak_bytes)
 
 
 def _gaps(problem, names):

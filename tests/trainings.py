@@ -41,7 +41,7 @@ class EvictAll:
             is_repeatable = way == "swap" or math.isfinite(problem.recompute_seconds(gap, evicted, ()))
             evicted[gap] = way if is_repeatable else "swap"
         decisions = problem.decide(evicted)
-        enough = 2 * problem.simulate(decisions).peak_bytes
+        enough = 2 * problem.outline(decisions).peak_bytes
         return problem.plan(decisions, "evict_all", max(memory_budget, enough))
 
 

@@ -1,0 +1,64 @@
+"""The outline of a plan is what the simulator says, for any graph and any plan."""
+
+import random
+
+import laws_test
+import numpy as np
+import pytest
+import testing
+from hypothesis import given
+from hypothesis import strategies as st
+
+from graphswap.incremental import Incremental
+from graphswap.plan import Plan
+from graphswap.simulator import simulate
+
+RANDOMS = st.randoms(use_true_random=False)
+
+
+def outlined(graph, plan, cost_model):
+    """What the simulator says, in the form of an outline: live bytes and busy seconds by position."""
+    timeline = simulate(graph, plan, cost_model)
+    live, busy = np.zeros(len(graph.nodes)), np.zeros(len(graph.nodes))
+    most = before = 0
+    for step in timeline.steps:
+        most = max(most, step.live_bytes)
+        if step.kind in ("run", "recompute"):
+            before += cost_model.seconds(graph, graph.by_name[step.name])
+        if step.kind == "run":
+            live[graph.position[step.name]], busy[graph.position[step.name]] = most, before
+            most = before = 0
+    return live, busy, timeline
+
+
+def check(graph, plan, cost_model, incremental):
+    live, busy, timeline = outlined(graph, plan, cost_model)
+    outline = incremental.outline(plan.decisions)
+    np.testing.assert_array_equal(outline.live, live)
+    # Seconds are added up in another order: their sums may differ in the last bits.
+    np.testing.assert_allclose(outline.busy, busy, rtol=1e-12)
+    assert outline.seconds == pytest.approx(timeline.seconds, rel=1e-12)
+    assert outline.recomputed_seconds == pytest.approx(timeline.recomputed_seconds, rel=1e-12)
+    assert (outline.peak_bytes, outline.swapped_bytes) == (timeline.peak_bytes, timeline.swapped_bytes)
+
+
+def random_plan(rng, graph):
+    names = tuple(graph.position)
+    makers = [laws_test.random_swap, laws_test.random_recompute]
+    return Plan(decisions=tuple(rng.choice(makers)(rng, graph, names) for _ in range(rng.randint(0, 6)))).check(graph)
+
+
+@given(testing.random_graphs(), laws_test.COST_MODELS, RANDOMS)
+def test_it_says_what_the_simulator_says(graph, cost_model, rng):
+    incremental = Incremental(graph, cost_model)
+    for _ in range(4):  # what it learns from a plan must not spoil the next one
+        check(graph, random_plan(rng, graph), cost_model, incremental)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_it_says_so_for_long_steps(seed):
+    rng = random.Random(seed)
+    graph = testing.random_graph(rng, layers=60)
+    incremental = Incremental(graph, laws_test.BESIDE_COMPUTE)
+    for _ in range(30):
+        check(graph, random_plan(rng, graph), laws_test.BESIDE_COMPUTE, incremental)
