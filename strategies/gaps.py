@@ -25,6 +25,9 @@ from graphswap.strategies import order as order_lib
 SMALL_BYTES = 64 << 10
 """Storages up to this size stay on the device: moving them costs more than it frees."""
 
+AGAIN = "recompute again"
+"""A way to evict: what comes back early, as another recompute needs it, goes again until it is due itself."""
+
 _SPARE = 100
 _NEVER_REPEATED = frozenset({"While", "StatelessWhile", "If", "StatelessIf", "Case", "StatelessCase"})
 
@@ -174,7 +177,7 @@ class Gaps:
         """Turns evictions into decisions. Every swap takes as little memory as it can; `timing` gives it time.
 
         Args:
-            evicted: Gap to "swap" or "recompute".
+            evicted: Gap to "swap", "recompute" or `AGAIN`.
             anchors: Storages that recomputing may rely on even after their last use.
             reuse: For how many positions a repeated value that nobody else needs is kept for the next
                 recompute that reads it.
@@ -299,6 +302,9 @@ class _Restorer:
             if is_start:
                 self.absent[storage] = gap
             elif self.absent.get(storage) == gap:
+                if self._is_kept(storage, position):
+                    del self.absent[storage]
+                    continue
                 nodes = self._restore(storage, position)
                 if nodes:
                     self.found.append(Recompute(tuple(nodes), self.gaps.order[position]))
@@ -331,6 +337,9 @@ class _Restorer:
             self._repeat(ir.producer(details.root), position, nodes, visiting)
             if gap is None:
                 self.kept_until[storage] = position
+            elif self.evicted[gap] == AGAIN and position < self.gaps.gaps[gap].end:
+                self.kept_until[storage] = position
+                self.absent[storage] = gap
         for value in wanted:
             if value != details.root and self._is_read_across(value, position):
                 self._repeat(ir.producer(value), position, nodes, visiting)
@@ -353,17 +362,19 @@ class _Restorer:
             return
         storage = self.gaps.storage_of[root]
         details = self.gaps.storages[storage]
-        if storage in self.absent:
-            self._bring_back(storage, position, nodes, visiting)
-        elif storage in self.anchors or (details.uses and details.uses[-1] >= position):
-            pass
-        elif position - self.kept_until.get(storage, -self.reuse - 1) <= self.reuse:
+        if self._is_kept(storage, position):
             self.kept_until[storage] = position
-        else:
+        elif storage in self.absent:
+            self._bring_back(storage, position, nodes, visiting)
+        elif storage not in self.anchors and not (details.uses and details.uses[-1] >= position):
             self._bring_back(storage, position, nodes, visiting)
         # An alias that was made before its storage went away still names the first buffer.
         if reference != root and storage in self.restored:
             self._repeat(ir.producer(reference), position, nodes, visiting)
+
+    def _is_kept(self, storage: int, position: int) -> bool:
+        """Whether it was repeated for somebody else not long ago."""
+        return position - self.kept_until.get(storage, -self.reuse - 1) <= self.reuse
 
     def _is_read_across(self, value: str, position: int) -> bool:
         """Whether the value is made before the position and read at or after it."""

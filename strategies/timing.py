@@ -11,6 +11,7 @@ step that waits for no copy back.
 
 from __future__ import annotations
 
+import bisect
 import collections
 import dataclasses
 import heapq
@@ -27,6 +28,7 @@ from graphswap.strategies import gaps
 
 _MARGINS = (0.0, 0.02, 1.0)
 """Of the step's seconds: how much earlier than needed copies back may start."""
+_ESTIMATED_MARGIN = 0.02
 _SHARES = (1.0, 0.96, 0.9)
 """Of the budget, for copies back: less where all of it is passed, as when an op can no longer work in place."""
 
@@ -56,31 +58,59 @@ def timed(
     Returns:
         The decisions and their outline: of those that keep the budget the fastest, else the smallest.
     """
-    place, value = problem.graph.position, problem.graph.value
-    link = problem.cost_model.link(problem.cost_model.far_tier)
-    moves = []
-    for swap in (decision for decision in decisions if isinstance(decision, Swap)):
-        places = (place[swap.out_after], place[swap.freed_before], place[swap.in_before])
-        moves.append(_Move(swap, value(swap.value).nbytes, _piece_bytes(value(swap.value)), *places))
-    others = tuple(decision for decision in decisions if not isinstance(decision, Swap))
     tight = problem.outline(decisions)
     best = (tuple(decisions), tight)
+    moves = _moves(problem, decisions)
     if not moves:
         return best
-    repeats = {place[decision.before] for decision in others if isinstance(decision, Recompute)}
-    freed, memory, clock = _out(moves, tight.live, tight.busy, repeats, memory_budget, link)
-    leaving = np.zeros(
-        len(tight.live)
-    )  # what is freed at a position is still there when copies back start right before it
-    np.add.at(leaving, freed, [move.nbytes for move in moves])
+    link = problem.cost_model.link(problem.cost_model.far_tier)
+    departures = _out(moves, tight, _repeats(problem, decisions), memory_budget, link)
+    others = [decision for decision in decisions if not isinstance(decision, Swap)]
+    order = problem.order
     for share, margin in itertools.product(_SHARES, _MARGINS):
         if share < 1.0 and best[1].peak_bytes <= memory_budget and best[1] is not tight:
             break
-        room = share * memory_budget
-        found = (*others, *_back(problem, moves, freed, memory.copy(), leaving, clock, margin, room, link))
+        after = _back(moves, departures, margin, share * memory_budget, link)
+        swaps = [
+            dataclasses.replace(move.swap, freed_before=order[freed], in_after=order[first])
+            for move, freed, first in zip(moves, departures.freed, after, strict=True)
+        ]
+        found = (*others, *swaps)
         outline = problem.outline(found)
         best = min(best, (found, outline), key=lambda plan: _worth(plan[1], memory_budget))
     return best
+
+
+def estimated(problem: gaps.Gaps, decisions: Sequence[Decision], tight: Outline, memory_budget: float) -> float:
+    """About the seconds that `timed` would get to, at a fraction of its price.
+
+    Args:
+        problem: The gaps.
+        decisions: As for `timed`.
+        tight: Their outline.
+        memory_budget: Likewise.
+    """
+    moves = _moves(problem, decisions)
+    if not moves:
+        return tight.seconds
+    link = problem.cost_model.link(problem.cost_model.far_tier)
+    departures = _out(moves, tight, _repeats(problem, decisions), memory_budget, link)
+    after = _back(moves, departures, _ESTIMATED_MARGIN, memory_budget, link)
+    return min(tight.seconds, _seconds(moves, departures.freed, after, tight.busy, link))
+
+
+def _moves(problem: gaps.Gaps, decisions: Sequence[Decision]) -> list[_Move]:
+    place, value = problem.graph.position, problem.graph.value
+    moves = []
+    for swap in decisions:
+        if isinstance(swap, Swap):
+            places = (place[swap.out_after], place[swap.freed_before], place[swap.in_before])
+            moves.append(_Move(swap, value(swap.value).nbytes, _piece_bytes(value(swap.value)), *places))
+    return moves
+
+
+def _repeats(problem: gaps.Gaps, decisions: Sequence[Decision]) -> set[int]:
+    return {problem.graph.position[decision.before] for decision in decisions if isinstance(decision, Recompute)}
 
 
 def _piece_bytes(value: ir.Value) -> int:
@@ -91,72 +121,90 @@ def _worth(outline: Outline, memory_budget: float) -> tuple[float, float]:
     return max(0.0, outline.peak_bytes - memory_budget), outline.seconds
 
 
-def _out(
-    moves: Sequence[_Move],
-    live: np.ndarray,
-    busy: np.ndarray,
-    repeats: set[int],
-    memory_budget: float,
-    link: Link,
-) -> tuple[list[int], np.ndarray, np.ndarray]:
-    """The copies off the device: the position at which each is freed, bytes in use, and when each position starts."""
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Departures:
+    """The copies off the device.
+
+    Attributes:
+        freed: Of each move, the position at which its source is freed.
+        memory: Bytes in use at each position.
+        clock: Seconds at which each position starts, and the end.
+    """
+
+    freed: Sequence[int]
+    memory: np.ndarray
+    clock: np.ndarray
+
+
+def _out(moves: Sequence[_Move], tight: Outline, repeats: set[int], memory_budget: float, link: Link) -> _Departures:
+    """Lets sources go when their copies are complete, or earlier, waiting for them, where memory is short."""
+    count = len(tight.live)
     starting, idling = collections.defaultdict[int, list[int]](list), collections.defaultdict[int, list[int]](list)
     for number, move in enumerate(moves):
         starting[move.start + 1].append(number)
         idling[move.idle].append(number)
+    fullest = tight.live.copy()
+    for position in repeats:  # what is repeated before a node runs before that node waits
+        if position:
+            fullest[position - 1] = max(fullest[position - 1], tight.live[position])
     complete: dict[str, float] = {}  # value -> when its copy is out there
     pending: list[tuple[float, int]] = []  # idle, but not copied yet
     freed = [move.idle for move in moves]
-    memory, clock = live.copy(), np.zeros(len(live) + 1)
-    waiting, now, lane = 0, 0.0, 0.0
-    for position in range(len(live)):
-        for number in starting[position]:
+    waiting = np.zeros(count + 1)  # changes of the bytes that are pending, by position
+    delays = np.zeros(count + 1)
+    ran = np.concatenate([[0.0], np.cumsum(tight.busy)])
+    pending_bytes, delay, lane = 0, 0.0, 0.0
+    events = sorted({*starting, *idling})
+    position = events[0]
+    while position < count:
+        now = ran[position] + delay
+        for number in starting.get(position, ()):
             move = moves[number]
             if move.swap.value not in complete:
                 lane = max(lane, now) + link.out_seconds(move.nbytes)
                 complete[move.swap.value] = lane
-        for number in idling[position]:
+        for number in idling.get(position, ()):
             heapq.heappush(pending, (complete[moves[number].swap.value], number))
-            waiting += moves[number].nbytes
+            pending_bytes += moves[number].nbytes
+            waiting[position] += moves[number].nbytes
         while pending:
             done, number = pending[0]
-            is_full = live[position] + waiting > memory_budget
-            # What is repeated before the next node runs before that node waits.
-            is_full |= position + 1 in repeats and live[position + 1] + waiting > memory_budget
             is_due = any(moves[other].end <= position + 1 for _, other in pending)
-            if not (done <= now or is_full or is_due):
+            if not (done <= now or fullest[position] + pending_bytes > memory_budget or is_due):
                 break
             heapq.heappop(pending)
-            now = max(now, done)
+            if done > now:
+                delays[position] += done - now
+                delay, now = delay + done - now, done
             freed[number] = position
-            waiting -= moves[number].nbytes
-        memory[position] += waiting
-        clock[position] = now
-        now += busy[position]
-    clock[-1] = now
-    return freed, memory, clock
+            pending_bytes -= moves[number].nbytes
+            waiting[position] -= moves[number].nbytes
+        following = bisect.bisect_right(events, position)
+        upcoming = [events[following] if following < len(events) else count]
+        if pending:
+            upcoming.append(int(np.searchsorted(ran, pending[0][0] - delay)))
+            full = fullest[position + 1 : upcoming[0]] + pending_bytes > memory_budget
+            upcoming.append(position + 1 + int(full.argmax()) if full.any() else count)
+            upcoming.append(min(moves[number].end for _, number in pending) - 1)
+        position = max(position + 1, min(upcoming))
+    return _Departures(freed, tight.live + np.cumsum(waiting)[:-1], ran + np.cumsum(delays))
 
 
 def _back(
-    problem: gaps.Gaps,
-    moves: Sequence[_Move],
-    freed: Sequence[int],
-    memory: np.ndarray,
-    leaving: np.ndarray,
-    clock: np.ndarray,
-    margin: float,
-    memory_budget: float,
-    link: Link,
-) -> list[Swap]:
-    """The swaps with their copies back. Fills `memory` with what is on its way."""
-    order = problem.order
+    moves: Sequence[_Move], departures: _Departures, margin: float, memory_budget: float, link: Link
+) -> list[int]:
+    """After which position each move's copy back starts."""
+    freed, memory, clock = departures.freed, departures.memory.copy(), departures.clock
+    leaving = collections.Counter[int]()  # what is freed at a position is still there when copies start right before it
+    for move, position in zip(moves, freed, strict=True):
+        leaving[position] += move.nbytes
     latest = [0] * len(moves)
     lane = np.inf
     for number in sorted(range(len(moves)), key=lambda number: -moves[number].end):
         move = moves[number]
         lane = min(lane, float(clock[move.end])) - link.in_seconds(move.nbytes)
         latest[number] = int(np.searchsorted(clock, lane - margin * clock[-1], side="right")) - 2
-    swaps = []
+    found = [0] * len(moves)
     before = 0  # the copy that is needed before this one starts no later
     for number in sorted(range(len(moves)), key=lambda number: moves[number].end):
         move = moves[number]
@@ -168,5 +216,30 @@ def _back(
             after += 1
         memory[after + 1 : move.end] += move.nbytes
         before = max(before, after)
-        swaps.append(dataclasses.replace(move.swap, freed_before=order[freed[number]], in_after=order[after]))
-    return swaps
+        found[number] = after
+    return found
+
+
+def _seconds(moves: Sequence[_Move], freed: Sequence[int], after: Sequence[int], busy: np.ndarray, link: Link) -> float:
+    """Seconds of the step: compute, and waiting for copies."""
+    ran = np.concatenate([[0.0], np.cumsum(busy)])
+    leave, arrive, go, use = range(4)  # in the order in which things happen before a position
+    events = [(move.start + 1, leave, number) for number, move in enumerate(moves)]
+    events += [(position + 1, arrive, number) for number, position in enumerate(after)]
+    events += [(position, go, number) for number, position in enumerate(freed)]
+    events += [(move.end, use, number) for number, move in enumerate(moves)]
+    out = back = delay = now = 0.0
+    gone: dict[str, float] = {}  # value -> when its copy is out there
+    there: dict[int, float] = {}
+    for position, kind, number in sorted(events):
+        now = float(ran[position]) + delay
+        move = moves[number]
+        if kind == leave:
+            if move.swap.value not in gone:
+                out = gone[move.swap.value] = max(out, now) + link.out_seconds(move.nbytes)
+        elif kind == arrive:
+            back = there[number] = max(back, now, gone[move.swap.value]) + link.in_seconds(move.nbytes)
+        else:
+            done = gone[move.swap.value] if kind == go else there[number]
+            delay += max(0.0, done - now)
+    return max(float(ran[-1]) + delay, out, back)
