@@ -31,42 +31,60 @@ class Solution:
     duals: np.ndarray
 
 
-def solve(program: LinearProgram, memory_budget: float, prices: np.ndarray, seconds: float) -> Solution:
-    """Solves a program at a budget.
+class Solver:
+    """One program for any budget. Each optimum is found from the one before, as only right-hand sides change.
 
     Args:
         program: To be minimised.
-        memory_budget: Bytes.
         prices: Added to the cost, shape (columns,).
-        seconds: Time limit.
-
-    Raises:
-        SolverError: If there is no optimum, if time runs out, or if the answer is no number.
     """
-    model = highspy.HighsLp()
-    model.num_col_, model.num_row_ = len(program.cost), len(program.row_lower)
-    model.col_cost_ = program.cost + prices
-    model.col_lower_, model.col_upper_ = program.lower, program.upper
-    model.row_lower_, model.row_upper_ = program.row_lower_at(memory_budget), program.row_upper
-    matrix = model.a_matrix_
-    matrix.format_ = highspy.MatrixFormat.kRowwise
-    matrix.num_col_, matrix.num_row_ = model.num_col_, model.num_row_
-    matrix.start_ = np.concatenate([[0], np.cumsum(np.bincount(program.rows, minlength=model.num_row_))])
-    matrix.index_, matrix.value_ = program.columns, program.values
-    with _no_banner():
-        highs = highspy.Highs()
-    highs.setOptionValue("output_flag", False)
-    highs.setOptionValue("time_limit", float(max(seconds, 0.1)))
-    highs.passModel(model)
-    highs.run()
-    status = highs.getModelStatus()
-    if status != highspy.HighsModelStatus.kOptimal:
-        raise SolverError(highs.modelStatusToString(status))
-    found = highs.getSolution()
-    solution = Solution(np.array(found.col_value), np.array(found.row_dual))
-    if not (np.isfinite(solution.columns).all() and np.isfinite(solution.duals).all()):
-        raise SolverError("the answer is no number")
-    return solution
+
+    def __init__(self, program: LinearProgram, prices: np.ndarray):
+        self._program = program
+        model = highspy.HighsLp()
+        model.num_col_, model.num_row_ = len(program.cost), len(program.row_lower)
+        model.col_cost_ = program.cost + prices
+        model.col_lower_, model.col_upper_ = program.lower, program.upper
+        model.row_lower_, model.row_upper_ = program.row_lower, program.row_upper
+        matrix = model.a_matrix_
+        matrix.format_ = highspy.MatrixFormat.kRowwise
+        matrix.num_col_, matrix.num_row_ = model.num_col_, model.num_row_
+        matrix.start_ = np.concatenate([[0], np.cumsum(np.bincount(program.rows, minlength=model.num_row_))])
+        matrix.index_, matrix.value_ = program.columns, program.values
+        with _no_banner():
+            self._highs = highspy.Highs()
+        self._highs.setOptionValue("output_flag", False)
+        self._highs.passModel(model)
+
+    def solve(self, memory_budget: float, seconds: float) -> Solution:
+        """The optimum at a budget.
+
+        Args:
+            memory_budget: Bytes.
+            seconds: Time limit.
+
+        Raises:
+            SolverError: If there is no optimum, if time runs out, or if the answer is no number.
+        """
+        program, highs = self._program, self._highs
+        rows = np.flatnonzero(program.share)
+        lower, upper = program.row_lower_at(memory_budget)[rows], program.row_upper[rows]
+        highs.changeRowsBounds(len(rows), rows.astype(np.int32), lower, upper)
+        highs.setOptionValue("time_limit", float(highs.getRunTime() + max(seconds, 0.1)))
+        highs.run()
+        status = highs.getModelStatus()
+        if status != highspy.HighsModelStatus.kOptimal:
+            raise SolverError(highs.modelStatusToString(status))
+        found = highs.getSolution()
+        solution = Solution(np.array(found.col_value), np.array(found.row_dual))
+        if not (np.isfinite(solution.columns).all() and np.isfinite(solution.duals).all()):
+            raise SolverError("the answer is no number")
+        return solution
+
+
+def solve(program: LinearProgram, memory_budget: float, prices: np.ndarray, seconds: float) -> Solution:
+    """Solves a program at one budget. For arguments and errors see `Solver`."""
+    return Solver(program, prices).solve(memory_budget, seconds)
 
 
 @contextlib.contextmanager
