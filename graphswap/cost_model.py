@@ -21,7 +21,7 @@ class Link:
     """The way between the device and a far tier.
 
     Attributes:
-        out_bytes_per_second: Speed of copies off the device; may be infinite. Over a link of speed 0 nothing is swapped.
+        out_bytes_per_second: Speed of copies off the device; may be infinite, or 0: then nothing is swapped.
         in_bytes_per_second: Speed of copies back, likewise.
         latency_seconds: Added to every copy.
         overlaps: Whether copies run beside compute. On a CPU they take the same cores.

@@ -1,13 +1,14 @@
 """The memory bound: what is on the device while a node runs, whatever the plan. Checkable by hand, without a solver.
 
-While a node runs, its inputs, its outputs and its workspace are on the device, beside all that can't leave. The largest
-sum over all nodes bounds the peak of every plan of a class: plans in one order that repeat only certain nodes, and evict
-certain storages over certain stretches between two uses. There they swap, or repeat the one node that makes the storage;
-a node that makes several values may be repeated anywhere for the sake of one. Buffers are counted as in `simulator`.
+While a node runs, its inputs, its outputs and its workspace are on the device, beside all that can't leave. The
+largest sum over all nodes bounds the peak of every plan of a class: plans in one order that repeat only certain nodes
+and evict certain storages over certain stretches between two uses. There they swap, or repeat the one node that makes
+the storage; a node that makes several values may be repeated anywhere for the sake of one. Buffers are counted as
+`simulator` counts them.
 
-A node that may be repeated may also run late: where nobody reads its first values, only its repetition runs. Then what
-is there at any moment up to its first reader counts. An op that works in place is granted its output for nothing as soon
-as some plan could leave it alone with its input.
+A node that may be repeated may also run late: where nobody reads its first values, only its repetition runs. Then the
+least that stays at any moment up to its first reader counts. An op that works in place is granted its output for
+nothing as soon as some plan could leave it alone with its input.
 
 Known weaknesses: what a repeated node finds beside itself, such as the rest of its chain, is not counted, nor are the
 pieces in which large values come back.
@@ -53,7 +54,8 @@ def least_peak(
         graph: The user's graph, its nodes in the order of the plans.
         cost_model: Its workspace and resident bytes count.
         repeatable: Names of the nodes that a plan of the class may repeat.
-        evictable: Root of each storage that such a plan may evict, to the pairs of consecutive uses between which it does.
+        evictable: Root of each storage that such a plan may evict, to the pairs of consecutive uses between which
+            it does.
     """
     return _Floor(graph, cost_model, repeatable, evictable).least_peak()
 
@@ -96,7 +98,9 @@ class _Floor:
 
     def least_peak(self) -> LeastPeak:
         latest = self._latest()
-        least = np.zeros(len(self.graph.nodes), dtype=np.int64)  # bytes staying from a node's position to its latest one
+        least = np.zeros(
+            len(self.graph.nodes), dtype=np.int64
+        )  # bytes staying from a node's position to its latest one
         found = LeastPeak(int(self.bytes_staying.max(initial=self.cost_model.resident_bytes)), "")
         for position in reversed(range(len(self.graph.nodes))):
             node = self.graph.nodes[position]
@@ -195,13 +199,17 @@ class _Floor:
         for index, nbytes in enumerate(liveness.output_bytes(node)):
             if liveness.alias_of(node, index) is None and not self._may_overwrite(node, index, position, latest):
                 total += nbytes
-        return total + sum(sum(map(allocator.rounded, buffers)) for buffers in self.cost_model.workspace(self.graph, node))
+        return total + sum(
+            sum(map(allocator.rounded, buffers)) for buffers in self.cost_model.workspace(self.graph, node)
+        )
 
     def _may_overwrite(self, node: ir.Node, index: int, position: int, latest: int) -> bool:
         """Whether some plan lets the node write an output over an input."""
         for slot in liveness.overwritten_by(self.graph, node, index):
             reference = node.inputs[slot]
-            if node.inputs.count(reference) == 1 and not self._is_needed_beside(self.root_of[reference], position, latest):
+            if node.inputs.count(reference) == 1 and not self._is_needed_beside(
+                self.root_of[reference], position, latest
+            ):
                 return True
         return False
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 
 from graphswap.plan import Decision, Plan
 from graphswap.simulator import NoRoom, Timeline
-from graphswap.strategies import base, gaps, timing
+from graphswap.strategies import base, budgets, gaps, timing
 
 BOTH = ("swap", "recompute")
 _TIGHTENING = 0.98
@@ -42,11 +42,13 @@ def evictions(
     anchors: Collection[int] = (),
     since: Mapping[int, int] | None = None,
 ) -> Evictions:
-    """Works out decisions and timeline of a set of evictions.
+    """Works out decisions and timeline of a set of evictions; over a closed link nothing is swapped.
 
     Raises:
         gaps.CantRecompute: If a value can't be recomputed.
     """
+    if problem.cost_model.link(problem.cost_model.far_tier).is_closed:
+        evicted = {gap: way for gap, way in evicted.items() if way != "swap"}
     decisions = problem.decide(evicted, anchors, since=since)
     return Evictions(dict(evicted), anchors, since or {}, decisions, problem.simulate(decisions))
 
@@ -108,7 +110,8 @@ def fit(
             target *= _TIGHTENING
     if best is None:
         assert lowest is not None
-        raise base.InfeasibleBudgetError(memory_budget, lowest.peak_bytes, lowest.peak_step.name)
+        bound_bytes = budgets.least_peak(problem).nbytes
+        raise base.InfeasibleBudgetError(memory_budget, lowest.peak_bytes, lowest.peak_step.name, bound_bytes)
     return problem.plan(best.decisions, strategy, memory_budget)
 
 

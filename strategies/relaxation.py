@@ -206,7 +206,7 @@ class Relaxation:
     def _add_gaps(self, storage: int) -> None:
         problem, row = self._problem, self._builder.row
         gigabytes, node = self._gigabytes(storage), self._producer(storage)
-        copying = problem.storages[storage].nbytes / self._link.out_bytes_per_second
+        copying = self._link.out_seconds(problem.storages[storage].nbytes)
         moved = self._column(price=min(copying, float(problem.clock[-1])))
         self._born[self._bucket(problem.storages[storage].born)].append((moved, gigabytes))
         copied: int | None = None
@@ -216,7 +216,7 @@ class Relaxation:
             stretches = self.stretches[gap] = []
             for start, stop in zip(cuts, cuts[1:], strict=False):
                 dropped = self._column() if self._can_repeat(node) else None
-                stretch = Stretch(start, stop, self._column(), dropped)
+                stretch = Stretch(start, stop, self._column(upper=float(not self._link.is_closed)), dropped)
                 stretches.append(stretch)
                 out = self._column()
                 row([(out, 1.0), (stretch.swapped, -1.0)], lower=0.0)
@@ -382,7 +382,7 @@ class Relaxation:
         builder, link, count = self._builder, self._link, len(self.checks)
         needed = (self._problem.live[self.checks] - self._idle_small_bytes()[self.checks]) * _UNIT
         clock = self._problem.clock[[0, *(self.checks + 1), len(self._problem.order)]]
-        horizon = _HORIZON * float(clock[-1])
+        horizon = _HORIZON * (float(clock[-1]) or self._copying_seconds())
         repeated: list[list[tuple[int, float]]] = [[] for _ in range(count + 1)]
         for (node, bucket), run in self.runs.items():
             repeated[bucket].append((run, self._seconds(node)))
@@ -402,7 +402,8 @@ class Relaxation:
             """A column that has grown by what a link carries at most."""
             column = builder.column(total)
             earlier = [] if before is None else [(before, -1.0)]
-            builder.row([(column, 1.0), *earlier, (extra, -speed)], upper=speed * seconds)
+            if np.isfinite(speed):
+                builder.row([(column, 1.0), *earlier, (extra, -speed)], upper=speed * seconds)
             return column
 
         for bucket in range(count + 1):
@@ -421,12 +422,19 @@ class Relaxation:
                 back = carried(back, in_speed, seconds, extra)
                 builder.row([(back, 1.0), (due, -1.0)], lower=0.0)
                 early = [(back, -1.0), (due, 1.0)]
-            else:
+            elif not link.is_closed:
                 spent += [(c, -v / out_speed) for c, v in self._born[bucket]]
                 spent += [(c, -v / in_speed) for c, v in self._due[bucket]]
             builder.row([(extra, 1.0), *spent], lower=0.0)
             if bucket < count:
                 builder.row([(absent, 1.0), *early], lower=float(needed[bucket]), share=_UNIT)
+
+    def _copying_seconds(self) -> float:
+        """What a step without compute takes if everything is copied: of a length that the horizon can be made of."""
+        if self._link.is_closed:
+            return 0.0
+        nbytes = sum(self._problem.storages[storage].nbytes for storage in self._of_storage)
+        return self._link.out_seconds(nbytes) + self._link.in_seconds(nbytes)
 
     def _idle_small_bytes(self) -> np.ndarray:
         """Bytes at each position of storages that are too small to plan for, while nobody uses them."""

@@ -65,7 +65,7 @@ def timed(
     others = tuple(decision for decision in decisions if not isinstance(decision, Swap))
     tight = problem.simulate(tuple(decisions))
     best = (tuple(decisions), tight)
-    if not moves:
+    if not moves or link.is_closed:
         return best
     live = problem.live_by_position(tight)
     repeats = {place[decision.before] for decision in others if isinstance(decision, Recompute)}

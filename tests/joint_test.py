@@ -1,4 +1,5 @@
 import itertools
+import time
 
 import numpy as np
 import pytest
@@ -117,11 +118,18 @@ def test_changing_one_gap_at_a_time_makes_a_bad_plan_better():
     assert better.timeline.seconds < everything.timeline.seconds
 
 
-@pytest.mark.parametrize("failure", ["no answer", "garbage"])
+@pytest.mark.parametrize("failure", ["no answer", "no time left", "garbage"])
 def test_without_a_usable_solver_there_is_still_a_plan(monkeypatch, failure):
+    late = []
+    now = time.monotonic
+    monkeypatch.setattr(joint.time, "monotonic", lambda: now() + 1e6 * len(late))
+
     def solve(program, memory_budget, prices, seconds):
         if failure == "no answer":
             raise solver.SolverError("injected")
+        if failure == "no time left":
+            late.append(seconds)  # all of the planning time is over
+            raise solver.SolverError("Time limit reached")
         generator = np.random.default_rng(0)
         return solver.Solution(generator.normal(size=len(program.cost)), generator.normal(size=len(program.row_lower)))
 
