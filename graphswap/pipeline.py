@@ -352,7 +352,7 @@ class Session:
             return 0, 1.0
         if asked == "free":
             return 0, self._scale * _USABLE
-        whole = device.memory_bytes or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        whole = _memory_bytes(device)
         if not isinstance(asked, int) or asked >= whole:
             asked = whole
         share = self._scale * (1.0 if asked == device.memory_bytes else _USABLE)
@@ -364,7 +364,9 @@ class Session:
             return Planned(Plan(), plain, plain, ["it fits the budget as it is"])
         notes: list[str] = []
         with clock("measure"):
-            profile = self._profile(func_graph, graph, cost_model, budget, notes)
+            is_free = self.options.memory_budget == "free"
+            room = int(_USABLE * _memory_bytes(cost_model.device)) if is_free else budget
+            profile = self._profile(func_graph, graph, cost_model, room, notes)
         with clock("plan"):
             cost_model = dataclasses.replace(cost_model, profile=profile)
             plan, free_bound_bytes = self._choose(graph, cost_model, budget)
@@ -386,7 +388,7 @@ class Session:
         """The plan for a budget, 0 for "min" and "free"; and the bound of a free one."""
         if budget:
             return _plan_within(self._strategy(), graph, cost_model, budget), None
-        if self.options.memory_budget == "min":
+        if self.options.memory_budget != "free":
             return budgets.smallest(self._strategy(), graph, cost_model), None
         seconds = self.options.planning_seconds
         found = budgets.free(self._strategy(seconds / budgets.EVALUATIONS), graph, cost_model, seconds)
@@ -486,6 +488,11 @@ def _plan_within(strategy: Strategy, graph: ir.Graph, cost_model: CostModel, bud
         except InfeasibleBudgetError:
             raise error from None
         raise InfeasibleBudgetError(budget, plan.memory_budget or least_bytes, error.node, error.bound_bytes) from None
+
+
+def _memory_bytes(device: DeviceSpec) -> int:
+    """Of the device; a plain CPU has what the machine has."""
+    return device.memory_bytes or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _resident_bytes(graph: ir.Graph) -> int:
