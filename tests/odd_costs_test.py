@@ -39,7 +39,7 @@ def check(name, model, budget_mib):
 @pytest.mark.parametrize("seconds", [1.0, 0.0])
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_every_strategy(name, seconds, speeds, overlaps):
-    link = Link(*speeds, 0.0, overlaps=overlaps)
+    link = Link(speeds[0], speeds[1], 0.0, overlaps=overlaps)
     model = testing.seconds_per_node(seconds, link)
     plans = [check(name, model, budget) for budget in BUDGETS]
     if link.is_closed:
@@ -51,7 +51,7 @@ def test_every_strategy(name, seconds, speeds, overlaps):
 @pytest.mark.parametrize("overlaps", [False, True])
 @pytest.mark.parametrize("speeds", SPEEDS.values(), ids=SPEEDS)
 def test_bounds(speeds, overlaps):
-    model = testing.seconds_per_node(1.0, Link(*speeds, 0.0, overlaps=overlaps))
+    model = testing.seconds_per_node(1.0, Link(speeds[0], speeds[1], 0.0, overlaps=overlaps))
     envelope = budgets.envelope(CHAIN, model, solves=3)
     found = budgets.free(STRATEGIES["greedy"], CHAIN, model, 10.0)
     at_once = 0.0 not in speeds

@@ -472,7 +472,10 @@ def train_freely(option):
         options = graphswap.Options(option, swap_to="host", planning_seconds=2.0) if option else None
         model.compile("adam", "mse", **({"graphswap": options} if options else {}))
         losses = [float(model.train_on_batch(batch(8192).numpy(), batch(8192, 1).numpy())) for _ in range(3)]
-    found = {"losses": losses, "weights": [hashlib.sha256(np.asarray(weight)).hexdigest() for weight in model.weights]}
+    found = {
+        "losses": losses,
+        "weights": [hashlib.sha256(np.asarray(weight).tobytes()).hexdigest() for weight in model.weights],
+    }
     if options:
         step = graphswap.report(model).step
         found |= {"peak": step.measured_peak_bytes, "budget": step.memory_budget, "report": str(step)}
