@@ -31,7 +31,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from graphswap import bound, ir
+from graphswap import bound, ir, liveness
 from graphswap.strategies import gaps
 
 _CHECKS = 200
@@ -340,15 +340,21 @@ class Relaxation:
     def _add_refunds(self) -> None:
         """A repeated node whose first values nobody reads runs only once.
 
-        Its first reader must do without: the storage was dropped at birth, or that reader is superfluous itself.
+        Its first reader must do without: the storage was dropped at birth, or that reader is superfluous itself. The
+        run that is left comes before the last of the chain of such readers, which runs where it stands.
         """
         problem = self._problem
         refunded: dict[str, int] = {}
         again: dict[str, list[int]] = collections.defaultdict(list)
-        for (node, _), run in self.runs.items():
-            again[node].append(run)
+        for node, bucket in self.runs:
+            again[node].append(bucket)
         consumers, position = problem.graph.consumers, problem.graph.position
+        stand = liveness.waited_for(problem.graph) | {ir.producer(reference) for reference in problem.graph.outputs}
+        latest: dict[str, int] = {}  # the position before which a node runs for the first time, at the latest
         for node in reversed(problem.graph.nodes):
+            places = [latest[name] for reference in node.refs() for name in consumers.get(reference, ())]
+            can_wait = self._can_repeat(node.name) and node.name not in stand and places
+            latest[node.name] = min(places) if can_wait else position[node.name]
             if not self._can_repeat(node.name):
                 continue
             rows = []
@@ -373,7 +379,9 @@ class Relaxation:
             if node.name in again:  # otherwise its repeats cost nothing here, either
                 saved = self._column()
                 self._builder.row([(saved, 1.0), (column, -1.0)], upper=0.0)
-                self._builder.row([(saved, 1.0), *((run, -1.0) for run in again[node.name])], upper=0.0)
+                until = self._bucket(latest[node.name])
+                runs = [(self.runs[node.name, bucket], -1.0) for bucket in again[node.name] if bucket <= until]
+                self._builder.row([(saved, 1.0), *runs], upper=0.0)
                 self._refunds[self._bucket(position[node.name])].append((saved, self._seconds(node.name)))
 
     # --- memory and links ------------------------------------------------------------------------------------------
