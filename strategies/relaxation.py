@@ -19,6 +19,8 @@ The optimum bounds all plans in this order that run one node at a time and repea
 gap. Chains are followed over `_DEPTH` nodes; what lies before is taken to be there. Storages too small to plan for
 count as absent while idle.
 
+An op that could work in place in some plan is granted its output, and a first run that is left out leaves no bytes.
+
 Known weaknesses: where a repeated chain overflows between two checks is not seen; a fraction of a storage may be
 dropped, which is paid for in full only where the rows of `_all_at_once` see it.
 """
@@ -27,11 +29,12 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from graphswap import bound, ir, liveness
+from graphswap import allocator, bound, ir, liveness
 from graphswap.strategies import gaps
 
 _CHECKS = 200
@@ -104,6 +107,7 @@ class Relaxation:
         ]  # what must have been copied out, likewise
         self._born: list[list[tuple[int, float]]] = [[] for _ in range(count)]  # what may be, by bucket
         self._due: list[list[tuple[int, float]]] = [[] for _ in range(count)]  # what must be back by the bucket's end
+        self._superfluous: dict[str, int] = {}  # node -> column: its first run is left out
         self._refunds: list[list[tuple[int, float]]] = [[] for _ in range(count)]  # runs that become superfluous
         self._fetches: dict[tuple[int, int], int] = {}
         self._dropped_at_birth: dict[int, int | None] = {}  # storage that nobody reads before its first gap ends
@@ -344,7 +348,7 @@ class Relaxation:
         run that is left comes before the last of the chain of such readers, which runs where it stands.
         """
         problem = self._problem
-        refunded: dict[str, int] = {}
+        refunded = self._superfluous
         again: dict[str, list[int]] = collections.defaultdict(list)
         for node, bucket in self.runs:
             again[node].append(bucket)
@@ -389,6 +393,7 @@ class Relaxation:
     def _add_flows(self) -> None:
         builder, link, count = self._builder, self._link, len(self.checks)
         needed = (self._problem.live[self.checks] - self._idle_small_bytes()[self.checks]) * _UNIT
+        needed -= np.array([self._granted_bytes(position) for position in self.checks]) * _UNIT
         clock = self._problem.clock[[0, *(self.checks + 1), len(self._problem.order)]]
         horizon = _HORIZON * (float(clock[-1]) or self._copying_seconds())
         repeated: list[list[tuple[int, float]]] = [[] for _ in range(count + 1)]
@@ -435,7 +440,38 @@ class Relaxation:
                 spent += [(c, -v / in_speed) for c, v in self._due[bucket]]
             builder.row([(extra, 1.0), *spent], lower=0.0)
             if bucket < count:
-                builder.row([(absent, 1.0), *early], lower=float(needed[bucket]), share=_UNIT)
+                node = self._problem.graph.nodes[self.checks[bucket]]
+                superfluous = self._superfluous.get(node.name)
+                elsewhere = [] if superfluous is None else [(superfluous, self._own_bytes(node) * _UNIT)]
+                builder.row([(absent, 1.0), *early, *elsewhere], lower=float(needed[bucket]), share=_UNIT)
+
+    def _own_bytes(self, node: ir.Node) -> int:
+        """What is not there when a node does not run where it stands: what it makes, and what it alone reads there."""
+        problem = self._problem
+        roots = {problem.root_of[reference] for reference in (*node.inputs, *node.refs())}
+        moved = (problem.storages[problem.storage_of[root]] for root in roots if root in problem.storage_of)
+        workspace = itertools.chain(*problem.cost_model.workspace(problem.graph, node))
+        return sum(storage.nbytes for storage in moved) + sum(map(allocator.rounded, workspace))
+
+    def _granted_bytes(self, position: int) -> int:
+        """Bytes of outputs that a plan writes over an input which others need later: those get another copy of it."""
+        problem = self._problem
+        node = problem.graph.nodes[position]
+        results = {problem.root_of[reference] for reference in problem.graph.outputs}
+        total = 0
+        for index, nbytes in enumerate(liveness.output_bytes(node)):
+            references = [node.inputs[slot] for slot in liveness.overwritten_by(problem.graph, node, index)]
+            roots = [problem.root_of[reference] for reference in references if node.inputs.count(reference) == 1]
+            moved = [
+                problem.storages[problem.storage_of[root]]
+                for root in roots
+                if root in problem.storage_of
+                and root not in results
+                and problem.graph.by_name[ir.producer(root)].op not in ir.RESIDENT_OPS
+            ]
+            if moved and all(storage.is_held or storage.uses[-1] > position for storage in moved):
+                total += nbytes
+        return total
 
     def _copying_seconds(self) -> float:
         """What a step without compute takes if everything is copied: of a length that the horizon can be made of."""
