@@ -48,8 +48,8 @@ def test_every_gap_that_matters_has_columns():
         assert all(before.end == after.first for before, after in zip(stretches, stretches[1:], strict=False))
 
 
-# Of the first four, plans that write an output over what they make anew, or leave a first run out, get below a bound
-# that takes every node to need its own output where it stands.
+# With the first four there are plans that write an output over what they make anew, or leave a first run out: below a
+# bound that takes every node to need its own output where it stands.
 @pytest.mark.parametrize("seed", [32, 64, 91, 129, *range(8)])
 def test_no_evictions_get_below_the_bound(seed):
     rng = random.Random(seed)
