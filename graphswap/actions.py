@@ -138,12 +138,7 @@ def _facts(graph: ir.Graph, node: ir.Node, cost_model: CostModel, root_of: Mappi
             held = "" if value.dtype == "resource" else reference
         elif node.op == "ReadVariableOp":
             held = root_of[node.inputs[0]]
-        overwrites = [
-            slot
-            for slot in liveness.IN_PLACE.get(node.op, ())[: len(node.inputs)]
-            if index == liveness.WRITTEN_IN_PLACE.get(node.op, 0)
-            and _is_as_large(graph.value(node.inputs[slot]), value)
-        ]
+        overwrites = liveness.overwritten_by(graph, node, index)
         outputs.append(Output(reference, nbytes, count, held, liveness.alias_of(node, index), overwrites))
     in_place = node.op in liveness.UPDATES
     early, late = cost_model.workspace(graph, node)
@@ -156,10 +151,6 @@ def _facts(graph: ir.Graph, node: ir.Node, cost_model: CostModel, root_of: Mappi
         assigns=root_of[node.inputs[0]] if in_place or node.op in liveness.ASSIGNS else "",
         in_place=in_place,
     )
-
-
-def _is_as_large(value: ir.Value, other: ir.Value) -> bool:
-    return (value.dtype, value.nbytes) == (other.dtype, other.nbytes)
 
 
 @dataclasses.dataclass(slots=True)

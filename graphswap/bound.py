@@ -1,9 +1,10 @@
-"""Lower bounds on the time of a step, checkable without trusting a solver.
+"""Lower bounds on the time of a step, and on the budget for a time, checkable without trusting a solver.
 
 A linear program that every plan of a class satisfies has, by weak duality, a lower bound for every choice of
 multipliers ("duals") of its rows; a solver is only asked for good ones. `Certificate.seconds` works the bound out anew
 from the rows, so that a wrong or unlucky solver makes it weaker but never wrong. As the budget stands on the right-hand
-side only, one certificate bounds all budgets: a straight line under the whole curve of budget and time.
+side only, one certificate bounds all budgets: a straight line under the whole curve of budget and time. An `Envelope`
+is the highest of several such lines.
 
 Known weakness: that a program is a relaxation of the step is the work of whoever wrote it (`strategies.relaxation`).
 """
@@ -51,6 +52,28 @@ class LinearProgram:
     def row_lower_at(self, memory_budget: float) -> np.ndarray:
         """Lower sides of the rows at a budget in bytes."""
         return self.row_lower - self.share * memory_budget
+
+    def least_budget(self, extra_seconds: float, most_bytes: float) -> LinearProgram:
+        """The program that asks for the least budget at which the optimum is at most `constant + extra_seconds`.
+
+        Its "seconds" are the budget as a share of `most_bytes`, above which it does not look.
+        """
+        budget, row = len(self.cost), len(self.row_lower)
+        limited, paid = np.flatnonzero(self.share), np.flatnonzero(self.cost)
+        rows = np.concatenate([self.rows, limited, np.full(len(paid), row)])
+        order = rows.argsort(kind="stable")
+        return LinearProgram(
+            constant=0.0,
+            cost=np.append(np.zeros(budget), 1.0),
+            lower=np.append(self.lower, 0.0),
+            upper=np.append(self.upper, 1.0),
+            rows=rows[order],
+            columns=np.concatenate([self.columns, np.full(len(limited), budget), paid])[order],
+            values=np.concatenate([self.values, self.share[limited] * most_bytes, self.cost[paid]])[order],
+            row_lower=np.append(self.row_lower, -np.inf),
+            row_upper=np.append(self.row_upper, extra_seconds),
+            share=np.zeros(row + 1),
+        )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -100,6 +123,30 @@ class Certificate:
         for name in ("rows", "columns"):
             arrays[name] = arrays[name].astype(int)
         return cls(LinearProgram(constant=float(fields["constant"]), **arrays), np.array(fields["duals"], float))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Envelope:
+    """Lines under the curve of budget and time: together convex, and falling as the budget grows.
+
+    Attributes:
+        certificates: Of one step; at least one.
+    """
+
+    certificates: tuple[Certificate, ...]
+
+    def seconds(self, memory_budget: float) -> float:
+        """The bound at a budget in bytes: what the best of the certificates says."""
+        return max(certificate.seconds(memory_budget) for certificate in self.certificates)
+
+    def fields(self) -> dict[str, Any]:
+        """As plain lists, for JSON."""
+        return {"certificates": [certificate.fields() for certificate in self.certificates]}
+
+    @classmethod
+    def from_fields(cls, fields: dict[str, Any]) -> Envelope:
+        """Reads what `fields` gave."""
+        return cls(tuple(map(Certificate.from_fields, fields["certificates"])))
 
 
 def certificate(program: LinearProgram, duals: np.ndarray) -> Certificate:

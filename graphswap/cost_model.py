@@ -21,10 +21,13 @@ class Link:
     """The way between the device and a far tier.
 
     Attributes:
-        out_bytes_per_second: Speed of copies off the device.
-        in_bytes_per_second: Speed of copies back.
+        out_bytes_per_second: Speed of copies off the device; may be infinite, or 0: then nothing is swapped.
+        in_bytes_per_second: Speed of copies back, likewise.
         latency_seconds: Added to every copy.
         overlaps: Whether copies run beside compute. On a CPU they take the same cores.
+
+    Raises:
+        ValueError: If a speed is negative or no number, or the latency is not finite and >= 0.
     """
 
     out_bytes_per_second: float = 1e9
@@ -32,11 +35,23 @@ class Link:
     latency_seconds: float = 20e-6
     overlaps: bool = False
 
+    def __post_init__(self) -> None:
+        for name in ("out_bytes_per_second", "in_bytes_per_second"):
+            _expect("Link", name, getattr(self, name), "a speed >= 0; 0 if nothing gets through")
+        _expect("Link", "latency_seconds", self.latency_seconds, "finite seconds >= 0", is_finite=True)
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether what is copied out never arrives, or never comes back."""
+        return not (self.out_bytes_per_second and self.in_bytes_per_second)
+
     def out_seconds(self, nbytes: int) -> float:
-        return self.latency_seconds + nbytes / self.out_bytes_per_second
+        """Seconds of a copy off the device; infinite if nothing gets through."""
+        return self.latency_seconds + _seconds(nbytes, self.out_bytes_per_second)
 
     def in_seconds(self, nbytes: int) -> float:
-        return self.latency_seconds + nbytes / self.in_bytes_per_second
+        """Seconds of a copy back, likewise."""
+        return self.latency_seconds + _seconds(nbytes, self.in_bytes_per_second)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -53,6 +68,9 @@ class DeviceSpec:
         memory_bytes_per_second: For the analytic estimate of everything else.
         launch_seconds: Added to every node.
         links: Tier name to `Link`.
+
+    Raises:
+        ValueError: If a number is out of range or no number.
     """
 
     name: str = "cpu"
@@ -66,6 +84,27 @@ class DeviceSpec:
     links: Mapping[str, Link] = dataclasses.field(
         default_factory=lambda: {"host": Link(), "disk": Link(0.7e9, 0.9e9, 100e-6)}
     )
+
+    def __post_init__(self) -> None:
+        for name in ("flops_per_second", "memory_bytes_per_second"):
+            _expect("DeviceSpec", name, getattr(self, name), "a rate > 0", is_positive=True)
+        _expect("DeviceSpec", "launch_seconds", self.launch_seconds, "finite seconds >= 0", is_finite=True)
+        if self.memory_bytes is not None:
+            _expect("DeviceSpec", "memory_bytes", self.memory_bytes, "bytes > 0, or None", is_positive=True)
+
+
+def _expect(
+    owner: str, name: str, value: float, expected: str, *, is_finite: bool = False, is_positive: bool = False
+) -> None:
+    """Raises ValueError unless the value is in range: not negative, and what else is asked for."""
+    if not (value > 0 or (value == 0 and not is_positive)) or (is_finite and math.isinf(value)):
+        raise ValueError(f"{owner}.{name}: expected {expected}, received {value!r}. Correct it, or measure again.")
+
+
+def _seconds(nbytes: int, bytes_per_second: float) -> float:
+    if not bytes_per_second:
+        return math.inf if nbytes else 0.0
+    return nbytes / bytes_per_second
 
 
 class Workspace(NamedTuple):

@@ -94,6 +94,18 @@ def alias_of(node: ir.Node, index: int) -> int | None:
     return copied
 
 
+def overwritten_by(graph: ir.Graph, node: ir.Node, index: int) -> list[int]:
+    """Numbers of the inputs that output `index` of the node may be written over, in the order tried."""
+    if index != WRITTEN_IN_PLACE.get(node.op, 0):
+        return []
+    slots = IN_PLACE.get(node.op, ())[: len(node.inputs)]
+    return [slot for slot in slots if _is_as_large(graph.value(node.inputs[slot]), node.outputs[index])]
+
+
+def _is_as_large(value: ir.Value, other: ir.Value) -> bool:
+    return (value.dtype, value.nbytes) == (other.dtype, other.nbytes)
+
+
 @functools.lru_cache(maxsize=8)
 def roots(graph: ir.Graph) -> Mapping[str, str]:
     """For every value the value whose buffer it lives in. Resource handles are followed to their variable."""

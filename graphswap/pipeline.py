@@ -17,14 +17,13 @@ import tensorflow as tf
 from graphswap import allocator, graphdef, ir, placement, profiler, rewrites, simulator, strategies, tiers
 from graphswap.cost_model import MEMORY_VARIABLE, CostModel, DeviceSpec, Profile
 from graphswap.graphdef import UnsupportedGraphError
-from graphswap.options import Options
+from graphswap.options import Options, format_bytes
 from graphswap.plan import Plan
 from graphswap.report import Report, StepReport
+from graphswap.strategies import budgets, gaps
 from graphswap.strategies.base import InfeasibleBudgetError, Strategy
 from graphswap.tiers import SwapSpaceError
 
-_WIDENING = 1.03
-_WIDENINGS = 24
 _TIGHTENING = 0.97
 _TIGHTEST = 0.75
 _CHEAP = 0.05
@@ -46,6 +45,8 @@ class Planned:
     timeline: simulator.Timeline
     plain: simulator.Timeline
     notes: list[str]
+    memory_bound_bytes: int | None = None
+    free_bound_bytes: int | None = None
 
 
 class Session:
@@ -53,17 +54,9 @@ class Session:
 
     Args:
         options: What the user asked for.
-
-    Raises:
-        ValueError: If the options ask for what is not there yet.
     """
 
     def __init__(self, options: Options):
-        if options.memory_budget == "free":
-            raise ValueError(
-                "memory_budget: expected a size, 'auto' or 'min', received 'free', which is not supported yet. "
-                "Name a size such as '2GiB'."
-            )
         self.options = options
         self.report = Report()
         self._tiers = tiers.Tiers(options.swap_directory())
@@ -291,14 +284,18 @@ class Session:
             try:
                 planned = self._plan(func_graph, graph, cost_model, budget, clock)
             except InfeasibleBudgetError as error:
-                asked, smallest = int(budget / share), int(error.smallest_bytes / share)
-                raise InfeasibleBudgetError(asked, smallest + 1, error.node) from None
+                asked, smallest, bound = (
+                    int(nbytes / share) for nbytes in (budget, error.smallest_bytes, error.bound_bytes)
+                )
+                raise InfeasibleBudgetError(asked, smallest + 1, error.node, bound) from None
             if not planned.plan.is_empty:
                 with clock("rewrite"):
                     rewritten = rewrites.rewrite(graph, planned.plan)
                     graphdef.export_function(func_graph, rewritten, self._tiers)
             self._add_report(
-                func_graph, shapes, _step_report(graph, budget, share / self._scale, planned, clock.seconds)
+                func_graph,
+                shapes,
+                _step_report(graph, budget, share / self._scale, planned, clock.seconds, self.options.memory_budget),
             )
 
     def _arrange(self, device: DeviceSpec) -> None:
@@ -346,14 +343,16 @@ class Session:
         return "host" if swap_to == "host" else "disk"
 
     def _budget(self, device: DeviceSpec) -> tuple[int, float]:
-        """The bytes to plan for, 0 for "min"; and their share of the budget.
+        """The bytes to plan for, 0 for "min" and "free"; and their share of the budget.
 
         A device can't pass a budget of all its memory, whatever its allocator loses; there the strategies leave room.
         """
         asked = self.options.memory_budget
         if asked == "min":
             return 0, 1.0
-        whole = device.memory_bytes or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if asked == "free":
+            return 0, self._scale * _USABLE
+        whole = _memory_bytes(device)
         if not isinstance(asked, int) or asked >= whole:
             asked = whole
         share = self._scale * (1.0 if asked == device.memory_bytes else _USABLE)
@@ -365,10 +364,12 @@ class Session:
             return Planned(Plan(), plain, plain, ["it fits the budget as it is"])
         notes: list[str] = []
         with clock("measure"):
-            profile = self._profile(func_graph, graph, cost_model, budget, notes)
+            is_free = self.options.memory_budget == "free"
+            room = int(_USABLE * _memory_bytes(cost_model.device)) if is_free else budget
+            profile = self._profile(func_graph, graph, cost_model, room, notes)
         with clock("plan"):
             cost_model = dataclasses.replace(cost_model, profile=profile)
-            plan = _plan_within(self._strategy(), graph, cost_model, budget)
+            plan, free_bound_bytes = self._choose(graph, cost_model, budget)
         plain = simulator.simulate(graph, Plan(), cost_model)
         plan.check(graph)
         device = cost_model.device
@@ -380,14 +381,32 @@ class Session:
                 memory = allocator.Allocator(limit, device.reserves_memory)
             timelines.append(simulator.simulate(graph, plan, cost_model, allocator=memory, second_first=second_first))
         worst = max(timelines, key=lambda timeline: timeline.allocated_peak_bytes)
-        return Planned(plan, worst, plain, notes)
+        memory_bound_bytes = budgets.least_peak(gaps.problem(graph, cost_model)).nbytes
+        return Planned(plan, worst, plain, notes, memory_bound_bytes, free_bound_bytes)
 
-    def _strategy(self) -> Strategy:
+    def _choose(self, graph: ir.Graph, cost_model: CostModel, budget: int) -> tuple[Plan, int | None]:
+        """The plan for a budget, 0 for "min" and "free"; and the bound of a free one."""
+        if budget:
+            return _plan_within(self._strategy(), graph, cost_model, budget), None
+        if self.options.memory_budget != "free":
+            return budgets.smallest(self._strategy(), graph, cost_model), None
+        seconds = self.options.planning_seconds
+        found = budgets.free(self._strategy(seconds / budgets.EVALUATIONS), graph, cost_model, seconds)
+        has, needs = cost_model.device.memory_bytes, found.plan.memory_budget or 0
+        if has is not None and needs > has * self._scale * _USABLE:
+            raise ValueError(
+                f"memory_budget='free': expected a device with room for the step at full speed, {format_bytes(needs)}, "
+                f"received one of {format_bytes(has)}, of which {self._scale * _USABLE:.0%} can be planned for. "
+                "Write memory_budget='auto' for the fastest plan in what the device has, or reduce the batch size."
+            )
+        return found.plan, found.bound_bytes
+
+    def _strategy(self, planning_seconds: float | None = None) -> Strategy:
         strategy = self.options.strategy
         if isinstance(strategy, str):
             strategy = strategies.STRATEGIES[strategy]
         if isinstance(strategy, strategies.Auto | strategies.Joint):
-            return dataclasses.replace(strategy, planning_seconds=self.options.planning_seconds)
+            return dataclasses.replace(strategy, planning_seconds=planning_seconds or self.options.planning_seconds)
         return strategy
 
     def _profile(self, func_graph, graph, cost_model: CostModel, budget: int, notes: list[str]) -> Profile | None:
@@ -403,7 +422,7 @@ class Session:
                 if frugal_budget:
                     plan = strategies.Greedy(planning_seconds=0.0).plan(graph, cost_model, frugal_budget)
                 else:
-                    plan = _plan_within(self._strategy(), graph, cost_model, 0)
+                    plan = budgets.smallest(self._strategy(), graph, cost_model)
                 rewritten = rewrites.rewrite(graph, plan.one_by_one())
                 profile = profiler.measure_step(func_graph, rewritten, self._arguments, self._tiers, graph.fingerprint)
             except (InfeasibleBudgetError, profiler.CantMeasure, tf.errors.OpError) as failure:
@@ -461,19 +480,19 @@ def _optimize(func_graph: graphdef.FuncGraph, mark: Any) -> None:
 def _plan_within(strategy: Strategy, graph: ir.Graph, cost_model: CostModel, budget: int) -> Plan:
     """The strategy's plan; if it finds none, an error that names a budget it does find one for."""
     try:
-        return strategy.plan(graph, cost_model, max(budget, 1))
+        return strategy.plan(graph, cost_model, budget)
     except InfeasibleBudgetError as error:
-        candidate = max(error.smallest_bytes, budget)
-        for _ in range(_WIDENINGS):
-            try:
-                plan = strategy.plan(graph, cost_model, candidate)
-            except InfeasibleBudgetError:
-                candidate = int(candidate * _WIDENING)
-                continue
-            if not budget:
-                return plan
-            raise InfeasibleBudgetError(budget, candidate, error.node) from None
-        raise
+        least_bytes = max(error.smallest_bytes, budget + 1)
+        try:
+            plan = budgets.smallest(strategy, graph, cost_model, least_bytes)
+        except InfeasibleBudgetError:
+            raise error from None
+        raise InfeasibleBudgetError(budget, plan.memory_budget or least_bytes, error.node, error.bound_bytes) from None
+
+
+def _memory_bytes(device: DeviceSpec) -> int:
+    """Of the device; a plain CPU has what the machine has."""
+    return device.memory_bytes or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _resident_bytes(graph: ir.Graph) -> int:
@@ -490,9 +509,9 @@ def _resident_bytes(graph: ir.Graph) -> int:
 
 
 def _step_report(
-    graph: ir.Graph, budget: int, share: float, planned: Planned, breakdown: dict[str, float]
+    graph: ir.Graph, budget: int, share: float, planned: Planned, breakdown: dict[str, float], asked: int | str
 ) -> StepReport:
-    plan, timeline = planned.plan, planned.timeline
+    plan, timeline, free_bound_bytes = planned.plan, planned.timeline, planned.free_bound_bytes
     return StepReport(
         name=graph.name,
         nodes=len(graph.nodes),
@@ -507,6 +526,9 @@ def _step_report(
         recomputed_seconds=timeline.recomputed_seconds,
         breakdown=breakdown,
         notes=planned.notes,
+        budget_word=asked if isinstance(asked, str) else "",
+        memory_bound_bytes=planned.memory_bound_bytes,
+        free_bound_bytes=None if free_bound_bytes is None else int(free_bound_bytes / share),
     )
 
 

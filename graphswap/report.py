@@ -9,6 +9,7 @@ from typing import Any
 
 from graphswap.options import format_bytes
 from graphswap.plan import Plan
+from graphswap.strategies import budgets
 
 
 @dataclasses.dataclass
@@ -28,6 +29,9 @@ class StepReport:
         swapped_bytes: Bytes copied to the far tier per step.
         recomputed_seconds: Seconds of repeated nodes per step.
         breakdown: Seconds that import, measuring, planning and rewriting took.
+        budget_word: "auto", "min" or "free" if the user gave no size.
+        memory_bound_bytes: No plan of the plan's class has a lower peak; None if nothing was planned.
+        free_bound_bytes: No smaller budget is free; None if the user did not ask for a free one.
         notes: What else the user should know: costs that could not be measured, plans that were tightened.
         measured_seconds: Lengths of the steps run so far.
         measured_peak_bytes: The most that the allocator has counted so far; None if it does not count.
@@ -46,6 +50,9 @@ class StepReport:
     recomputed_seconds: float = 0.0
     breakdown: dict[str, float] = dataclasses.field(default_factory=dict)
     notes: list[str] = dataclasses.field(default_factory=list)
+    budget_word: str = ""
+    memory_bound_bytes: int | None = None
+    free_bound_bytes: int | None = None
     measured_seconds: list[float] = dataclasses.field(default_factory=list)
     measured_peak_bytes: int | None = None
 
@@ -57,7 +64,7 @@ class StepReport:
         plan = self.plan
         repeated = sum(len(decision.nodes) for decision in plan.recomputes)
         rows = [
-            ("budget", format_bytes(self.memory_budget)),
+            ("budget", format_bytes(self.memory_budget) + self._choice()),
             (
                 "peak",
                 f"plain {format_bytes(self.plain_peak_bytes)} predicted, "
@@ -74,12 +81,26 @@ class StepReport:
                 f"{repeated} nodes repeated ({self.recomputed_seconds:.3f} s)",
             ),
             ("bound", _bound(plan, self.predicted_seconds)),
+            ("least", _least(self.memory_bound_bytes)),
             ("took", ", ".join(f"{what} {seconds:.1f} s" for what, seconds in self.breakdown.items())),
         ]
         lines = [f"{self.name} ({self.nodes} nodes): {self.status}"]
         lines += [f"  {title:<8}{text}" for title, text in rows if text]
         lines += [f"  note    {note}" for note in self.notes]
         return "\n".join(lines)
+
+    def _choice(self) -> str:
+        """What the budget is, where the user left it open."""
+        if self.budget_word == "auto":
+            return ", what the device has"
+        if self.budget_word == "min":
+            return ", the smallest that a plan was found for"
+        if self.free_bound_bytes is None:
+            return ""
+        return (
+            f", the smallest found that takes no longer (by {budgets.TOLERANCE:.1%} at most); "
+            f"none below {format_bytes(self.free_bound_bytes)} does"
+        )
 
 
 @dataclasses.dataclass
@@ -126,10 +147,14 @@ def _bound(plan: Plan, predicted_seconds: float) -> str:
     if plan.certificate is None or plan.memory_budget is None:
         return ""
     least = plan.certificate.seconds(plan.memory_budget)
-    return (
-        f"no plan of its class (docs/limits.md) takes less than {least:.3f} s in this budget; "
-        f"predicted is {100 * (predicted_seconds / least - 1):.1f} % above"
-    )
+    above = f"; predicted is {100 * (predicted_seconds / least - 1):.1f} % above" if least > 0 else ""
+    return f"no plan of its class (docs/limits.md) takes less than {least:.3f} s in this budget{above}"
+
+
+def _least(memory_bound_bytes: int | None) -> str:
+    if memory_bound_bytes is None:
+        return ""
+    return f"no plan of its class (docs/limits.md) has a peak below {format_bytes(memory_bound_bytes)}"
 
 
 def _step_time(seconds: Sequence[float]) -> str:

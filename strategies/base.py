@@ -30,22 +30,29 @@ class InfeasibleBudgetError(ValueError):
         smallest_bytes: The smallest peak that was found; with the allocator's losses, a budget a little above
             it may be needed. `pipeline` replaces it by a budget that a plan was found for.
         node: Name of the node that sets it.
+        bound_bytes: The memory bound: no plan of the strategy's class has a peak below; 0 if none is known.
     """
 
-    def __init__(self, memory_budget: int, smallest_bytes: int, node: str):
+    def __init__(self, memory_budget: int, smallest_bytes: int, node: str, bound_bytes: int = 0):
         self.memory_budget = memory_budget
         self.smallest_bytes = smallest_bytes
         self.node = node
+        self.bound_bytes = bound_bytes
         budget, smallest = _mib(memory_budget), _mib(smallest_bytes)
+        # Rounded down, so that the message does not say more than what holds.
+        proven = f"{bound_bytes * 10 // 2**20 / 10:.1f}MiB"
+        bound = f"No plan of its class (docs/limits.md) has a peak below {proven}. " if bound_bytes else ""
         if smallest_bytes > memory_budget:
             message = (
                 f"memory_budget={budget} is below the smallest reachable peak, {smallest}, set by node '{node}'. "
+                f"{bound}"
                 f"Raise memory_budget to at least {smallest} or reduce the batch size."
             )
         else:
             message = (
                 f"memory_budget={budget} has room for the smallest reachable peak, {smallest}, set by node '{node}', "
-                "but not for what the device's allocator loses beside it. Raise memory_budget or reduce the batch size."
+                f"but not for what the device's allocator loses beside it. {bound}"
+                "Raise memory_budget or reduce the batch size."
             )
         super().__init__(message)
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from graphswap.incremental import Outline
 from graphswap.plan import Decision, Plan
 from graphswap.simulator import NoRoom
-from graphswap.strategies import base, gaps, timing
+from graphswap.strategies import base, budgets, gaps, timing
 
 BOTH = ("swap", "recompute")
 _TIGHTENING = 0.98
@@ -43,11 +43,13 @@ def evictions(
     anchors: Collection[int] = (),
     since: Mapping[int, int] | None = None,
 ) -> Evictions:
-    """Works out decisions and outline of a set of evictions.
+    """Works out decisions and outline of a set of evictions; over a closed link nothing is swapped.
 
     Raises:
         gaps.CantRecompute: If a value can't be recomputed.
     """
+    if problem.cost_model.link(problem.cost_model.far_tier).is_closed:
+        evicted = {gap: way for gap, way in evicted.items() if way != "swap"}
     decisions = problem.decide(evicted, anchors, since=since)
     return Evictions(dict(evicted), anchors, since or {}, decisions, problem.outline(decisions))
 
@@ -109,7 +111,8 @@ def fit(
             target *= _TIGHTENING
     if best is None:
         assert lowest is not None
-        raise base.InfeasibleBudgetError(memory_budget, lowest.peak_bytes, problem.order[int(lowest.live.argmax())])
+        node, bound_bytes = problem.order[int(lowest.live.argmax())], budgets.least_peak(problem).nbytes
+        raise base.InfeasibleBudgetError(memory_budget, lowest.peak_bytes, node, bound_bytes)
     return problem.plan(best.decisions, strategy, memory_budget)
 
 

@@ -64,6 +64,8 @@ def evict(problem: gaps.Gaps, anchors: Collection[int], target: float) -> fittin
 
 def swap_instead(problem: gaps.Gaps, evicted: Mapping[int, str], live: np.ndarray, target: float) -> dict[int, str]:
     """Gaps to swap instead: their recompute itself overflows, as all that it repeats is on the device at once."""
+    if problem.cost_model.link(problem.cost_model.far_tier).is_closed:
+        return {}
     return {gap: "swap" for gap, way in evicted.items() if way == "recompute" and live[problem.gaps[gap].end] > target}
 
 

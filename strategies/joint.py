@@ -147,6 +147,7 @@ class _Search:
     def __init__(self, problem: gaps.Gaps, relaxed: relaxation.Relaxation, memory_budget: int, seconds: float):
         self._problem = problem
         self._relaxed = relaxed
+        self._solver = solver.Solver(relaxed.program, relaxed.prices)
         self._memory_budget = memory_budget
         self._deadline = time.monotonic() + seconds
         self._solved: dict[int, solver.Solution | None] = {}
@@ -210,7 +211,7 @@ class _Search:
         if memory_budget not in self._solved:
             left = self._deadline - time.monotonic()
             try:
-                found = solver.solve(self._relaxed.program, memory_budget, self._relaxed.prices, left)
+                found = self._solver.solve(memory_budget, left)
             except solver.SolverError:
                 found = None
             self._solved[memory_budget] = found

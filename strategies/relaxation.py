@@ -19,6 +19,8 @@ The optimum bounds all plans in this order that run one node at a time and repea
 gap. Chains are followed over `_DEPTH` nodes; what lies before is taken to be there. Storages too small to plan for
 count as absent while idle.
 
+An op that could work in place in some plan is granted its output, and a first run that is left out leaves no bytes.
+
 Known weaknesses: where a repeated chain overflows between two checks is not seen; a fraction of a storage may be
 dropped, which is paid for in full only where the rows of `_all_at_once` see it.
 """
@@ -27,11 +29,12 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from graphswap import bound, ir
+from graphswap import allocator, bound, ir, liveness
 from graphswap.strategies import gaps
 
 _CHECKS = 200
@@ -104,6 +107,7 @@ class Relaxation:
         ]  # what must have been copied out, likewise
         self._born: list[list[tuple[int, float]]] = [[] for _ in range(count)]  # what may be, by bucket
         self._due: list[list[tuple[int, float]]] = [[] for _ in range(count)]  # what must be back by the bucket's end
+        self._superfluous: dict[str, int] = {}  # node -> column: its first run is left out
         self._refunds: list[list[tuple[int, float]]] = [[] for _ in range(count)]  # runs that become superfluous
         self._fetches: dict[tuple[int, int], int] = {}
         self._dropped_at_birth: dict[int, int | None] = {}  # storage that nobody reads before its first gap ends
@@ -206,7 +210,7 @@ class Relaxation:
     def _add_gaps(self, storage: int) -> None:
         problem, row = self._problem, self._builder.row
         gigabytes, node = self._gigabytes(storage), self._producer(storage)
-        copying = problem.storages[storage].nbytes / self._link.out_bytes_per_second
+        copying = self._link.out_seconds(problem.storages[storage].nbytes)
         moved = self._column(price=min(copying, float(problem.clock[-1])))
         self._born[self._bucket(problem.storages[storage].born)].append((moved, gigabytes))
         copied: int | None = None
@@ -216,7 +220,7 @@ class Relaxation:
             stretches = self.stretches[gap] = []
             for start, stop in zip(cuts, cuts[1:], strict=False):
                 dropped = self._column() if self._can_repeat(node) else None
-                stretch = Stretch(start, stop, self._column(), dropped)
+                stretch = Stretch(start, stop, self._column(upper=float(not self._link.is_closed)), dropped)
                 stretches.append(stretch)
                 out = self._column()
                 row([(out, 1.0), (stretch.swapped, -1.0)], lower=0.0)
@@ -340,15 +344,21 @@ class Relaxation:
     def _add_refunds(self) -> None:
         """A repeated node whose first values nobody reads runs only once.
 
-        Its first reader must do without: the storage was dropped at birth, or that reader is superfluous itself.
+        Its first reader must do without: the storage was dropped at birth, or that reader is superfluous itself. The
+        run that is left comes before the last of the chain of such readers, which runs where it stands.
         """
         problem = self._problem
-        refunded: dict[str, int] = {}
+        refunded = self._superfluous
         again: dict[str, list[int]] = collections.defaultdict(list)
-        for (node, _), run in self.runs.items():
-            again[node].append(run)
+        for node, bucket in self.runs:
+            again[node].append(bucket)
         consumers, position = problem.graph.consumers, problem.graph.position
+        stand = liveness.waited_for(problem.graph) | {ir.producer(reference) for reference in problem.graph.outputs}
+        latest: dict[str, int] = {}  # the position before which a node runs for the first time, at the latest
         for node in reversed(problem.graph.nodes):
+            places = [latest[name] for reference in node.refs() for name in consumers.get(reference, ())]
+            can_wait = self._can_repeat(node.name) and node.name not in stand and places
+            latest[node.name] = min(places) if can_wait else position[node.name]
             if not self._can_repeat(node.name):
                 continue
             rows = []
@@ -373,7 +383,9 @@ class Relaxation:
             if node.name in again:  # otherwise its repeats cost nothing here, either
                 saved = self._column()
                 self._builder.row([(saved, 1.0), (column, -1.0)], upper=0.0)
-                self._builder.row([(saved, 1.0), *((run, -1.0) for run in again[node.name])], upper=0.0)
+                until = self._bucket(latest[node.name])
+                runs = [(self.runs[node.name, bucket], -1.0) for bucket in again[node.name] if bucket <= until]
+                self._builder.row([(saved, 1.0), *runs], upper=0.0)
                 self._refunds[self._bucket(position[node.name])].append((saved, self._seconds(node.name)))
 
     # --- memory and links ------------------------------------------------------------------------------------------
@@ -381,8 +393,9 @@ class Relaxation:
     def _add_flows(self) -> None:
         builder, link, count = self._builder, self._link, len(self.checks)
         needed = (self._problem.live[self.checks] - self._idle_small_bytes()[self.checks]) * _UNIT
+        needed -= np.array([self._granted_bytes(position) for position in self.checks]) * _UNIT
         clock = self._problem.clock[[0, *(self.checks + 1), len(self._problem.order)]]
-        horizon = _HORIZON * float(clock[-1])
+        horizon = _HORIZON * (float(clock[-1]) or self._copying_seconds())
         repeated: list[list[tuple[int, float]]] = [[] for _ in range(count + 1)]
         for (node, bucket), run in self.runs.items():
             repeated[bucket].append((run, self._seconds(node)))
@@ -402,7 +415,8 @@ class Relaxation:
             """A column that has grown by what a link carries at most."""
             column = builder.column(total)
             earlier = [] if before is None else [(before, -1.0)]
-            builder.row([(column, 1.0), *earlier, (extra, -speed)], upper=speed * seconds)
+            if np.isfinite(speed):
+                builder.row([(column, 1.0), *earlier, (extra, -speed)], upper=speed * seconds)
             return column
 
         for bucket in range(count + 1):
@@ -421,12 +435,50 @@ class Relaxation:
                 back = carried(back, in_speed, seconds, extra)
                 builder.row([(back, 1.0), (due, -1.0)], lower=0.0)
                 early = [(back, -1.0), (due, 1.0)]
-            else:
+            elif not link.is_closed:
                 spent += [(c, -v / out_speed) for c, v in self._born[bucket]]
                 spent += [(c, -v / in_speed) for c, v in self._due[bucket]]
             builder.row([(extra, 1.0), *spent], lower=0.0)
             if bucket < count:
-                builder.row([(absent, 1.0), *early], lower=float(needed[bucket]), share=_UNIT)
+                node = self._problem.graph.nodes[self.checks[bucket]]
+                superfluous = self._superfluous.get(node.name)
+                elsewhere = [] if superfluous is None else [(superfluous, self._own_bytes(node) * _UNIT)]
+                builder.row([(absent, 1.0), *early, *elsewhere], lower=float(needed[bucket]), share=_UNIT)
+
+    def _own_bytes(self, node: ir.Node) -> int:
+        """What is not there when a node does not run where it stands: what it makes, and what it alone reads there."""
+        problem = self._problem
+        roots = {problem.root_of[reference] for reference in (*node.inputs, *node.refs())}
+        moved = (problem.storages[problem.storage_of[root]] for root in roots if root in problem.storage_of)
+        workspace = itertools.chain(*problem.cost_model.workspace(problem.graph, node))
+        return sum(storage.nbytes for storage in moved) + sum(map(allocator.rounded, workspace))
+
+    def _granted_bytes(self, position: int) -> int:
+        """Bytes of outputs that a plan writes over an input which others need later: those get another copy of it."""
+        problem = self._problem
+        node = problem.graph.nodes[position]
+        results = {problem.root_of[reference] for reference in problem.graph.outputs}
+        total = 0
+        for index, nbytes in enumerate(liveness.output_bytes(node)):
+            references = [node.inputs[slot] for slot in liveness.overwritten_by(problem.graph, node, index)]
+            roots = [problem.root_of[reference] for reference in references if node.inputs.count(reference) == 1]
+            moved = [
+                problem.storages[problem.storage_of[root]]
+                for root in roots
+                if root in problem.storage_of
+                and root not in results
+                and problem.graph.by_name[ir.producer(root)].op not in ir.RESIDENT_OPS
+            ]
+            if moved and all(storage.is_held or storage.uses[-1] > position for storage in moved):
+                total += nbytes
+        return total
+
+    def _copying_seconds(self) -> float:
+        """What a step without compute takes if everything is copied: of a length that the horizon can be made of."""
+        if self._link.is_closed:
+            return 0.0
+        nbytes = sum(self._problem.storages[storage].nbytes for storage in self._of_storage)
+        return self._link.out_seconds(nbytes) + self._link.in_seconds(nbytes)
 
     def _idle_small_bytes(self) -> np.ndarray:
         """Bytes at each position of storages that are too small to plan for, while nobody uses them."""

@@ -61,9 +61,9 @@ def timed(
     tight = problem.outline(decisions)
     best = (tuple(decisions), tight)
     moves = _moves(problem, decisions)
-    if not moves:
-        return best
     link = problem.cost_model.link(problem.cost_model.far_tier)
+    if not moves or link.is_closed:
+        return best
     departures = _out(moves, tight, _repeats(problem, decisions), memory_budget, link)
     others = [decision for decision in decisions if not isinstance(decision, Swap)]
     order = problem.order
@@ -91,9 +91,9 @@ def estimated(problem: gaps.Gaps, decisions: Sequence[Decision], tight: Outline,
         memory_budget: Likewise.
     """
     moves = _moves(problem, decisions)
-    if not moves:
-        return tight.seconds
     link = problem.cost_model.link(problem.cost_model.far_tier)
+    if not moves or link.is_closed:
+        return tight.seconds
     departures = _out(moves, tight, _repeats(problem, decisions), memory_budget, link)
     after = _back(moves, departures, _ESTIMATED_MARGIN, memory_budget, link)
     return min(tight.seconds, _seconds(moves, departures.freed, after, tight.busy, link))

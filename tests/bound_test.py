@@ -42,6 +42,31 @@ def test_json_keeps_the_bound():
     assert again.seconds(6) == certificate.seconds(6)
 
 
+def test_the_least_budget_for_a_time():
+    asked = program().least_budget(extra_seconds=2.5, most_bytes=10.0)
+    # 2.5 seconds more evict the first buffer, and half of the second: 10 - 4 - 3 bytes stay.
+    duals = np.array([0.1, 0.0, -0.2])  # a byte is a tenth of the ten; half a byte less costs a quarter of a second
+    assert bound.certificate(asked, duals).seconds(0.0) == pytest.approx(0.3)
+    assert asked.rows.tolist() == sorted(asked.rows)
+    assert bound.certificate(asked, np.array([0.1, 0.0, 0.0])).seconds(0.0) == 0.0
+
+
+@given(duals=st.lists(st.floats(-1, 1), min_size=3, max_size=3), extra=st.floats(0, 4))
+def test_no_duals_give_more_than_the_least_budget(duals, extra):
+    asked = program().least_budget(extra_seconds=extra, most_bytes=10.0)
+    least = 10 - 4 * min(extra, 1.0) - 6 * max(0.0, extra - 1.0) / 3
+    assert bound.certificate(asked, np.array(duals)).seconds(0.0) <= least / 10 + 1e-9
+
+
+def test_an_envelope_is_the_highest_line():
+    lines = [bound.certificate(program(), np.array([dual, 0.0])) for dual in (0.25, 0.5)]
+    envelope = bound.Envelope(tuple(lines))
+    assert envelope.seconds(9) == lines[0].seconds(9) > lines[1].seconds(9)
+    assert envelope.seconds(2) == lines[1].seconds(2) > lines[0].seconds(2)
+    again = bound.Envelope.from_fields(json.loads(json.dumps(envelope.fields())))
+    assert [again.seconds(budget) for budget in range(12)] == [envelope.seconds(budget) for budget in range(12)]
+
+
 @given(duals=st.lists(st.floats(-10, 10), min_size=2, max_size=2), budget=st.floats(0, 12))
 def test_no_duals_give_more_than_the_optimum(duals, budget):
     missing = max(0.0, 10 - budget)

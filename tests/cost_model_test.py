@@ -137,3 +137,39 @@ def test_a_profile_refuses_what_is_no_cost(cost):
         with pytest.raises(ValueError) as error:
             dataclasses.replace(PROFILE, **{field: {"n": value}})
         assert str(error.value) == f"expected a finite cost >= 0 for node 'n', received {cost!r}. Measure again."
+
+
+@pytest.mark.parametrize("speed", [-1.0, math.nan, -math.inf])
+@pytest.mark.parametrize("name", ["out_bytes_per_second", "in_bytes_per_second"])
+def test_a_link_refuses_what_is_no_speed(name, speed):
+    with pytest.raises(ValueError, match=f"Link.{name}: expected a speed >= 0; .* received {speed!r}. Correct it"):
+        Link(**{name: speed})
+
+
+@pytest.mark.parametrize("latency", [-1.0, math.nan, math.inf])
+def test_a_link_refuses_what_is_no_latency(latency):
+    with pytest.raises(ValueError, match=f"Link.latency_seconds: expected finite seconds >= 0, received {latency!r}"):
+        Link(latency_seconds=latency)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("flops_per_second", 0.0, "a rate > 0"),
+        ("flops_per_second", math.nan, "a rate > 0"),
+        ("memory_bytes_per_second", -1.0, "a rate > 0"),
+        ("launch_seconds", math.inf, "finite seconds >= 0"),
+        ("launch_seconds", -1e-6, "finite seconds >= 0"),
+        ("memory_bytes", 0, "bytes > 0, or None"),
+    ],
+)
+def test_a_device_refuses_what_is_out_of_range(name, value, expected):
+    with pytest.raises(ValueError, match=f"DeviceSpec.{name}: expected {expected}, received {value!r}."):
+        DeviceSpec(**{name: value})
+
+
+def test_copies_over_a_link_of_any_speed_take_some_time():
+    closed, quick = Link(0.0, 0.0, 1.0), Link(math.inf, math.inf, 1.0)
+    assert (closed.is_closed, quick.is_closed, Link(1.0, 0.0).is_closed) == (True, False, True)
+    assert closed.out_seconds(5) == closed.in_seconds(5) == math.inf
+    assert closed.out_seconds(0) == quick.out_seconds(5) == quick.in_seconds(5) == 1.0

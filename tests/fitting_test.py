@@ -119,7 +119,8 @@ def test_the_target_is_lowered_where_no_window_can_be_cleared():
     assert targets == [3 * MIB, 3 * MIB * 0.98]
     assert str(error.value) == (
         "memory_budget=3.0MiB has room for the smallest reachable peak, 3.0MiB, set by node 'c', but not for what the "
-        "device's allocator loses beside it. Raise memory_budget or reduce the batch size."
+        "device's allocator loses beside it. No plan of its class (docs/limits.md) has a peak below 2.0MiB. "
+        "Raise memory_budget or reduce the batch size."
     )
 
 

@@ -1,4 +1,5 @@
 import itertools
+import time
 
 import numpy as np
 import pytest
@@ -117,15 +118,23 @@ def test_changing_one_gap_at_a_time_makes_a_bad_plan_better():
     assert better.outline.seconds < everything.outline.seconds
 
 
-@pytest.mark.parametrize("failure", ["no answer", "garbage"])
+@pytest.mark.parametrize("failure", ["no answer", "no time left", "garbage"])
 def test_without_a_usable_solver_there_is_still_a_plan(monkeypatch, failure):
-    def solve(program, memory_budget, prices, seconds):
+    late = []
+    now = time.monotonic
+    monkeypatch.setattr(joint.time, "monotonic", lambda: now() + 1e6 * len(late))
+
+    def solve(self, memory_budget, seconds):
         if failure == "no answer":
             raise solver.SolverError("injected")
+        if failure == "no time left":
+            late.append(seconds)  # all of the planning time is over
+            raise solver.SolverError("Time limit reached")
         generator = np.random.default_rng(0)
-        return solver.Solution(generator.normal(size=len(program.cost)), generator.normal(size=len(program.row_lower)))
+        columns, rows = self._highs.getNumCol(), self._highs.getNumRow()
+        return solver.Solution(generator.normal(size=columns), generator.normal(size=rows))
 
-    monkeypatch.setattr(solver, "solve", solve)
+    monkeypatch.setattr(solver.Solver, "solve", solve)
     model = testing.seconds_per_node(1.0, LINKS["beside compute"])
     plan = joint.Joint().plan(CHAIN, model, 6 * MIB).check(CHAIN)
     timeline = simulate(CHAIN, plan, model)

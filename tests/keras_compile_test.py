@@ -255,6 +255,10 @@ def test_a_model_under_a_distribution_is_refused():
             model.compile("sgd", "mse", graphswap="1GiB")
 
 
-def test_the_free_budget_is_refused_for_now():
-    with pytest.raises(ValueError, match="received 'free', which is not supported yet. Name a size such as '2GiB'"):
-        small_model().compile("sgd", "mse", graphswap="free")
+def test_the_free_budget():
+    model = small_model()
+    model.compile("sgd", "mse", graphswap="free")
+    model.fit(X, Y, verbose=0)
+    step = graphswap.report(model).step
+    assert step.budget_word == "free"
+    assert step.free_bound_bytes is not None and step.free_bound_bytes <= step.memory_budget

@@ -14,7 +14,7 @@ from graphswap.allocator import Allocator
 from graphswap.cost_model import CostModel, DeviceSpec, Link
 from graphswap.plan import Plan, Recompute, SideBySide, Swap
 from graphswap.simulator import NoRoom, simulate
-from graphswap.strategies import STRATEGIES, gaps
+from graphswap.strategies import STRATEGIES, budgets, gaps
 from graphswap.strategies.base import InfeasibleBudgetError
 
 LARGE = 4096
@@ -156,6 +156,13 @@ def test_rewriting_does_what_the_plan_says(graph, rng, cost_model):
 @given(testing.random_graphs(16, batch=LARGE), RANDOMS, COST_MODELS)
 def test_rewriting_does_what_evictions_say(graph, rng, cost_model):
     check_rewrite(graph, evicting_plan(rng, graph, cost_model), cost_model)
+
+
+@given(testing.random_graphs(16, batch=LARGE), RANDOMS, COST_MODELS)
+def test_no_evictions_get_below_the_memory_bound(graph, rng, cost_model):
+    plan = evicting_plan(rng, graph, cost_model)
+    least = budgets.least_peak(gaps.Gaps(graph, plan.order, cost_model))
+    assert least.nbytes <= simulate(graph, plan, cost_model).peak_bytes
 
 
 @given(testing.random_graphs())

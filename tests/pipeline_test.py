@@ -1,6 +1,7 @@
 """What a session does when things go well, and when they don't."""
 
 import dataclasses
+import hashlib
 import json
 import os
 import pathlib
@@ -17,6 +18,7 @@ import graphswap
 from graphswap import graphdef, pipeline, profiler
 from graphswap.cost_model import Workspace
 from graphswap.options import parse_bytes
+from graphswap.strategies import budgets
 
 LAYERS = 6
 
@@ -136,6 +138,35 @@ def test_min_is_the_smallest_reachable_budget():
     assert report.predicted_peak_bytes <= report.memory_budget < report.plain_peak_bytes
     with pytest.raises(graphswap.InfeasibleBudgetError):
         graphswap.function(step, memory_budget=report.memory_budget * 9 // 10, swap_to="host")(batch())
+
+
+def test_the_free_budget_is_one_without_a_slow_down():
+    step, variables = make_step()
+    function = graphswap.function(step, memory_budget="free", swap_to="host", planning_seconds=1.0)
+    function(batch())
+    report = graphswap.report(function).step
+    assert report.predicted_peak_bytes <= report.memory_budget
+    assert report.memory_bound_bytes is not None and report.free_bound_bytes is not None
+    assert report.memory_bound_bytes <= report.free_bound_bytes <= report.memory_budget
+    assert report.predicted_seconds <= report.plain_seconds * (1 + budgets.TOLERANCE)
+    assert_same(values(variables), train_plainly(1))
+    (line,) = [line for line in str(report).splitlines() if line.startswith("  budget")]
+    assert "MiB, the smallest found that takes no longer (by 0.1% at most); none below" in line
+
+
+def test_a_device_without_room_for_full_speed(monkeypatch):
+    measured = profiler.device_spec
+    monkeypatch.setattr(
+        profiler, "device_spec", lambda *args: dataclasses.replace(measured(*args), memory_bytes=1500 << 10)
+    )
+    step, variables = make_step()
+    before = values(variables)
+    with pytest.raises(
+        ValueError, match="'free': expected a device with room for the step at full speed, .*MiB, rec"
+    ) as e:
+        graphswap.function(step, memory_budget="free", swap_to="host", planning_seconds=0.5)(batch())
+    assert "received one of 1.5MiB, of which 99% can be planned for. Write memory_budget='auto'" in str(e.value)
+    assert_same(values(variables), before)
 
 
 def test_a_step_that_fits_is_left_alone(monkeypatch):
@@ -426,6 +457,38 @@ def test_a_step_that_runs_out_of_memory_is_planned_tighter_and_repeated():
     assert "ran out of memory (OOM when allocating tensor with shape" in str(ours["notes"])
     assert ours["peak"] <= budget
     assert ours["losses"] == ample["losses"]
+
+
+def train_freely(option):
+    """Trains a small Keras model on an emulated accelerator, plainly if the option is empty."""
+    import keras
+
+    keras.utils.set_random_seed(11)
+    with trainings.reproducible():
+        x = inputs = keras.Input((64,))
+        for _ in range(LAYERS):
+            x = keras.layers.Dropout(0.1)(keras.layers.Dense(64, "relu")(x))
+        model = keras.Model(inputs, x)
+        options = graphswap.Options(option, swap_to="host", planning_seconds=2.0) if option else None
+        model.compile("adam", "mse", **({"graphswap": options} if options else {}))
+        losses = [float(model.train_on_batch(batch(8192).numpy(), batch(8192, 1).numpy())) for _ in range(3)]
+    found = {
+        "losses": losses,
+        "weights": [hashlib.sha256(np.asarray(weight).tobytes()).hexdigest() for weight in model.weights],
+    }
+    if options:
+        step = graphswap.report(model).step
+        found |= {"peak": step.measured_peak_bytes, "budget": step.memory_budget, "report": str(step)}
+        found |= {"plain": step.plain_seconds, "predicted": step.predicted_seconds, "bound": step.free_bound_bytes}
+    return found
+
+
+def test_the_free_budget_on_an_emulated_accelerator():
+    plain = emulated.call(1 << 30, __file__, "train_freely", "")
+    ours = emulated.call(1 << 30, __file__, "train_freely", "free")
+    assert {name: ours[name] for name in plain} == plain
+    assert ours["bound"] <= ours["peak"] <= ours["budget"], ours["report"]
+    assert ours["predicted"] <= ours["plain"] * (1 + budgets.TOLERANCE)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,13 @@
 """On a chain in which every node takes a second and every value a MiB, and copies take no time at all or very long."""
 
+import math
+import random
+
 import pytest
 import testing
 
 from graphswap import bound
-from graphswap.cost_model import Link
+from graphswap.cost_model import CostModel, DeviceSpec, Link
 from graphswap.strategies import gaps, relaxation, solver
 
 MIB = 1 << 20
@@ -43,3 +46,27 @@ def test_every_gap_that_matters_has_columns():
         assert relaxed.checks[stretches[0].first] > problem.gaps[gap].start
         assert relaxed.checks[stretches[-1].end - 1] < problem.gaps[gap].end
         assert all(before.end == after.first for before, after in zip(stretches, stretches[1:], strict=False))
+
+
+# With the first four there are plans that write an output over what they make anew, or leave a first run out: below a
+# bound that takes every node to need its own output where it stands.
+@pytest.mark.parametrize("seed", [32, 64, 91, 129, *range(8)])
+def test_no_evictions_get_below_the_bound(seed):
+    rng = random.Random(seed)
+    graph = testing.random_graph(rng, rng.randint(2, 16), 4096)
+    link = Link(1e9, 1e9, 0.0, overlaps=rng.random() < 0.5)
+    problem = gaps.problem(graph, CostModel(DeviceSpec(launch_seconds=1e-5, links={"host": link})))
+    relaxed = relaxation.Relaxation(problem)
+    outcomes = []
+    for share in (0.2, 0.5, 1.0, 1.0) * 4:
+        evicted = {}
+        for gap in range(len(problem.gaps)):
+            way = rng.choice(["swap", "recompute", "recompute"])
+            if rng.random() < share and (way == "swap" or math.isfinite(problem.recompute_seconds(gap, {}, ()))):
+                evicted[gap] = way
+        outline = problem.outline(problem.decide(evicted, (), rng.randrange(60)))
+        outcomes.append((outline.peak_bytes, outline.seconds))
+    for budget in sorted({peak for peak, _ in outcomes})[:4]:
+        fastest = min(seconds for peak, seconds in outcomes if peak <= budget)
+        solution = solver.solve(relaxed.program, budget, relaxed.prices, 60.0)
+        assert bound.certificate(relaxed.program, solution.duals).seconds(budget) <= fastest + 1e-9

@@ -44,6 +44,30 @@ def test_a_bound_and_how_far_the_plan_lies_above_it():
     )
 
 
+def test_a_bound_of_nothing_is_no_hundred_percent():
+    certificate = bound.certificate(bound.Builder().program(constant=0.0), np.zeros(0))
+    step = step_report(plan=Plan(memory_budget=MIB, certificate=certificate))
+    (line,) = [line for line in str(step).splitlines() if line.startswith("  bound")]
+    assert line.endswith("takes less than 0.000 s in this budget")
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"budget_word": "auto"}, ", what the device has"),
+        ({"budget_word": "min"}, ", the smallest that a plan was found for"),
+        (
+            {"budget_word": "free", "free_bound_bytes": 90 * MIB},
+            ", the smallest found that takes no longer (by 0.1% at most); none below 90.0MiB does",
+        ),
+    ],
+)
+def test_which_budget_was_chosen(changes, text):
+    step = step_report(memory_bound_bytes=60 * MIB, **changes)
+    assert f"  budget  100.0MiB{text}" in str(step).splitlines()
+    assert "  least   no plan of its class (docs/limits.md) has a peak below 60.0MiB" in str(step).splitlines()
+
+
 def test_a_planned_step_before_it_runs():
     assert str(step_report()).splitlines() == [
         "train_step (12 nodes): rewritten",

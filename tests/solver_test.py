@@ -1,3 +1,6 @@
+import math
+
+import highspy
 import numpy as np
 import pytest
 
@@ -22,3 +25,20 @@ def test_an_optimum_with_duals(capfd):
 def test_what_can_t_be_is_an_error():
     with pytest.raises(solver.SolverError, match="[Ii]nfeasible"):
         solver.solve(program(upper=0.25), 0.5, np.zeros(1), 10.0)
+
+
+def test_time_that_runs_out_is_an_error(monkeypatch):
+    monkeypatch.setattr(highspy.Highs, "getModelStatus", lambda self: highspy.HighsModelStatus.kTimeLimit)
+    with pytest.raises(solver.SolverError, match="Time limit reached"):
+        solver.solve(program(), 0.5, np.zeros(1), 0.0)
+
+
+def test_an_answer_that_is_no_number_is_an_error(monkeypatch):
+    def solution(self):
+        found = highspy.HighsSolution()
+        found.col_value, found.row_dual = [math.nan], [1.0]
+        return found
+
+    monkeypatch.setattr(highspy.Highs, "getSolution", solution)
+    with pytest.raises(solver.SolverError, match="the answer is no number"):
+        solver.solve(program(), 0.5, np.zeros(1), 10.0)

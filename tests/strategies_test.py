@@ -46,5 +46,6 @@ def test_the_error_says_what_to_do():
     assert isinstance(error.value, ValueError)
     assert str(error.value) == (
         "memory_budget=4.0MiB is below the smallest reachable peak, 5.0MiB, set by node 'b8'. "
+        "No plan of its class (docs/limits.md) has a peak below 5.0MiB. "
         "Raise memory_budget to at least 5.0MiB or reduce the batch size."
     )
