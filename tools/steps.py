@@ -98,13 +98,13 @@ _vit = functools.partial(
 STEPS: Mapping[str, Step] = {
     "resnet50": Step(functools.partial(_application, "ResNet50"), 256),
     "vgg16": Step(functools.partial(_application, "VGG16"), 128),
-    "resnet200": Step(functools.partial(_architecture, _resnet200), 64),
-    "wrn28_10": Step(functools.partial(_architecture, _wrn), 512),
+    "resnet200": Step(functools.partial(_architecture, _resnet200), 96),
+    "wrn28_10": Step(functools.partial(_architecture, _wrn), 1280),
     "resnet1001": Step(functools.partial(_architecture, _resnet1001), 128),
     "densenet121": Step(functools.partial(_application, "DenseNet121"), 128),
     "efficientnet": Step(functools.partial(_application, "EfficientNetB0"), 256),
     "unet": Step(functools.partial(_architecture, _unet, optimizer=_adam), 64),
-    "vit": Step(functools.partial(_architecture, _vit, optimizer=_adam), 256),
+    "vit": Step(functools.partial(_architecture, _vit, optimizer=_adam), 112),
     "gpt": Step(_gpt, 16),
 }
 """By name. Images are 224x224, the U-Net's 256x256, those of wrn28_10 and resnet1001 32x32; the GPT has 12 blocks
