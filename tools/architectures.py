@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import keras
-import numpy as np
 from keras import layers
 
 
@@ -68,7 +67,7 @@ def vision_transformer(blocks: int, width: int, heads: int, patch: int, size: in
     image = keras.Input((size, size, 3))
     length = (size // patch) ** 2
     x = layers.Reshape((length, width))(layers.Conv2D(width, patch, patch)(image))
-    x = x + layers.Embedding(length, width)(np.arange(length)[None])
+    x = _Positions()(x)
     for _ in range(blocks):
         x = transformer_block(x, heads)
     x = layers.GlobalAveragePooling1D()(layers.LayerNormalization()(x))
@@ -82,6 +81,16 @@ def transformer_block(x: Any, heads: int, is_causal: bool = False) -> Any:
     x = x + layers.MultiHeadAttention(heads, width // heads)(y, y, use_causal_mask=is_causal)
     y = layers.Dense(4 * width, "gelu")(layers.LayerNormalization()(x))
     return x + layers.Dense(width)(y)
+
+
+class _Positions(layers.Layer):
+    """Adds to every token what is learned about its position."""
+
+    def build(self, input_shape: Sequence[int]) -> None:
+        self.table = self.add_weight(shape=input_shape[1:], initializer="random_normal")
+
+    def call(self, tokens: Any) -> Any:
+        return tokens + self.table
 
 
 def _activated(x: Any) -> Any:

@@ -13,6 +13,7 @@ from graphswap import graphdef, ir
 from graphswap.tools import architectures, models
 
 _CLASSES = 1000
+_PRIME = 1009
 
 
 def trace(model: keras.Model, optimizer: keras.optimizers.Optimizer, loss: keras.losses.Loss, batch: int) -> ir.Graph:
@@ -60,6 +61,26 @@ class Step:
         keras.backend.clear_session()
         return self.build(self.batch if batch is None else batch)
 
+    def at_batches(self) -> Callable[[int], ir.Graph]:
+        """Traces the step once and returns what makes it anew at any batch size, in no time.
+
+        It is traced at a large prime: only dimensions that hold the batch are multiples of it.
+        """
+        graph = self(_PRIME)
+
+        def rebatched(value: ir.Value, batch: int) -> ir.Value:
+            shape = value.shape and tuple(d if not d or d % _PRIME else d // _PRIME * batch for d in value.shape)
+            return dataclasses.replace(value, shape=shape)
+
+        def at(batch: int) -> ir.Graph:
+            nodes = (
+                dataclasses.replace(node, outputs=tuple(rebatched(value, batch) for value in node.outputs))
+                for node in graph.nodes
+            )
+            return graph.replace(nodes=tuple(nodes))
+
+        return at
+
 
 _sgd = functools.partial(keras.optimizers.SGD, 0.1, momentum=0.9)
 _adam = functools.partial(keras.optimizers.Adam, 1e-3)
@@ -87,9 +108,13 @@ def _unet() -> keras.Model:
     return models.unet(widths=(64, 128, 256, 512), size=256, batch=8).model
 
 
-_resnet = architectures.preactivation_resnet
-_resnet200 = functools.partial(_resnet, (3, 24, 36, 3), size=224, classes=_CLASSES)
-_resnet1001 = functools.partial(_resnet, (111, 111, 111), size=32, classes=10)
+def cifar_resnet(blocks: int) -> Step:
+    """A pre-activation ResNet for CIFAR with so many bottlenecks in each of three stages; 111 make ResNet-1001."""
+    model = functools.partial(architectures.preactivation_resnet, (blocks,) * 3, size=32, classes=10)
+    return Step(functools.partial(_architecture, model), 128)
+
+
+_resnet200 = functools.partial(architectures.preactivation_resnet, (3, 24, 36, 3), size=224, classes=_CLASSES)
 _wrn = functools.partial(architectures.wide_resnet, depth=28, factor=10, size=32, classes=10)
 _vit = functools.partial(
     architectures.vision_transformer, blocks=12, width=768, heads=12, patch=16, size=224, classes=_CLASSES
@@ -97,11 +122,11 @@ _vit = functools.partial(
 
 STEPS: Mapping[str, Step] = {
     "resnet50": Step(functools.partial(_application, "ResNet50"), 256),
-    "vgg16": Step(functools.partial(_application, "VGG16"), 128),
+    "vgg16": Step(functools.partial(_application, "VGG16"), 256),
     "resnet200": Step(functools.partial(_architecture, _resnet200), 96),
     "wrn28_10": Step(functools.partial(_architecture, _wrn), 1280),
-    "resnet1001": Step(functools.partial(_architecture, _resnet1001), 128),
-    "densenet121": Step(functools.partial(_application, "DenseNet121"), 128),
+    "resnet1001": cifar_resnet(111),
+    "densenet121": Step(functools.partial(_application, "DenseNet121"), 192),
     "efficientnet": Step(functools.partial(_application, "EfficientNetB0"), 256),
     "unet": Step(functools.partial(_architecture, _unet, optimizer=_adam), 64),
     "vit": Step(functools.partial(_architecture, _vit, optimizer=_adam), 112),

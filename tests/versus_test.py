@@ -1,0 +1,76 @@
+import math
+
+import pytest
+import testing
+
+from graphswap.cost_model import CostModel
+from graphswap.devices import DEVICES
+from graphswap.tools import planning, versus
+
+
+def case(factor: float) -> dict:
+    graph = testing.chain(8)
+    budget = int(planning.plain(graph, CostModel(DEVICES["v100"])).peak_bytes / factor)
+    found = versus.compare(graph, budget, planning_seconds=5.0)
+    return {"model": "chain", "batch": 1, "nodes": len(graph.nodes), "memory_budget": budget, **found}
+
+
+def made_up(**seconds: float | None) -> dict:
+    strategies = {name: {"seconds": seconds.get(name)} for name in ("joint", *versus.BASELINES)}
+    return {
+        "model": "m",
+        "batch": 8,
+        "nodes": 9,
+        "memory_budget": 100,
+        "plain_peak_bytes": 150,
+        "plain_seconds": 1.0,
+        "strategies": strategies,
+    }
+
+
+def test_all_strategies_plan_for_one_budget():
+    found = case(1.5)
+    for name, outcome in found["strategies"].items():
+        assert outcome["seconds"] is None or outcome["peak_bytes"] <= found["memory_budget"], name
+    assert found["strategies"]["joint"]["seconds"] >= found["plain_seconds"] * 0.999
+    assert len(versus.case_row(found)) == 7 + len(versus.BASELINES) + 1
+
+
+def test_speed_ups():
+    found = made_up(joint=1.0, swap_all=1.5, chen=1.2, karma=1.1)
+    assert versus.speedup(found, versus.SINGLE) == 1.2
+    assert versus.speedup(found, ("karma",)) == 1.1
+    assert math.isinf(versus.speedup(made_up(joint=1.0, karma=1.1), versus.SINGLE))
+    assert math.isnan(versus.speedup(made_up(swap_all=1.5), versus.SINGLE))
+
+
+def test_averages_count_what_does_not_fit():
+    cases = [made_up(joint=1.0, swap_all=2.0, karma=1.0), made_up(joint=1.0, swap_all=8.0), made_up(chen=1.0)]
+    row = versus.average_row("all", cases)
+    assert row == ("all", "3", "1", "4.00x", "5.00x", "2.00x", "0", "1.00x", "1.00x", "1.00x", "1")
+    text = versus.tables(cases)
+    assert text.startswith("Simulated on the data sheet of v100 with 16.0GiB, not measured.")
+    assert "5.00x in the arithmetic mean, simulated. KARMA's published average" in text
+    assert "only joint fits" in text and "joint does not fit" in text
+
+
+def test_batches_for_a_peak():
+    plain = planning.plain(testing.chain(8), CostModel(DEVICES["v100"]))
+    fixed = min(step.live_bytes for step in plain.steps)
+    assert versus.batch_for(plain, 32, plain.peak_bytes) == 32
+    assert versus.batch_for(plain, 32, 2 * plain.peak_bytes - fixed) == 64
+    assert versus.batch_for(plain, 32, 0) == 1
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--models=resnet", "versus: --models: expected names out of resnet50, .*, received 'resnet'."),
+        ("--times=much", "versus: --times: expected numbers above 0 such as 1.5, received 'much'."),
+        ("--times=-1", "versus: --times: expected numbers above 0 such as 1.5, received '-1'."),
+        ("more", "versus: expected flags, received more."),
+    ],
+)
+def test_bad_flags(flag, message):
+    with pytest.raises(SystemExit, match=message):
+        versus.main(["versus", flag])
