@@ -57,7 +57,7 @@ class Step:
     batch: int
 
     def __call__(self, batch: int | None = None) -> ir.Graph:
-        """Traces the step. Keras's names start anew, so that equal steps have equal names."""
+        """Traces the step. Keras numbers its layers anew."""
         keras.backend.clear_session()
         return self.build(self.batch if batch is None else batch)
 
