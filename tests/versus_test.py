@@ -51,7 +51,7 @@ def test_averages_count_what_does_not_fit():
     text = versus.tables(cases)
     assert text.startswith("Simulated on the data sheet of v100 with 16.0GiB, not measured.")
     assert "5.00x in the arithmetic mean, simulated. KARMA's published average" in text
-    assert "only joint fits" in text and "joint does not fit" in text
+    assert "none fits" in text and "joint does not fit" in text
 
 
 def test_batches_for_a_peak():

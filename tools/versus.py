@@ -86,7 +86,7 @@ def compare(graph: ir.Graph, memory_budget: int, planning_seconds: float) -> dic
 
 
 def speedup(found: Mapping[str, Any], baselines: Iterable[str]) -> float:
-    """How much faster `joint` is than the best of the baselines; infinite if it alone fits, NaN if it does not."""
+    """How much faster `joint` is than the best of the baselines; infinite if none of them fits, NaN if it does not."""
     fastest = {name: _seconds(found, name) for name in ("joint", *baselines)}
     joint = fastest.pop("joint")
     return math.nan if math.isinf(joint) else min(fastest.values()) / joint
@@ -112,9 +112,8 @@ def average_row(title: str, cases: Sequence[Mapping[str, Any]]) -> tuple[str, ..
     for baselines in (SINGLE, ("karma",)):
         ratios = [speedup(case, baselines) for case in cases]
         finite = [ratio for ratio in ratios if math.isfinite(ratio)]
-        cells.append(_ratio(statistics.geometric_mean(finite)) if finite else "")
-        cells.append(_ratio(statistics.fmean(finite)) if finite else "")
-        cells.append(_ratio(min(finite)) if finite else "")
+        of_all = (statistics.geometric_mean, statistics.fmean, min)
+        cells += [_ratio(function(finite)) if finite else "" for function in of_all]
         cells.append(str(sum(map(math.isinf, ratios))))
     return (title, str(len(cases)), str(sum(math.isinf(_seconds(case, "joint")) for case in cases)), *cells)
 
@@ -123,9 +122,8 @@ def tables(cases: Sequence[Mapping[str, Any]]) -> str:
     """All cases, averages, and the published average beside them. All of it is labelled a simulation."""
     header = ("model", "batch", "nodes", "plain peak", "plain step", "joint", *BASELINES)
     header += ("over best of one technique", "over karma")
-    averages = [
-        average_row(model, [c for c in cases if c["model"] == model]) for model in {c["model"]: 0 for c in cases}
-    ]
+    models = dict.fromkeys(case["model"] for case in cases)
+    averages = [average_row(model, [case for case in cases if case["model"] == model]) for model in models]
     averages.append(average_row("all", cases))
     columns = ["model", "cases", "joint does not fit"]
     for name in ("one technique", "karma"):
@@ -151,7 +149,7 @@ def _added(case: Mapping[str, Any], name: str) -> str:
 
 
 def _ratio(ratio: float) -> str:
-    return "joint does not fit" if math.isnan(ratio) else "only joint fits" if math.isinf(ratio) else f"{ratio:.2f}x"
+    return "joint does not fit" if math.isnan(ratio) else "none fits" if math.isinf(ratio) else f"{ratio:.2f}x"
 
 
 def _cases(model: str, step: Step, times: Iterable[float], planning_seconds: float) -> Iterable[dict[str, Any]]:
