@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import testing
 
@@ -11,6 +13,15 @@ def test_planning_in_processes_of_its_own():
     cells = scale.row(found)
     assert len(cells) == len(scale.COLUMNS)
     assert cells[0] == "18"
+
+
+def test_graphs_of_two_sizes(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(scale, "graph_of", lambda nodes: testing.chain(nodes // 2))
+    out = tmp_path / "scale.json"
+    scale.main(["scale", "--nodes=16,32", "--planning_seconds=1", f"--out={out}"])
+    results = json.loads(out.read_text())
+    assert [found["whole"]["nodes"] for found in results] == [18, 34]
+    assert capsys.readouterr().out.count("MiB") >= 4
 
 
 def test_a_process_that_fails(monkeypatch):

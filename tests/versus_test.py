@@ -1,18 +1,22 @@
+import dataclasses
+import json
 import math
 
 import pytest
 import testing
 
+from graphswap import ir
 from graphswap.cost_model import CostModel
 from graphswap.devices import DEVICES
-from graphswap.tools import planning, versus
+from graphswap.tools import planning, steps, versus
 
 
-def case(factor: float) -> dict:
+def chain(batch: int) -> ir.Graph:
+    """As `testing.chain`, with rows for the batch; what it multiplies by stays as it is."""
     graph = testing.chain(8)
-    budget = int(planning.plain(graph, CostModel(DEVICES["v100"])).peak_bytes / factor)
-    found = versus.compare(graph, budget, planning_seconds=5.0)
-    return {"model": "chain", "batch": 1, "nodes": len(graph.nodes), "memory_budget": budget, **found}
+    value = ir.Value("float32", (batch, 512))
+    nodes = [node if node.name == "w" else dataclasses.replace(node, outputs=(value,)) for node in graph.nodes]
+    return graph.replace(nodes=tuple(nodes))
 
 
 def made_up(**seconds: float | None) -> dict:
@@ -29,11 +33,21 @@ def made_up(**seconds: float | None) -> dict:
 
 
 def test_all_strategies_plan_for_one_budget():
-    found = case(1.5)
+    budget = int(planning.plain(testing.chain(8), CostModel(DEVICES["v100"])).peak_bytes / 1.5)
+    found = versus.compare(testing.chain(8), budget, planning_seconds=5.0)
     for name, outcome in found["strategies"].items():
-        assert outcome["seconds"] is None or outcome["peak_bytes"] <= found["memory_budget"], name
+        assert outcome["seconds"] is None or outcome["peak_bytes"] <= budget, name
     assert found["strategies"]["joint"]["seconds"] >= found["plain_seconds"] * 0.999
-    assert len(versus.case_row(found)) == 7 + len(versus.BASELINES) + 1
+
+
+def test_models_at_several_times_the_memory(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(versus, "STEPS", {"chain": steps.Step(chain, 512)})
+    out = tmp_path / "versus.json"
+    versus.main(["versus", "--models=chain", "--times=1.2,1.5", "--planning_seconds=5", f"--out={out}"])
+    cases = json.loads(out.read_text())
+    ratios = [case["plain_peak_bytes"] / case["memory_budget"] for case in cases]
+    assert ratios == pytest.approx([1.2, 1.5], rel=0.01)
+    assert versus.tables(cases) in capsys.readouterr().out
 
 
 def test_speed_ups():
@@ -54,12 +68,9 @@ def test_averages_count_what_does_not_fit():
     assert "none fits" in text and "joint does not fit" in text
 
 
-def test_batches_for_a_peak():
-    plain = planning.plain(testing.chain(8), CostModel(DEVICES["v100"]))
-    fixed = min(step.live_bytes for step in plain.steps)
-    assert versus.batch_for(plain, 32, plain.peak_bytes) == 32
-    assert versus.batch_for(plain, 32, 2 * plain.peak_bytes - fixed) == 64
-    assert versus.batch_for(plain, 32, 0) == 1
+def test_batches_for_peaks():
+    peaks = [planning.plain(chain(batch), CostModel(DEVICES["v100"])).peak_bytes for batch in (32, 48, 640)]
+    assert versus.batches_for(chain, 32, [*peaks, 0]) == [32, 48, 640, 1]
 
 
 @pytest.mark.parametrize(

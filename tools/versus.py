@@ -17,12 +17,12 @@ import math
 import pathlib
 import statistics
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from absl import app, flags
 
-from graphswap import ir, simulator
+from graphswap import ir
 from graphswap.cost_model import CostModel
 from graphswap.devices import DEVICES
 from graphswap.options import format_bytes
@@ -42,19 +42,16 @@ PUBLISHED_SPEEDUP = 1.52
 _DEVICE, _MEMORY_BYTES = "v100", 16 << 30
 
 
-def batch_for(plain: simulator.Timeline, batch: int, peak_bytes: float) -> int:
-    """The batch size whose plain peak is about `peak_bytes`, the peak being linear in it.
+def batches_for(at: Callable[[int], ir.Graph], batch: int, peaks_bytes: Iterable[float]) -> list[int]:
+    """The batch sizes, at least 1, whose plain peaks are about those given, the peak being linear in the batch.
 
     Args:
-        plain: The plain step at another batch size.
-        batch: That batch size.
-        peak_bytes: What is wanted.
-
-    Returns:
-        At least 1.
+        at: Makes the step at a batch size.
+        batch: A batch size near those wanted: the line goes through the peaks at it and at twice as much.
+        peaks_bytes: What is wanted.
     """
-    fixed = min(step.live_bytes for step in plain.steps)  # variables are always there
-    return max(1, round(batch * (peak_bytes - fixed) / (plain.peak_bytes - fixed)))
+    small, large = (planning.plain(at(size), CostModel(DEVICES[_DEVICE])).peak_bytes for size in (batch, 2 * batch))
+    return [max(1, round(batch * (1 + (peak - small) / (large - small)))) for peak in peaks_bytes]
 
 
 def compare(graph: ir.Graph, memory_budget: int, planning_seconds: float) -> dict[str, Any]:
@@ -154,9 +151,7 @@ def _ratio(ratio: float) -> str:
 
 def _cases(model: str, step: Step, times: Iterable[float], planning_seconds: float) -> Iterable[dict[str, Any]]:
     at = step.at_batches()
-    plain = planning.plain(at(step.batch), CostModel(DEVICES[_DEVICE]))
-    for factor in times:
-        batch = batch_for(plain, step.batch, factor * _MEMORY_BYTES)
+    for batch in batches_for(at, step.batch, [factor * _MEMORY_BYTES for factor in times]):
         graph = at(batch)
         yield {
             "model": model,
