@@ -20,7 +20,7 @@ def chain(batch: int) -> ir.Graph:
 
 
 def made_up(**seconds: float | None) -> dict:
-    strategies = {name: {"seconds": seconds.get(name)} for name in ("joint", *versus.BASELINES)}
+    strategies = {name: {"seconds": seconds.get(name), "peak_bytes": 3 << 30} for name in ("joint", *versus.BASELINES)}
     return {
         "model": "m",
         "batch": 8,
@@ -61,11 +61,12 @@ def test_speed_ups():
 def test_averages_count_what_does_not_fit():
     cases = [made_up(joint=1.0, swap_all=2.0, karma=1.0), made_up(joint=1.0, swap_all=8.0), made_up(chen=1.0)]
     row = versus.average_row("all", cases)
-    assert row == ("all", "3", "1", "4.00x", "5.00x", "2.00x", "0", "1.00x", "1.00x", "1.00x", "1")
+    assert row == ("all", "3", "0", "1", "4.00x", "5.00x", "2.00x", "0", "1.00x", "1.00x", "1.00x", "1")
+    assert versus.average_row("none", [made_up()])[:4] == ("none", "1", "1", "0")
     text = versus.tables(cases)
     assert text.startswith("Simulated on the data sheet of v100 with 16.0GiB, not measured.")
     assert "5.00x in the arithmetic mean, simulated. KARMA's published average" in text
-    assert "none fits" in text and "joint does not fit" in text
+    assert "3.0GiB at best" in text and "none fits" in text and "joint does not fit" in text
 
 
 def test_batches_for_peaks():
