@@ -90,7 +90,7 @@ def speedup(found: Mapping[str, Any], baselines: Iterable[str]) -> float:
 
 
 def case_row(case: Mapping[str, Any]) -> tuple[str, ...]:
-    """A case for people: what each plan adds to the plain step's seconds, or the peak it came down to, and speed-ups."""
+    """A case for people: what each plan adds to the plain step, or the peak it came down to, and the speed-ups."""
     return (
         case["model"],
         str(case["batch"]),
@@ -124,7 +124,7 @@ def tables(cases: Sequence[Mapping[str, Any]]) -> str:
     models = dict.fromkeys(case["model"] for case in cases)
     averages = [average_row(model, [case for case in cases if case["model"] == model]) for model in models]
     averages.append(average_row("all", cases))
-    columns = ["model", "cases", "nothing fits", "joint alone does not fit"]
+    columns = ["model", "cases", "nothing fits", "a baseline fits, joint does not"]
     for name in ("one technique", "karma"):
         columns += [f"over {name}: geometric mean", "arithmetic mean", "least", f"{name} does not fit"]
     overall = [ratio for case in cases if math.isfinite(ratio := speedup(case, SINGLE))]
