@@ -1,9 +1,7 @@
-import keras
 import pytest
 import testing
 
-from graphswap import ir
-from graphswap.tools import bounds, steps
+from graphswap.tools import bounds
 
 
 def test_a_plan_beside_its_bound():
@@ -32,11 +30,3 @@ def test_a_budget_that_no_plan_keeps():
 def test_bad_flags(flag, message):
     with pytest.raises(SystemExit, match=message):
         bounds.main(["bounds", flag])
-
-
-def test_a_step_is_traced_with_its_batch():
-    model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(16, "relu"), keras.layers.Dense(4)])
-    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    graph = ir.verify(steps.trace(model, keras.optimizers.SGD(0.1), loss, 32))
-    assert any(value.shape == (32, 16) for node in graph.nodes for value in node.outputs)
-    assert any(node.op.startswith("Assign") for node in graph.nodes)

@@ -39,7 +39,15 @@ STEPS = {
         {"__init__"},
     ),
     "rewrites": ({"pass_manager"}, None, {"__init__"}),
-    "tools": ({"__init__"}, {"models"}, {"trial", "steps"}, {"benchmark"}, None, {"graphswap_cli"}),
+    "tools": (
+        {"__init__"},
+        {"architectures", "planning"},
+        {"models"},
+        {"trial", "steps"},
+        {"benchmark"},
+        None,
+        {"graphswap_cli"},
+    ),
 }
 TENSORFLOW_DOORS = {"graphdef", "tiers", "placement", "profiler"}
 PRIVATE_TENSORFLOW_DOORS = {"graphdef", "profiler"}

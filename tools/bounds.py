@@ -10,20 +10,17 @@ from __future__ import annotations
 import json
 import pathlib
 import sys
-import time
 from collections.abc import Sequence
 from typing import Any
 
-import keras
 from absl import app, flags
 
-from graphswap import ir, simulator
+from graphswap import ir
 from graphswap.cost_model import CostModel
 from graphswap.devices import DEVICES
 from graphswap.options import format_bytes
-from graphswap.plan import Plan
-from graphswap.strategies import Joint, gaps
-from graphswap.strategies.base import InfeasibleBudgetError
+from graphswap.strategies import Joint
+from graphswap.tools import planning
 from graphswap.tools.benchmark import markdown_table
 from graphswap.tools.steps import STEPS
 
@@ -38,25 +35,23 @@ def measure(graph: ir.Graph, device: str, percent: int, planning_seconds: float)
         "smallest_bytes" if no plan was found.
     """
     cost_model = CostModel(DEVICES[device])
-    plain = simulator.simulate(graph, Plan(order=gaps.problem(graph, cost_model).order), cost_model)
+    plain = planning.plain(graph, cost_model)
     budget = plain.peak_bytes * percent // 100
-    start = time.perf_counter()
-    try:
-        plan = Joint(planning_seconds).plan(graph, cost_model, budget)
-    except InfeasibleBudgetError as error:
-        return {"budget_bytes": budget, "plain_seconds": plain.seconds, "smallest_bytes": error.smallest_bytes}
-    planned = simulator.simulate(graph, plan, cost_model)
+    found = planning.attempt(Joint(planning_seconds), graph, cost_model, budget)
+    plan = found.plan
+    if plan is None:
+        return {"budget_bytes": budget, "plain_seconds": plain.seconds, "smallest_bytes": found.peak_bytes}
     if plan.certificate is None:
         raise RuntimeError(f"{planning_seconds} s were too short for a bound. Raise --planning_seconds.")
     return {
         "budget_bytes": budget,
         "plain_seconds": plain.seconds,
         "bound_seconds": plan.certificate.seconds(budget),
-        "planned_seconds": planned.seconds,
-        "planned_peak_bytes": planned.peak_bytes,
+        "planned_seconds": found.seconds,
+        "planned_peak_bytes": found.peak_bytes,
         "swaps": len(plan.swaps),
         "repeated_nodes": sum(len(decision.nodes) for decision in plan.recomputes),
-        "planning_seconds": time.perf_counter() - start,
+        "planning_seconds": found.planning_seconds,
     }
 
 
@@ -89,9 +84,7 @@ def main(argv: Sequence[str]) -> None:
         if values(argv)[1:]:
             raise app.UsageError(f"expected flags, received {', '.join(values(argv)[1:])}.")
         for flag, names, known in (("models", models.value, STEPS), ("devices", devices.value, DEVICES)):
-            for name in names:
-                if name not in known:
-                    raise app.UsageError(f"--{flag}: expected names out of {', '.join(known)}, received '{name}'.")
+            planning.check_names(flag, names, known)
         for percent in budgets.value:
             if not percent.isdecimal() or not int(percent):
                 raise app.UsageError(f"--budgets: expected percents such as 50, received '{percent}'.")
@@ -100,7 +93,6 @@ def main(argv: Sequence[str]) -> None:
 
     results, rows = [], []
     for model in models.value:
-        keras.backend.clear_session()
         graph = STEPS[model]()
         for device in devices.value:
             for percent in map(int, budgets.value):

@@ -20,6 +20,8 @@ import tensorflow as tf
 from keras import layers
 from sklearn import datasets
 
+from graphswap.tools import architectures
+
 VOCABULARY = 1000
 Batch = tuple[np.ndarray, np.ndarray]
 
@@ -66,10 +68,7 @@ def gpt(blocks: int = 8, width: int = 256, heads: int = 4, length: int = 128, ba
     tokens = keras.Input((length,), dtype="int32")
     x = layers.Embedding(VOCABULARY, width)(tokens) + layers.Embedding(length, width)(np.arange(length)[None])
     for _ in range(blocks):
-        y = layers.LayerNormalization()(x)
-        x = x + layers.MultiHeadAttention(heads, width // heads)(y, y, use_causal_mask=True)
-        y = layers.Dense(4 * width, "gelu")(layers.LayerNormalization()(x))
-        x = x + layers.Dense(width)(y)
+        x = architectures.transformer_block(x, heads, is_causal=True)
     words = layers.Dense(VOCABULARY)(layers.LayerNormalization()(x))
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     return Training(keras.Model(tokens, words), keras.optimizers.Adam(3e-4), loss, _text(length, batch))
