@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from graphswap import ir
 
@@ -64,6 +64,8 @@ class DeviceSpec:
         reserves_memory: Whether its allocator takes all memory as one region at the start.
         holes: How many holes `placement` leaves for small buffers.
         runs_pairs: Whether two nodes side by side are done sooner than one after the other.
+        has_cpu_kernels: Whether its kernels are TensorFlow's for CPUs, whose workspace is known. For others none is
+            assumed until it is measured.
         flops_per_second: For the analytic estimate of matrix products and convolutions.
         memory_bytes_per_second: For the analytic estimate of everything else.
         launch_seconds: Added to every node.
@@ -78,6 +80,7 @@ class DeviceSpec:
     reserves_memory: bool = True
     holes: int = 0
     runs_pairs: bool = False
+    has_cpu_kernels: bool = True
     flops_per_second: float = 5e10
     memory_bytes_per_second: float = 8e9
     launch_seconds: float = 10e-6
@@ -194,11 +197,13 @@ class CostModel:
             measured = self.profile.workspace.get(node.like or node.name)
             if measured is not None:
                 return measured
-        if node.op == "MaxPoolGrad":
-            pooled = graph.value(node.inputs[1]).nbytes
-            return Workspace(early=(pooled, 2 * pooled))  # maximums, and where they were as 64-bit integers
-        nbytes = dict(node.attrs).get("workspace_bytes") or _convolution_workspace(graph, node)
-        return Workspace(late=(int(nbytes),)) if nbytes else Workspace()  # pyright: ignore[reportArgumentType]
+        nbytes: Any = dict(node.attrs).get("workspace_bytes", 0)
+        if not nbytes and self.device.has_cpu_kernels:
+            if node.op == "MaxPoolGrad":
+                pooled = graph.value(node.inputs[1]).nbytes
+                return Workspace(early=(pooled, 2 * pooled))  # maximums, and where they were as 64-bit integers
+            nbytes = _convolution_workspace(graph, node)
+        return Workspace(late=(nbytes,)) if nbytes else Workspace()
 
     def link(self, tier: str) -> Link:
         """The way to a far tier, as the profile has it, else the device spec."""
