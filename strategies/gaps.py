@@ -76,6 +76,7 @@ class Gaps:
         for index, gap in enumerate(self.gaps):
             self.by_storage.setdefault(gap.storage, []).append(index)
         self._incremental = Incremental(self.graph, cost_model)
+        self._repeatable: dict[int, bool] = {}
         self.live = self.outline(()).live
 
     def _find_gaps(self):
@@ -110,6 +111,12 @@ class Gaps:
         if node.stateful or node.op in _NEVER_REPEATED or node.op in ir.RESIDENT_OPS:
             return False
         return all(value.dtype in ir.ITEM_BYTES for value in node.outputs)
+
+    def is_repeatable(self, gap: int) -> bool:
+        """Whether the gap's storage can be recomputed while nothing else is evicted."""
+        if gap not in self._repeatable:
+            self._repeatable[gap] = bool(np.isfinite(self.recompute_seconds(gap, {}, ())))
+        return self._repeatable[gap]
 
     @functools.cached_property
     def long_gap(self) -> dict[int, int]:

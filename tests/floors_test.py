@@ -34,6 +34,7 @@ STEPS = {
         {"budgets"},
         {"fitting"},
         None,
+        {"annealing"},
         {"joint"},
         {"auto"},
         {"__init__"},
