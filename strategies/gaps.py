@@ -28,6 +28,8 @@ SMALL_BYTES = 64 << 10
 AGAIN = "recompute again"
 """A way to evict: what comes back early, as another recompute needs it, goes again until it is due itself."""
 
+_DEEPEST = 200
+"""Nodes in a chain that is recomputed from one value: longer ones cost as much as a checkpoint would have saved."""
 _SPARE = 100
 _NEVER_REPEATED = frozenset({"While", "StatelessWhile", "If", "StatelessIf", "Case", "StatelessCase"})
 
@@ -296,6 +298,7 @@ class _Restorer:
         self.absent: dict[int, int] = {}  # storage -> gap
         self.kept_until: dict[int, int] = {}  # storage of a repeated value -> last position that reads it
         self.restored: set[int] = set()
+        self.depth = 0  # of the chain that is followed
         self.found: list[Decision] = []
 
     def decisions(self) -> tuple[Decision, ...]:
@@ -358,8 +361,12 @@ class _Restorer:
         node = self.graph.by_name[name]
         if not self.gaps.can_repeat(node):
             raise CantRecompute(f"'{name}' ({node.op}) can't be repeated")
+        if self.depth == _DEEPEST:
+            raise CantRecompute(f"'{name}' ({node.op}) is the end of a chain of more than {_DEEPEST} nodes")
+        self.depth += 1
         for reference in node.inputs:
             self._need(reference, position, nodes, visiting)
+        self.depth -= 1
         nodes.append(name)
 
     def _need(self, reference: str, position: int, nodes: list[str], visiting: set[str]) -> None:

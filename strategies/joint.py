@@ -109,7 +109,7 @@ class _Search:
                     gap: way if storage not in anchors and problem.is_repeatable(gap) else "swap"
                     for storage, gap in problem.saved.items()
                 }
-                states.append(fitting.evictions(problem, evicted, anchors))
+                states.append(fitting.at_worst_swapped(problem, evicted, anchors))
         return states
 
     def _solve(self, memory_budget: int) -> solver.Solution | None:
@@ -164,10 +164,7 @@ class _Search:
     ) -> fitting.Evictions:
         """Evicts what still overflows."""
         problem = self._problem
-        try:
-            state = fitting.evictions(problem, evicted, anchors, since)
-        except gaps.CantRecompute:
-            state = fitting.evictions(problem, dict.fromkeys(evicted, "swap"), anchors, since)
+        state = fitting.at_worst_swapped(problem, evicted, anchors, since)
         self._seen.append(state)
         for _ in range(_ROUNDS):
             live = state.outline.live
@@ -188,7 +185,7 @@ class _Search:
             if not (chosen or late):
                 break
             kept = {gap: start for gap, start in state.since.items() if gap not in late}
-            state = fitting.evictions(problem, {**state.evicted, **chosen}, anchors, kept)
+            state = fitting.at_worst_swapped(problem, {**state.evicted, **chosen}, anchors, kept)
         return state
 
     def _covers(self, gap: int, positions: np.ndarray, last: int) -> bool:

@@ -313,3 +313,14 @@ def test_what_came_back_early_may_go_again():
     between = slice(found.gaps[late].end + 1, found.gaps[early].end)
     assert (goes.live[between] < stays.live[between]).all()
     assert goes.recomputed_seconds > stays.recomputed_seconds
+
+
+@pytest.mark.parametrize(("layers", "is_repeatable"), [(150, True), (600, False)])
+def test_chains_that_are_recomputed_are_not_endless(layers, is_repeatable):
+    found = gaps.problem(testing.chain(layers), CostModel())
+    everything = dict.fromkeys(range(len(found.gaps)), "recompute")
+    deepest = max(everything, key=lambda gap: found.gaps[gap].start)
+    assert np.isfinite(found.recompute_seconds(deepest, everything, ())) == is_repeatable
+    if not is_repeatable:
+        with pytest.raises(gaps.CantRecompute, match="more than 200 nodes"):
+            found.decide({deepest: "recompute", **everything})
