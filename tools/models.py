@@ -66,13 +66,25 @@ def gpt(blocks: int = 8, width: int = 256, heads: int = 4, length: int = 128, ba
     tokens = keras.Input((length,), dtype="int32")
     x = layers.Embedding(VOCABULARY, width)(tokens) + layers.Embedding(length, width)(np.arange(length)[None])
     for _ in range(blocks):
-        y = layers.LayerNormalization()(x)
-        x = x + layers.MultiHeadAttention(heads, width // heads)(y, y, use_causal_mask=True)
-        y = layers.Dense(4 * width, "gelu")(layers.LayerNormalization()(x))
-        x = x + layers.Dense(width)(y)
+        x = _transformer_block(x, width, heads, is_causal=True)
     words = layers.Dense(VOCABULARY)(layers.LayerNormalization()(x))
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     return Training(keras.Model(tokens, words), keras.optimizers.Adam(3e-4), loss, _text(length, batch))
+
+
+def vit(blocks: int = 8, width: int = 192, heads: int = 3, patch: int = 8, batch: int = 16) -> Training:
+    """A vision transformer, pre-norm with mean pooling, on scikit-learn's digits, scaled to 96x96x3: Adam."""
+    image = keras.Input((96, 96, 3))
+    length = (96 // patch) ** 2
+    x = layers.Reshape((length, width))(layers.Conv2D(width, patch, strides=patch)(image))
+    x = x + layers.Embedding(length, width)(np.arange(length)[None])
+    for _ in range(blocks):
+        x = _transformer_block(x, width, heads, is_causal=False)
+    pooled = layers.GlobalAveragePooling1D()(layers.LayerNormalization()(x))
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    return Training(
+        keras.Model(image, layers.Dense(10)(pooled)), keras.optimizers.Adam(3e-4), loss, _large_digits(batch)
+    )
 
 
 def lstm(width: int = 256, length: int = 128, batch: int = 32) -> Training:
@@ -112,10 +124,18 @@ MODELS: Mapping[str, Callable[[], Training]] = {
     "mlp": mlp,
     "resnet50": resnet50,
     "gpt": gpt,
+    "vit": vit,
     "unet": unet,
     "efficientnet": efficientnet,
     "lstm": lstm,
 }
+
+
+def _transformer_block(x: Any, width: int, heads: int, is_causal: bool) -> Any:
+    y = layers.LayerNormalization()(x)
+    x = x + layers.MultiHeadAttention(heads, width // heads)(y, y, use_causal_mask=is_causal)
+    y = layers.Dense(4 * width, "gelu")(layers.LayerNormalization()(x))
+    return x + layers.Dense(width)(y)
 
 
 def _batches(inputs: np.ndarray, targets: np.ndarray, size: int) -> Iterator[Batch]:
