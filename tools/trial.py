@@ -23,7 +23,7 @@ from typing import Any
 from absl import app, flags
 
 from graphswap import emulate
-from graphswap.options import format_bytes
+from graphswap.options import Options, format_bytes
 
 AMPLE_BYTES = 4 << 30
 """Memory of a device on which every model of `models` trains plainly."""
@@ -38,10 +38,12 @@ class Trial:
     Attributes:
         model: A name of `models.MODELS`.
         memory_bytes: Memory of the emulated accelerator, in whole MiB.
-        graphswap: The compile option; empty for plain Keras.
+        graphswap: The memory budget of the compile option; empty for plain Keras.
         steps: How many steps to train.
         memory_optimizer: Whether plain Keras runs with TensorFlow's memory optimiser, as it does by default. Where
             that takes memory to be short it sums gradients in the order of their arrival, so that runs differ.
+        strategy: As in `Options`.
+        planning_seconds: As in `Options`.
     """
 
     model: str
@@ -49,6 +51,8 @@ class Trial:
     graphswap: str = ""
     steps: int = 20
     memory_optimizer: bool = True
+    strategy: str = str(Options.strategy)
+    planning_seconds: float = Options.planning_seconds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +97,7 @@ def run(trial: Trial, say: Callable[[str], None], environment: Mapping[str, str]
         result, errors = pathlib.Path(folder) / "result.json", pathlib.Path(folder) / "errors"
         command = [sys.executable, "-m", "graphswap.emulate", __file__, f"--model={trial.model}"]
         command += [f"--graphswap={trial.graphswap}", f"--steps={trial.steps}", f"--result={result}"]
+        command += [f"--strategy={trial.strategy}", f"--planning_seconds={trial.planning_seconds}"]
         command += [] if trial.memory_optimizer else ["--nomemory_optimizer"]
         variables = {**os.environ, **emulate.environment(trial.memory_bytes), **(environment or {})}
         with (
@@ -114,12 +119,19 @@ def telling_lines(errors: str) -> str:
     return "\n".join(line[:_ERROR_WIDTH] for line in (telling or lines)[-_ERROR_LINES:])
 
 
-def train(model: str, graphswap: str, steps: int, memory_optimizer: bool = True) -> Result:
-    """Trains a model of `models` in this process, which must be emulated, and tells each step."""
+def train(model: str, option: Options | None, steps: int, memory_optimizer: bool = True) -> Result:
+    """Trains a model of `models` in this process, which must be emulated, and tells each step.
+
+    Args:
+        model: A name of `models.MODELS`.
+        option: The compile option; None for plain Keras.
+        steps: How many steps to train.
+        memory_optimizer: As in `Trial`.
+    """
     import keras
     import tensorflow as tf
 
-    import graphswap as graphswap_lib
+    import graphswap
     from graphswap import graphdef
     from graphswap.tools import models
 
@@ -127,10 +139,9 @@ def train(model: str, graphswap: str, steps: int, memory_optimizer: bool = True)
     tf.config.optimizer.set_experimental_options({"arithmetic_optimization": False})
     keras.utils.set_random_seed(0)
     training = models.MODELS[model]()
-    option = {"graphswap": graphswap} if graphswap else {}
-    training.model.compile(training.optimizer, training.loss, **option)
+    training.model.compile(training.optimizer, training.loss, **({"graphswap": option} if option else {}))
     losses, seconds = [], []
-    print("tracing, measuring and planning the step" if graphswap else "tracing the step", flush=True)
+    print("tracing, measuring and planning the step" if option else "tracing the step", flush=True)
     for step, (inputs, targets) in zip(range(1, steps + 1), training.batches, strict=False):
         training.model.reset_metrics()  # so that the loss is this batch's own
         start = time.perf_counter()
@@ -140,7 +151,7 @@ def train(model: str, graphswap: str, steps: int, memory_optimizer: bool = True)
         print(f"step {step}/{steps}: loss {losses[-1]:.4f}, {seconds[-1]:.2f} s", flush=True)
     peak_bytes = tf.config.experimental.get_memory_info("CPU:0")["peak"]
     print(f"peak {format_bytes(peak_bytes)}", flush=True)
-    report = _fields(graphswap_lib.report(training.model)) if graphswap else {}
+    report = _fields(graphswap.report(training.model)) if option else {}
     for note in report.get("notes", ()):
         print(f"note: {note}", flush=True)
     variables = [*training.model.variables, *training.optimizer.variables]
@@ -150,12 +161,14 @@ def train(model: str, graphswap: str, steps: int, memory_optimizer: bool = True)
 def _fields(report: Any) -> dict[str, Any]:
     """The step that ran last, in numbers; the notes are those of all steps."""
     step = report.steps[-1]
+    certificate, budget = step.plan.certificate, step.plan.memory_budget
     fields = {field.name: getattr(step, field.name) for field in dataclasses.fields(step) if field.name != "plan"}
     return {
         **fields,
         "notes": [note for planned in report.steps for note in planned.notes],
         "plans": len(report.steps),
         "strategy": step.plan.strategy,
+        "bound_seconds": None if certificate is None or budget is None else certificate.seconds(budget),
         "swaps": len(step.plan.swaps),
         "repeated_nodes": sum(len(decision.nodes) for decision in step.plan.recomputes),
     }
@@ -171,7 +184,11 @@ def _digest(variables: Sequence[Any]) -> str:
 def _main(argv: Sequence[str]) -> None:
     values = flags.FlagValues()
     model = flags.DEFINE_string("model", "mlp", "A name of models.MODELS.", flag_values=values)
-    graphswap = flags.DEFINE_string("graphswap", "", "The compile option; empty for plain Keras.", flag_values=values)
+    graphswap = flags.DEFINE_string("graphswap", "", "The memory budget; empty for plain Keras.", flag_values=values)
+    strategy = flags.DEFINE_string("strategy", str(Options.strategy), "As in Options.", flag_values=values)
+    planning_seconds = flags.DEFINE_float(
+        "planning_seconds", Options.planning_seconds, "As in Options.", flag_values=values
+    )
     steps = flags.DEFINE_integer("steps", 20, "How many steps to train.", flag_values=values)
     memory_optimizer = flags.DEFINE_bool(
         "memory_optimizer", True, "Whether TensorFlow's memory optimiser is on.", flag_values=values
@@ -179,7 +196,10 @@ def _main(argv: Sequence[str]) -> None:
     path = flags.DEFINE_string("result", None, "File to write the result to, as JSON.", flag_values=values)
     if values(argv)[1:]:
         raise app.UsageError(f"expected flags, received {values(argv)[1:]}.")
-    result = train(model.value, graphswap.value, steps.value, memory_optimizer.value)
+    option = None
+    if graphswap.value:
+        option = Options(graphswap.value, strategy=strategy.value, planning_seconds=planning_seconds.value)
+    result = train(model.value, option, steps.value, memory_optimizer.value)
     if path.value is not None:
         pathlib.Path(path.value).write_text(json.dumps(dataclasses.asdict(result)))
 
