@@ -86,6 +86,21 @@ def test_a_trial_is_a_process_that_reports_its_steps(checkout_is_importable):
     assert planned.report["status"]
 
 
+def test_a_trial_waits_for_its_turn(checkout_is_importable):
+    said = []
+    with trial.Process(Trial("mlp", trial.AMPLE_BYTES, steps=3), said.append) as process:
+        assert said == []
+        for count in (1, 2):
+            assert process.step()
+            assert [line.startswith("step ") for line in said].count(True) == count
+        result = process.result()
+        assert len(result.losses) == 3
+        assert not process.step()
+    with trial.Process(Trial("mlpp", trial.AMPLE_BYTES), said.append) as process:
+        assert not process.step()
+        assert process.result().error.endswith("KeyError: 'mlpp'")
+
+
 def test_a_trial_without_room_ends_in_the_error_of_tensorflow(checkout_is_importable):
     result = trial.run(Trial("mlp", 30 * MIB, steps=1), lambda line: None)
     assert "ResourceExhaustedError" in result.error

@@ -34,23 +34,36 @@ def case():
         "joint": [planned(1.2, "joint", 1.0), planned(1.2, "joint", 1.0)],
         "auto": [planned(1.1, "joint"), planned(1.1, "greedy")],
     }
-    return Case("gpt", "50%", 32 * MIB, [PLAIN, PLAIN], PLAIN, runs)
+    return Case("gpt", "50%", 32 * MIB, PLAIN, [PLAIN, PLAIN], runs)
 
 
 @pytest.fixture
-def trials(monkeypatch):
-    """What would be run, instead of running it."""
-    started = []
+def turns(monkeypatch):
+    """Which trial is started ("start") and gets a turn ("step"), and when, instead of running any."""
+    taken = []
 
-    def run(what, say, environment):
-        started.append(what)
-        say("step 1/1")
-        if not what.graphswap:
-            return PLAIN
-        return Result(NO_PLAN) if what.strategy == "swap_all" else planned(1.5, what.strategy)
+    class Process:
+        def __init__(self, what, say, environment):
+            self.what, self.say = what, say
+            taken.append(("start", what))
 
-    monkeypatch.setattr(trial, "run", run)
-    return started
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            taken.append(("end", self.what))
+
+        def step(self):
+            self.say("step 1/1")
+            taken.append(("step", self.what))
+
+        def result(self):
+            if not self.what.graphswap:
+                return PLAIN
+            return Result(NO_PLAN) if self.what.strategy == "swap_all" else planned(1.5, self.what.strategy)
+
+    monkeypatch.setattr(trial, "Process", Process)
+    return taken
 
 
 def cells(table):
@@ -62,22 +75,26 @@ def rows(table):
     return [dict(zip(header, line, strict=True)) for line in lines]
 
 
-def test_strategies_take_turns_and_one_without_a_plan_is_not_asked_again(trials):
+def test_trials_take_turns_step_by_step(turns):
+    two, three = Trial("gpt", 1, steps=2), Trial("vit", 1, steps=3)
+    results = compare.in_turns({"two": two, "three": three}, lambda name, line: None, {})
+    begin = [("start", two), ("step", two), ("start", three), ("step", three)]
+    assert turns[:4] == begin
+    assert turns[4:-2] == [("step", two), ("step", three)] * 2
+    assert [what for what, _ in turns[-2:]] == ["end", "end"]
+    assert results == {"two": PLAIN, "three": PLAIN}
+
+
+def test_a_strategy_without_a_plan_is_not_asked_again(turns):
     (half, small) = compare.measure("gpt", ["50%", "20MiB"], 2, 3, 7.0, lambda line: None)
     plain = Trial("gpt", trial.AMPLE_BYTES, steps=3)
     without = Trial("gpt", trial.AMPLE_BYTES, steps=3, memory_optimizer=False)
-    first, second = (
-        [
-            Trial("gpt", nbytes * MIB, f"{nbytes}MiB", 3, True, strategy, 7.0)
-            for nbytes in (32, 20)
-            for strategy in strategies
-        ]
-        for strategies in (
-            ["swap_all", "chen", "karma", "joint", "auto"],
-            ["chen", "karma", "joint", "auto"],
-        )
-    )
-    assert trials == [plain, without, *first, plain, *second]
+    expected = [plain, without]
+    for strategies in (["swap_all", "chen", "karma", "joint", "auto"], ["chen", "karma", "joint", "auto"]):
+        for nbytes in (32, 20):
+            trials = (Trial("gpt", nbytes * MIB, f"{nbytes}MiB", 3, True, strategy, 7.0) for strategy in strategies)
+            expected += [plain, *trials]
+    assert [started for what, started in turns if what == "start"] == expected
     assert (half.budget, half.memory_bytes, small.budget, small.memory_bytes) == ("50%", 32 * MIB, "20MiB", 20 * MIB)
     assert half.planned["swap_all"] == [Result(NO_PLAN)]
     assert half.planned["joint"] == [planned(1.5, "joint")] * 2
@@ -85,7 +102,8 @@ def test_strategies_take_turns_and_one_without_a_plan_is_not_asked_again(trials)
 
 
 def test_plain_must_train_in_plenty_of_memory(monkeypatch):
-    monkeypatch.setattr(trial, "run", lambda *_: Result("KeyError: 'gptt'"))
+    failed = Result("KeyError: 'gptt'")
+    monkeypatch.setattr(compare, "in_turns", lambda trials, *_: dict.fromkeys(trials, failed))
     with pytest.raises(RuntimeError, match="expected gptt to train in plenty of memory, received KeyError"):
         compare.measure("gptt", ["50%"], 1, 1, 1.0, lambda line: None)
 
@@ -148,14 +166,14 @@ def test_a_run_that_fails_is_told(case):
 
 
 def test_summary_names_the_worst(case):
-    other = Case("vit", "35%", 29 * MIB, [PLAIN], PLAIN, {**case.planned, "joint": [planned(2.0, "joint")]})
+    other = Case("vit", "35%", 29 * MIB, PLAIN, [PLAIN], {**case.planned, "joint": [planned(2.0, "joint")]})
     assert compare.summary([case, other]).splitlines()[0] == (
         "joint: step time 1.00x that of the best baseline in the median, 1.25x at most; "
         "furthest from the prediction: step time +60.0%, peak +0.0%; 2 of 3 runs within the budget"
     )
 
 
-def test_the_comparison_prints_tables_only_and_writes_every_number(trials, tmp_path, capsys):
+def test_the_comparison_prints_tables_only_and_writes_every_number(turns, tmp_path, capsys):
     out = tmp_path / "out.json"
     compare.main(["compare", "--models=gpt", "--rounds=1", "--steps=2", f"--out={out}"])
     printed = capsys.readouterr()
@@ -171,12 +189,12 @@ def test_the_comparison_prints_tables_only_and_writes_every_number(trials, tmp_p
     assert Result(**written["cases"][0]["planned"]["joint"][0]) == planned(1.5, "joint")
 
 
-def test_progress_is_for_terminals(trials, monkeypatch, capsys):
+def test_progress_is_for_terminals(turns, monkeypatch, capsys):
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     compare.main(["compare", "--models=gpt", "--budgets=50%", "--rounds=1"])
     printed = capsys.readouterr()
-    assert "gpt, round 1, joint in 32MiB: step 1/1" in printed.err
-    assert "gpt, round 1, swap_all in 32MiB: graphswap.strategies.base.InfeasibleBudgetError" in printed.err
+    assert "gpt in 32MiB, round 1, joint: step 1/1" in printed.err
+    assert "gpt in 32MiB, round 1, swap_all: graphswap.strategies.base.InfeasibleBudgetError" in printed.err
     assert "step 1/1" not in printed.out
 
 
@@ -191,7 +209,7 @@ def test_progress_is_for_terminals(trials, monkeypatch, capsys):
         ("more", "expected flags, received more."),
     ],
 )
-def test_the_comparison_refuses(argument, message, trials):
+def test_the_comparison_refuses(argument, message, turns):
     with pytest.raises(SystemExit, match=message):
         compare.main(["compare", argument])
-    assert trials == []
+    assert turns == []

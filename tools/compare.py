@@ -2,14 +2,17 @@
 
     python -m graphswap.tools.compare --models=resnet50,gpt --budgets=50%,35% --rounds=3 --out=compared.json
 
-In a round every strategy trains every model in every budget once, in a process of its own that has the budget as
-the hard limit of its device. Round follows round, so that all meet the same noise. All plan from the same measured
-costs.
+Every strategy trains the model in a process of its own that has the budget as the hard limit of its device. All are
+started and plan one after the other, from the same measured costs. Then they take turns, step by step: plain Keras,
+the first strategy, the second, ..., again plain Keras. So a noisy machine is noisy for all of them alike.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
+import itertools
 import json
 import math
 import pathlib
@@ -56,7 +59,7 @@ class Case:
         model: A name of `models.MODELS`.
         budget: As it was asked for: bytes, or a share of the plain peak.
         memory_bytes: The budget, which is the device's memory.
-        plain: Runs of plain Keras with memory in plenty, one a round; the cases of a model share them.
+        plain: Runs of plain Keras with memory in plenty, one a round.
         reference: A run of plain Keras without TensorFlow's memory optimiser, for its bits.
         planned: Strategy to its runs, one a round; only one if it found no plan.
     """
@@ -64,8 +67,8 @@ class Case:
     model: str
     budget: str
     memory_bytes: int
-    plain: list[Result]
     reference: Result
+    plain: list[Result] = dataclasses.field(default_factory=list)
     planned: dict[str, list[Result]] = dataclasses.field(
         default_factory=lambda: {name: [] for name in (*BASELINES, *PLANNERS)}
     )
@@ -89,39 +92,63 @@ class Case:
 def measure(
     model: str, budgets: Iterable[str], rounds: int, steps: int, planning_seconds: float, say: Callable[[str], None]
 ) -> list[Case]:
-    """Trains one model plainly and with every strategy in every budget, round after round.
+    """Trains one model plainly and with every strategy, in every budget.
 
     Raises:
         RuntimeError: If plain Keras fails with memory in plenty.
     """
+    ample = Trial(model, trial.AMPLE_BYTES, steps=steps)
+    without = dataclasses.replace(ample, memory_optimizer=False)
     with tempfile.TemporaryDirectory() as cache:  # of measured costs: whoever comes first measures them for all
 
-        def run(title: str, what: Trial) -> Result:
-            result = trial.run(what, lambda line: say(f"{title}: {line}"), {"XDG_CACHE_HOME": cache})
-            if result.error:
-                say(f"{title}: {result.error.splitlines()[-1]}")
-            return result
+        def run(title: str, trials: Mapping[str, Trial]) -> dict[str, Result]:
+            return in_turns(trials, lambda name, line: say(f"{title}, {name}: {line}"), {"XDG_CACHE_HOME": cache})
 
-        plain: list[Result] = []
-        cases: list[Case] = []
-        ample = Trial(model, trial.AMPLE_BYTES, steps=steps)
-        for number in range(1, rounds + 1):
-            plain.append(run(f"{model}, round {number}, plain", ample))
-            if plain[-1].error:
-                raise RuntimeError(f"expected {model} to train in plenty of memory, received {plain[-1].error}")
-            if not cases:
-                without = dataclasses.replace(ample, memory_optimizer=False)
-                reference = run(f"{model}, plain without memory optimiser", without)
-                sizes = {budget: benchmark.budget_bytes(budget, plain[0].peak_bytes) for budget in budgets}
-                cases = [Case(model, budget, nbytes, plain, reference) for budget, nbytes in sizes.items()]
-            for case in cases:
-                size = f"{case.memory_bytes >> 20}MiB"
-                for strategy, runs in case.planned.items():
-                    if not (runs and found_no_plan(runs[0])):
-                        title = f"{model}, round {number}, {strategy} in {size}"
-                        what = Trial(model, case.memory_bytes, size, steps, True, strategy, planning_seconds)
-                        runs.append(run(title, what))
+        first = run(model, {"plain": ample, "plain without memory optimiser": without})
+        plain, reference = first.values()
+        if plain.error:
+            raise RuntimeError(f"expected {model} to train in plenty of memory, received {plain.error}")
+        sizes = {budget: benchmark.budget_bytes(budget, plain.peak_bytes) for budget in budgets}
+        cases = [Case(model, budget, nbytes, reference) for budget, nbytes in sizes.items()]
+        for number, case in itertools.product(range(1, rounds + 1), cases):
+            size = f"{case.memory_bytes >> 20}MiB"
+            trials = {
+                strategy: Trial(model, case.memory_bytes, size, steps, True, strategy, planning_seconds)
+                for strategy, runs in case.planned.items()
+                if not (runs and found_no_plan(runs[0]))
+            }
+            results = run(f"{model} in {size}, round {number}", {"plain": ample, **trials})
+            case.plain.append(results.pop("plain"))
+            for strategy, result in results.items():
+                case.planned[strategy].append(result)
     return cases
+
+
+def in_turns(
+    trials: Mapping[str, Trial], say: Callable[[str, str], None], environment: Mapping[str, str]
+) -> dict[str, Result]:
+    """Runs trials that take turns, step by step.
+
+    Args:
+        trials: By name.
+        say: Gets a trial's name and the lines of its progress.
+        environment: Further variables for the processes.
+    """
+    results = {}
+    with contextlib.ExitStack() as stack:
+        processes = {}
+        for name, what in trials.items():
+            process = trial.Process(what, functools.partial(say, name), environment)
+            processes[name] = stack.enter_context(process)
+            process.step()  # one after the other also traces, measures and plans
+        for _ in range(max(what.steps for what in trials.values()) - 1):
+            for process in processes.values():
+                process.step()
+        for name, process in processes.items():
+            results[name] = process.result()
+            if results[name].error:
+                say(name, results[name].error.splitlines()[-1])
+    return results
 
 
 def found_no_plan(result: Result) -> bool:
@@ -228,8 +255,8 @@ def main(argv: Sequence[str]) -> None:
     values = flags.FlagValues()
     models = flags.DEFINE_list("models", list(MODELS), "Names of models.MODELS.", flag_values=values)
     budgets = flags.DEFINE_list("budgets", ["50%", "35%"], "300MiB, or 40% of the plain peak.", flag_values=values)
-    rounds = flags.DEFINE_integer("rounds", 3, "Runs of each strategy.", lower_bound=1, flag_values=values)
-    steps = flags.DEFINE_integer("steps", 10, "Steps in each run.", lower_bound=1, flag_values=values)
+    rounds = flags.DEFINE_integer("rounds", 2, "Processes of each strategy.", lower_bound=1, flag_values=values)
+    steps = flags.DEFINE_integer("steps", 15, "Steps of each process.", lower_bound=1, flag_values=values)
     planning_seconds = flags.DEFINE_float(
         "planning_seconds", Options.planning_seconds, "As in graphswap.Options.", flag_values=values
     )
