@@ -84,9 +84,14 @@ class Case:
         return best if math.isfinite(self.step_seconds(best)) else None
 
     def ratio(self, strategy: str) -> float | None:
-        """Step time as a multiple of that of the best baseline; None without such, infinite if a run failed."""
+        """Step time as a multiple of that of the best baseline; None without such, infinite if a run failed.
+
+        It is the median over the turns, each of which compares steps that ran right after one another.
+        """
         best = self.best_baseline()
-        return None if best is None else self.step_seconds(strategy) / self.step_seconds(best)
+        if best is None or math.isinf(self.step_seconds(strategy)):
+            return None if best is None else math.inf
+        return _ratio(self.planned[strategy], self.planned[best])
 
 
 def measure(
@@ -220,9 +225,14 @@ def _detail_row(case: Case, strategy: str) -> list[str]:
         "-" if None in bounds else f"{statistics.median(bounds):.3f} s",
         f"{statistics.median(report['predicted_seconds'] for report in reports):.3f} s",
         f"{seconds:.3f} s ({statistics.median(map(_seconds_error, runs)):+.1%})",
-        f"{seconds / benchmark.median_seconds(case.plain):.2f}x",
+        f"{_ratio(runs, case.plain):.2f}x",
         "equal" if equal == len(runs) else f"{equal} of {len(runs)} runs equal",
     ]
+
+
+def _ratio(runs: Sequence[Result], others: Sequence[Result]) -> float:
+    pairs = (zip(a.steady_seconds, b.steady_seconds, strict=True) for a, b in zip(runs, others, strict=True))
+    return statistics.median(seconds / other for seconds, other in itertools.chain.from_iterable(pairs))
 
 
 def _seconds_error(run: Result) -> float:
