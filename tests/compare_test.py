@@ -21,7 +21,7 @@ def planned(seconds, strategy="karma", bound=None, variables="abc", predicted_se
         "predicted_peak_bytes": 30 * MIB,
         "predicted_seconds": predicted_seconds,
     }
-    return Result("", [2.5, 1.5], [12.0, seconds], 30 * MIB, variables, report)
+    return Result("", [2.5, 1.5], [12.0, seconds], 32 * MIB, variables, report, 30 * MIB)
 
 
 @pytest.fixture
@@ -166,7 +166,7 @@ def test_a_run_that_fails_is_told(case):
 
 
 def test_summary_names_the_worst(case):
-    other = Case("vit", "35%", 29 * MIB, PLAIN, [PLAIN] * 2, {**case.planned, "joint": [planned(2.0, "joint")] * 2})
+    other = Case("vit", "35%", 31 * MIB, PLAIN, [PLAIN] * 2, {**case.planned, "joint": [planned(2.0, "joint")] * 2})
     assert compare.summary([case, other]).splitlines()[0] == (
         "joint: step time 1.00x that of the best baseline in the median, 1.25x at most; "
         "furthest from the prediction: step time +60.0%, peak +0.0%; 2 of 4 runs within the budget"

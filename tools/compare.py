@@ -212,7 +212,7 @@ def _detail_row(case: Case, strategy: str) -> list[str]:
     start = [case.model, _budget(case), strategy]
     if math.isinf(case.step_seconds(strategy)):
         return [*start, _failure(runs), *["-"] * (len(_DETAILS) - len(start) - 1)]
-    reports = [run.report for run in runs]
+    reports, peaks = [run.report for run in runs], [run.steady_peak_bytes for run in runs]
     seconds, bounds = case.step_seconds(strategy), [report["bound_seconds"] for report in reports]
     equal = sum(run.equals(case.reference) for run in runs)
     return [
@@ -221,7 +221,7 @@ def _detail_row(case: Case, strategy: str) -> list[str]:
         _range(str, [report["swaps"] for report in reports]),
         _range(str, [report["repeated_nodes"] for report in reports]),
         _range(format_bytes, [report["predicted_peak_bytes"] for report in reports]),
-        f"{_range(format_bytes, [run.peak_bytes for run in runs])} ({max(map(_peak_error, runs), key=abs):+.1%})",
+        f"{_range(format_bytes, peaks)} ({max(map(_peak_error, runs), key=abs):+.1%})",
         "-" if None in bounds else f"{statistics.median(bounds):.3f} s",
         f"{statistics.median(report['predicted_seconds'] for report in reports):.3f} s",
         f"{seconds:.3f} s ({statistics.median(map(_seconds_error, runs)):+.1%})",
@@ -241,7 +241,7 @@ def _seconds_error(run: Result) -> float:
 
 
 def _peak_error(run: Result) -> float:
-    return run.peak_bytes / run.report["predicted_peak_bytes"] - 1
+    return run.steady_peak_bytes / run.report["predicted_peak_bytes"] - 1
 
 
 def _budget(case: Case) -> str:

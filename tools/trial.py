@@ -67,6 +67,7 @@ class Result:
         peak_bytes: The most that the device's allocator has counted.
         variables: Digest of all variables after the last step: weights, statistics, seeds, optimizer state.
         report: The fields of the last `StepReport`, with the plan's numbers; empty for plain Keras.
+        steady_peak_bytes: The most after the first step, which may include a run under another plan to measure costs.
     """
 
     error: str = ""
@@ -75,6 +76,7 @@ class Result:
     peak_bytes: int = 0
     variables: str = ""
     report: dict[str, Any] = dataclasses.field(default_factory=dict)
+    steady_peak_bytes: int = 0
 
     @property
     def steady_seconds(self) -> list[float]:
@@ -175,7 +177,7 @@ def train(
     keras.utils.set_random_seed(0)
     training = models.MODELS[model]()
     training.model.compile(training.optimizer, training.loss, **({"graphswap": option} if option else {}))
-    losses, seconds = [], []
+    losses, seconds, peaks = [], [], []
     print("tracing, measuring and planning the step" if option else "tracing the step", flush=True)
     for step, (inputs, targets) in zip(range(1, steps + 1), training.batches, strict=False):
         if in_turns and not sys.stdin.readline():
@@ -185,14 +187,16 @@ def train(
         with contextlib.nullcontext() if memory_optimizer else graphdef.without_memory_optimizer():
             losses.append(float(training.model.train_on_batch(inputs, targets)))
         seconds.append(time.perf_counter() - start)
+        peaks.append(tf.config.experimental.get_memory_info("CPU:0")["peak"])
+        if step == 1:
+            tf.config.experimental.reset_memory_stats("CPU:0")
         print(f"{_STEP}{step}/{steps}: loss {losses[-1]:.4f}, {seconds[-1]:.2f} s", flush=True)
-    peak_bytes = tf.config.experimental.get_memory_info("CPU:0")["peak"]
-    print(f"peak {format_bytes(peak_bytes)}", flush=True)
+    print(f"peak {format_bytes(max(peaks))}", flush=True)
     report = _fields(graphswap.report(training.model)) if option else {}
     for note in report.get("notes", ()):
         print(f"note: {note}", flush=True)
     variables = [*training.model.variables, *training.optimizer.variables]
-    return Result("", losses, seconds, peak_bytes, _digest(variables), report)
+    return Result("", losses, seconds, max(peaks), _digest(variables), report, peaks[-1])
 
 
 def _fields(report: Any) -> dict[str, Any]:
