@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
-import gc
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -14,38 +11,20 @@ from typing import Any
 
 import tensorflow as tf
 
-from graphswap import allocator, graphdef, ir, placement, profiler, rewrites, simulator, strategies, tiers
-from graphswap.cost_model import MEMORY_VARIABLE, CostModel, DeviceSpec, Profile
+from graphswap import allocator, graphdef, ir, placement, planning, profiler, rewrites, tiers
+from graphswap.cost_model import DeviceSpec
 from graphswap.graphdef import UnsupportedGraphError
 from graphswap.options import Options
 from graphswap.plan import Plan
 from graphswap.report import Report, StepReport
-from graphswap.strategies.base import InfeasibleBudgetError, Strategy
+from graphswap.strategies.base import InfeasibleBudgetError
 from graphswap.tiers import SwapSpaceError
 
-_WIDENING = 1.03
-_WIDENINGS = 24
 _TIGHTENING = 0.97
 _TIGHTEST = 0.75
 _CHEAP = 0.05
-_USABLE = 0.99
-"""Of a budget below the device's memory: the rest is for what wanders, such as the input pipeline's buffers."""
-_FRUGAL = 0.93
-"""Of the budget, for the first run of a step: its workspace is an estimate."""
 _TRIALS = 3
 _STATIC_TRACES = 4
-_WANDERING = 2.0
-"""How far the peak of TensorFlow's own order may lie above the planned order's (two LSTMs: 1.6)."""
-
-
-@dataclasses.dataclass
-class Planned:
-    """A plan with what it was judged by."""
-
-    plan: Plan
-    timeline: simulator.Timeline
-    plain: simulator.Timeline
-    notes: list[str]
 
 
 class Session:
@@ -67,6 +46,7 @@ class Session:
         self.options = options
         self.report = Report()
         self._tiers = tiers.Tiers(options.swap_directory())
+        self._planner = planning.Planner(options, self._tiers)
         self._inlines = False  # whether nested function calls are to be dissolved
         self._scale = 1.0  # of the budget; lowered when memory ran out in spite of a plan
         self._largest: dict[int, graphdef.Shape] = {}  # argument -> largest shape seen
@@ -104,7 +84,7 @@ class Session:
             self._keep_variables()
             self._settle()
             start = time.perf_counter()
-            planning = self._planning_seconds()
+            planned_seconds = self._planning_seconds()
             try:
                 placed_args, placed_kwargs = self._placed((args, kwargs), is_new=key not in self._functions)
                 if key not in self._functions:
@@ -118,7 +98,7 @@ class Session:
                 can_repeat = self._variables.restore()
                 if "No space left" in str(error):
                     raise self._swap_space_error(error) from error
-                if not _is_out_of_memory(error) or not can_repeat or self._scale < _TIGHTEST:
+                if not planning.is_out_of_memory(error) or not can_repeat or self._scale < _TIGHTEST:
                     raise
                 self._tighten(error)
                 self._forget()
@@ -132,7 +112,7 @@ class Session:
                 self._variables.restore()
                 raise
             else:
-                self._record(shapes, time.perf_counter() - start - (self._planning_seconds() - planning))
+                self._record(shapes, time.perf_counter() - start - (self._planning_seconds() - planned_seconds))
                 self._arguments = []
                 return self._released(result)
 
@@ -237,7 +217,9 @@ class Session:
 
     def _tighten(self, error: tf.errors.OpError) -> None:
         self._scale *= _TIGHTENING
-        why = _summary(error) if isinstance(error, tf.errors.ResourceExhaustedError) else "when a value came back"
+        why = (
+            planning.summary(error) if isinstance(error, tf.errors.ResourceExhaustedError) else "when a value came back"
+        )
         for _, _, step in self._planned:
             step.notes.append(f"ran out of memory ({why[:120]}); planned again, tighter")
 
@@ -267,7 +249,7 @@ class Session:
             clock = _Clock(progress)
             shapes = self._argument_shapes(func_graph)
             with clock("measure"):
-                device = self._device()
+                device = self._planner.device()
                 self._arrange(device)
             try:
                 with clock("import"):
@@ -285,11 +267,10 @@ class Session:
                 )
                 return
             fences = len(self._fences) * allocator.ALIGNMENT_BYTES
-            resident_bytes = max(0, _resident_bytes(graph) - fences)
-            cost_model = CostModel(device, resident_bytes=resident_bytes, far_tier=self._far_tier())
-            budget, share = self._budget(device)
+            cost_model = self._planner.cost_model(device, graph, fences)
+            budget, share = self._planner.budget(device, self._scale)
             try:
-                planned = self._plan(func_graph, graph, cost_model, budget, clock)
+                planned = self._planner.plan(func_graph, graph, self._arguments, cost_model, budget, clock)
             except InfeasibleBudgetError as error:
                 asked, smallest = int(budget / share), int(error.smallest_bytes / share)
                 raise InfeasibleBudgetError(asked, smallest + 1, error.node) from None
@@ -331,93 +312,6 @@ class Session:
             for index, tensor in enumerate(arguments)
         )
 
-    def _device(self) -> DeviceSpec:
-        emulated = os.environ.get(MEMORY_VARIABLE)
-        directory = self.options.swap_directory()
-        if directory is None and self._far_tier() == "disk":
-            directory = tiers.default_directory()
-        return profiler.device_spec(int(emulated) if emulated else None, directory)
-
-    def _far_tier(self) -> str:
-        swap_to = str(self.options.swap_to)
-        if swap_to == "auto":
-            # A plain CPU's memory is the host's: only the disk lies beyond it.
-            return "disk" if profiler.memory_in_use() is None else "host"
-        return "host" if swap_to == "host" else "disk"
-
-    def _budget(self, device: DeviceSpec) -> tuple[int, float]:
-        """The bytes to plan for, 0 for "min"; and their share of the budget.
-
-        A device can't pass a budget of all its memory, whatever its allocator loses; there the strategies leave room.
-        """
-        asked = self.options.memory_budget
-        if asked == "min":
-            return 0, 1.0
-        whole = device.memory_bytes or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        if not isinstance(asked, int) or asked >= whole:
-            asked = whole
-        share = self._scale * (1.0 if asked == device.memory_bytes else _USABLE)
-        return int(asked * share), share
-
-    def _plan(self, func_graph, graph: ir.Graph, cost_model: CostModel, budget: int, clock: _Clock) -> Planned:
-        plain = simulator.simulate(graph, Plan(), cost_model)
-        if budget and plain.peak_bytes * _WANDERING <= budget:
-            return Planned(Plan(), plain, plain, ["it fits the budget as it is"])
-        notes: list[str] = []
-        with clock("measure"):
-            profile = self._profile(func_graph, graph, cost_model, budget, notes)
-        with clock("plan"):
-            cost_model = dataclasses.replace(cost_model, profile=profile)
-            plan = _plan_within(self._strategy(), graph, cost_model, budget)
-        plain = simulator.simulate(graph, Plan(), cost_model)
-        plan.check(graph)
-        device = cost_model.device
-        timelines = []
-        for second_first in dict.fromkeys(((), tuple(pair.second for pair in plan.pairs))):
-            memory = None
-            if device.memory_bytes is not None:
-                limit = max(plan.memory_budget or 0, device.memory_bytes)
-                memory = allocator.Allocator(limit, device.reserves_memory)
-            timelines.append(simulator.simulate(graph, plan, cost_model, allocator=memory, second_first=second_first))
-        worst = max(timelines, key=lambda timeline: timeline.allocated_peak_bytes)
-        return Planned(plan, worst, plain, notes)
-
-    def _strategy(self) -> Strategy:
-        strategy = self.options.strategy
-        if isinstance(strategy, str):
-            strategy = strategies.STRATEGIES[strategy]
-        if isinstance(strategy, strategies.Auto | strategies.Joint):
-            return dataclasses.replace(strategy, planning_seconds=self.options.planning_seconds)
-        return strategy
-
-    def _profile(self, func_graph, graph, cost_model: CostModel, budget: int, notes: list[str]) -> Profile | None:
-        """Measured costs, from the cache or from a run under a frugal plan; None if it can't be run."""
-        device = cost_model.device.name
-        cached = profiler.cached_profile(graph.fingerprint, device)
-        if cached is not None:
-            return cached
-        error: Exception | None = None
-        for frugal_budget in (max(1, int(budget * _FRUGAL)), budget, 0):
-            try:
-                # Estimates are high for some kernels' workspace, and low for others': the run will tell.
-                if frugal_budget:
-                    plan = strategies.Greedy(planning_seconds=0.0).plan(graph, cost_model, frugal_budget)
-                else:
-                    plan = _plan_within(self._strategy(), graph, cost_model, 0)
-                rewritten = rewrites.rewrite(graph, plan.one_by_one())
-                profile = profiler.measure_step(func_graph, rewritten, self._arguments, self._tiers, graph.fingerprint)
-            except (InfeasibleBudgetError, profiler.CantMeasure, tf.errors.OpError) as failure:
-                error = failure
-                if not (isinstance(failure, InfeasibleBudgetError) or _is_out_of_memory(failure)):
-                    break
-            else:
-                profile = dataclasses.replace(profile, links={"host": cost_model.device.links["host"]})
-                profiler.store_profile(profile, device)
-                gc.collect()  # the measured function's constants lie on the device
-                return profile
-        notes.append(f"costs are analytic, not measured: {_summary(error)}")
-        return None
-
 
 def function(step: Callable[..., Any] | None = None, *, memory_budget: int | str, **options: Any) -> Any:
     """Makes a `tf.function` of a training step that keeps a memory budget. Also a decorator.
@@ -458,39 +352,8 @@ def _optimize(func_graph: graphdef.FuncGraph, mark: Any) -> None:
     mark.optimize(func_graph)
 
 
-def _plan_within(strategy: Strategy, graph: ir.Graph, cost_model: CostModel, budget: int) -> Plan:
-    """The strategy's plan; if it finds none, an error that names a budget it does find one for."""
-    try:
-        return strategy.plan(graph, cost_model, max(budget, 1))
-    except InfeasibleBudgetError as error:
-        candidate = max(error.smallest_bytes, budget)
-        for _ in range(_WIDENINGS):
-            try:
-                plan = strategy.plan(graph, cost_model, candidate)
-            except InfeasibleBudgetError:
-                candidate = int(candidate * _WIDENING)
-                continue
-            if not budget:
-                return plan
-            raise InfeasibleBudgetError(budget, candidate, error.node) from None
-        raise
-
-
-def _resident_bytes(graph: ir.Graph) -> int:
-    """Device bytes in use that the graph does not show: other tensors, and holes' slack."""
-    current = profiler.memory_in_use()
-    if current is None:
-        return 0
-    shown = sum(
-        sum(dict(node.attrs).get("held_bytes", ())) or sum(v.nbytes for v in node.outputs)  # pyright: ignore[reportArgumentType, reportCallIssue]
-        for node in graph.nodes
-        if node.op == "Placeholder"
-    )
-    return max(0, current - shown)
-
-
 def _step_report(
-    graph: ir.Graph, budget: int, share: float, planned: Planned, breakdown: dict[str, float]
+    graph: ir.Graph, budget: int, share: float, planned: planning.Planned, breakdown: dict[str, float]
 ) -> StepReport:
     plan, timeline = planned.plan, planned.timeline
     return StepReport(
@@ -508,19 +371,6 @@ def _step_report(
         breakdown=breakdown,
         notes=planned.notes,
     )
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """Whether the device ran out. What a swap brings back is then an invalid argument to TensorFlow."""
-    if isinstance(error, tf.errors.ResourceExhaustedError):
-        return True
-    return isinstance(error, tf.errors.InvalidArgumentError) and "/swap_in/ParseTensor}}" in str(error)
-
-
-def _summary(error: Exception | None) -> str:
-    """The most telling line of an error: what ran out, else the last one, which stands after the nodes."""
-    lines = [line for line in str(error).splitlines() if line.strip() and "[[" not in line]
-    return next((line for line in lines if line.startswith("OOM")), lines[-1] if lines else repr(error))[:300]
 
 
 def _accepts(accepted: Sequence[graphdef.Shape], shapes: Sequence[graphdef.Shape]) -> bool:

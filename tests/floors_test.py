@@ -18,7 +18,7 @@ FLOORS = (
     {"simulator", "profiler", "devices"},
     {"strategies", "rewrites"},
     {"options"},
-    {"report"},
+    {"report", "planning"},
     {"pipeline"},
     {"keras_compile", "distribute", "emulate"},
     {"graphswap"},

@@ -1,0 +1,220 @@
+"""measure -> plan: finds what to do with a step on this device within the budget."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import os
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import tensorflow as tf
+
+from graphswap import allocator, graphdef, ir, profiler, rewrites, simulator, strategies, tiers
+from graphswap.cost_model import MEMORY_VARIABLE, CostModel, DeviceSpec, Profile
+from graphswap.options import Options
+from graphswap.plan import Plan
+from graphswap.strategies.base import InfeasibleBudgetError, Strategy
+
+_WIDENING = 1.03
+_WIDENINGS = 24
+_USABLE = 0.99
+"""Of a budget below the device's memory: the rest is for what wanders, such as the input pipeline's buffers."""
+_FRUGAL = 0.93
+"""Of the budget, for the first run of a step: its workspace is an estimate."""
+_WANDERING = 2.0
+"""How far the peak of TensorFlow's own order may lie above the planned order's (two LSTMs: 1.6)."""
+
+
+@dataclasses.dataclass
+class Planned:
+    """A plan with what it was judged by."""
+
+    plan: Plan
+    timeline: simulator.Timeline
+    plain: simulator.Timeline
+    notes: list[str]
+
+
+Clock = Callable[[str], AbstractContextManager[None]]
+"""Called with the name of the phase that begins; left when it ends."""
+
+
+class Planner:
+    """Plans steps as the options ask.
+
+    Args:
+        options: What the user asked for.
+        far_tiers: Where swaps of measured steps go.
+    """
+
+    def __init__(self, options: Options, far_tiers: tiers.Tiers):
+        self._options = options
+        self._tiers = far_tiers
+
+    def device(self) -> DeviceSpec:
+        """This machine's device, its links measured."""
+        emulated = os.environ.get(MEMORY_VARIABLE)
+        directory = self._options.swap_directory()
+        if directory is None and self._far_tier() == "disk":
+            directory = tiers.default_directory()
+        return profiler.device_spec(int(emulated) if emulated else None, directory)
+
+    def cost_model(self, device: DeviceSpec, graph: ir.Graph, fence_bytes: int) -> CostModel:
+        """Analytic costs of the graph on the device as it is now, less the fences, which `simulator` lays itself."""
+        resident_bytes = max(0, _resident_bytes(graph) - fence_bytes)
+        return CostModel(device, resident_bytes=resident_bytes, far_tier=self._far_tier())
+
+    def budget(self, device: DeviceSpec, scale: float) -> tuple[int, float]:
+        """The bytes to plan for, 0 for "min"; and their share of the budget.
+
+        A device can't pass a budget of all its memory, whatever its allocator loses; there the strategies leave room.
+        """
+        asked = self._options.memory_budget
+        if asked == "min":
+            return 0, 1.0
+        whole = device.memory_bytes or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if not isinstance(asked, int) or asked >= whole:
+            asked = whole
+        share = scale * (1.0 if asked == device.memory_bytes else _USABLE)
+        return int(asked * share), share
+
+    def plan(
+        self,
+        func_graph: graphdef.FuncGraph,
+        graph: ir.Graph,
+        arguments: Sequence[Any],
+        cost_model: CostModel,
+        budget: int,
+        clock: Clock,
+    ) -> Planned:
+        """Measures the step, unless an earlier run did, and plans it.
+
+        Args:
+            func_graph: The traced step; it stays as it is.
+            graph: The same, imported.
+            arguments: To measure it on.
+            cost_model: From `cost_model`.
+            budget: Bytes to plan for; 0 for as few as possible.
+            clock: Gets the phases "measure" and "plan".
+
+        Raises:
+            InfeasibleBudgetError: If no plan keeps the budget.
+        """
+        plain = simulator.simulate(graph, Plan(), cost_model)
+        if budget and plain.peak_bytes * _WANDERING <= budget:
+            return Planned(Plan(), plain, plain, ["it fits the budget as it is"])
+        notes: list[str] = []
+        with clock("measure"):
+            profile = self._profile(func_graph, graph, arguments, cost_model, budget, notes)
+        with clock("plan"):
+            cost_model = dataclasses.replace(cost_model, profile=profile)
+            plan = _plan_within(self._strategy(), graph, cost_model, budget)
+        plain = simulator.simulate(graph, Plan(), cost_model)
+        plan.check(graph)
+        device = cost_model.device
+        timelines = []
+        for second_first in dict.fromkeys(((), tuple(pair.second for pair in plan.pairs))):
+            memory = None
+            if device.memory_bytes is not None:
+                limit = max(plan.memory_budget or 0, device.memory_bytes)
+                memory = allocator.Allocator(limit, device.reserves_memory)
+            timelines.append(simulator.simulate(graph, plan, cost_model, allocator=memory, second_first=second_first))
+        worst = max(timelines, key=lambda timeline: timeline.allocated_peak_bytes)
+        return Planned(plan, worst, plain, notes)
+
+    def _far_tier(self) -> str:
+        swap_to = str(self._options.swap_to)
+        if swap_to == "auto":
+            # A plain CPU's memory is the host's: only the disk lies beyond it.
+            return "disk" if profiler.memory_in_use() is None else "host"
+        return "host" if swap_to == "host" else "disk"
+
+    def _strategy(self) -> Strategy:
+        strategy = self._options.strategy
+        if isinstance(strategy, str):
+            strategy = strategies.STRATEGIES[strategy]
+        if isinstance(strategy, strategies.Auto | strategies.Joint):
+            return dataclasses.replace(strategy, planning_seconds=self._options.planning_seconds)
+        return strategy
+
+    def _profile(
+        self,
+        func_graph: graphdef.FuncGraph,
+        graph: ir.Graph,
+        arguments: Sequence[Any],
+        cost_model: CostModel,
+        budget: int,
+        notes: list[str],
+    ) -> Profile | None:
+        """Measured costs, from the cache or from a run under a frugal plan; None if it can't be run."""
+        device = cost_model.device.name
+        cached = profiler.cached_profile(graph.fingerprint, device)
+        if cached is not None:
+            return cached
+        error: Exception | None = None
+        for frugal_budget in (max(1, int(budget * _FRUGAL)), budget, 0):
+            try:
+                # Estimates are high for some kernels' workspace, and low for others': the run will tell.
+                if frugal_budget:
+                    plan = strategies.Greedy(planning_seconds=0.0).plan(graph, cost_model, frugal_budget)
+                else:
+                    plan = _plan_within(self._strategy(), graph, cost_model, 0)
+                rewritten = rewrites.rewrite(graph, plan.one_by_one())
+                profile = profiler.measure_step(func_graph, rewritten, arguments, self._tiers, graph.fingerprint)
+            except (InfeasibleBudgetError, profiler.CantMeasure, tf.errors.OpError) as failure:
+                error = failure
+                if not (isinstance(failure, InfeasibleBudgetError) or is_out_of_memory(failure)):
+                    break
+            else:
+                profile = dataclasses.replace(profile, links={"host": cost_model.device.links["host"]})
+                profiler.store_profile(profile, device)
+                gc.collect()  # the measured function's constants lie on the device
+                return profile
+        notes.append(f"costs are analytic, not measured: {summary(error)}")
+        return None
+
+
+def _plan_within(strategy: Strategy, graph: ir.Graph, cost_model: CostModel, budget: int) -> Plan:
+    """The strategy's plan; if it finds none, an error that names a budget it does find one for."""
+    try:
+        return strategy.plan(graph, cost_model, max(budget, 1))
+    except InfeasibleBudgetError as error:
+        candidate = max(error.smallest_bytes, budget)
+        for _ in range(_WIDENINGS):
+            try:
+                plan = strategy.plan(graph, cost_model, candidate)
+            except InfeasibleBudgetError:
+                candidate = int(candidate * _WIDENING)
+                continue
+            if not budget:
+                return plan
+            raise InfeasibleBudgetError(budget, candidate, error.node) from None
+        raise
+
+
+def _resident_bytes(graph: ir.Graph) -> int:
+    """Device bytes in use that the graph does not show: other tensors, and holes' slack."""
+    current = profiler.memory_in_use()
+    if current is None:
+        return 0
+    shown = sum(
+        sum(dict(node.attrs).get("held_bytes", ())) or sum(v.nbytes for v in node.outputs)  # pyright: ignore[reportArgumentType, reportCallIssue]
+        for node in graph.nodes
+        if node.op == "Placeholder"
+    )
+    return max(0, current - shown)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether the device ran out. What a swap brings back is then an invalid argument to TensorFlow."""
+    if isinstance(error, tf.errors.ResourceExhaustedError):
+        return True
+    return isinstance(error, tf.errors.InvalidArgumentError) and "/swap_in/ParseTensor}}" in str(error)
+
+
+def summary(error: Exception | None) -> str:
+    """The most telling line of an error: what ran out, else the last one, which stands after the nodes."""
+    lines = [line for line in str(error).splitlines() if line.strip() and "[[" not in line]
+    return next((line for line in lines if line.startswith("OOM")), lines[-1] if lines else repr(error))[:300]
