@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
+import gc
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -11,8 +13,8 @@ from typing import Any
 
 import tensorflow as tf
 
-from graphswap import allocator, graphdef, ir, placement, planning, profiler, rewrites, tiers
-from graphswap.cost_model import DeviceSpec
+from graphswap import allocator, graphdef, ir, placement, planning, profiler, replanning, rewrites, tiers
+from graphswap.cost_model import DeviceSpec, Profile
 from graphswap.graphdef import UnsupportedGraphError
 from graphswap.options import Options
 from graphswap.plan import Plan
@@ -25,6 +27,38 @@ _TIGHTEST = 0.75
 _CHEAP = 0.05
 _TRIALS = 3
 _STATIC_TRACES = 4
+
+
+@dataclasses.dataclass
+class _Watched:
+    """A plan whose steps are held against its predictions (`replanning`).
+
+    Attributes:
+        planned: The plan.
+        rewritten: The step's graph under it.
+        step: Its report.
+        peak_bytes: The most that the allocator counted during its steps; None if it had counted more before.
+        due: The steps that the plan was wrong about, if it was: the next step is to be measured.
+        costs: As measured within that step.
+    """
+
+    planned: planning.Planned
+    rewritten: ir.Graph
+    step: StepReport
+    peak_bytes: int | None = None
+    due: replanning.Observation | None = None
+    costs: Profile | None = None
+
+    def seen(self) -> replanning.Observation:
+        """The steps so far."""
+        step, planned = self.step, self.planned
+        return replanning.Observation(
+            planned.seconds,
+            tuple(step.measured_seconds),
+            step.memory_budget if planned.budget else 0,
+            step.predicted_peak_bytes,
+            self.peak_bytes,
+        )
 
 
 class Session:
@@ -56,6 +90,8 @@ class Session:
         self._variables = placement.Variables()
         self._fences: list[Any] = []  # behind the holes for small buffers
         self._trials = _TRIALS
+        self._watched: dict[tuple[graphdef.Shape, ...], _Watched] = {}
+        self._replanned: dict[tuple[graphdef.Shape, ...], tuple[planning.Planned, list[replanning.Round]]] = {}
         self._keeping_seconds = self._settling_seconds = self._step_seconds = 0.0
 
     # --- running -----------------------------------------------------------------------------------------------
@@ -80,17 +116,19 @@ class Session:
         key = shapes if shapes in self._functions or len(self._functions) < _STATIC_TRACES else ()
         if key == () and self._outgrown(shapes):
             del self._functions[()]
+        self._review(key)
         while True:
             self._keep_variables()
             self._settle()
             start = time.perf_counter()
             planned_seconds = self._planning_seconds()
+            counted_bytes = profiler.memory_in_use("peak")
             try:
                 placed_args, placed_kwargs = self._placed((args, kwargs), is_new=key not in self._functions)
                 if key not in self._functions:
                     self._functions[key] = make()
                 with graphdef.without_memory_optimizer():
-                    result = self._functions[key](*placed_args, **placed_kwargs)
+                    result = self._call(key, placed_args, placed_kwargs)
             except _NestedCalls:
                 self._inlines = True
                 self._forget()
@@ -112,7 +150,8 @@ class Session:
                 self._variables.restore()
                 raise
             else:
-                self._record(shapes, time.perf_counter() - start - (self._planning_seconds() - planned_seconds))
+                seconds = time.perf_counter() - start - (self._planning_seconds() - planned_seconds)
+                self._record(shapes, seconds, counted_bytes)
                 self._arguments = []
                 return self._released(result)
 
@@ -132,6 +171,30 @@ class Session:
         if self._inlines:
             return graphdef.call_inline(step, args, kwargs)
         return step(*args, **kwargs)
+
+    def _call(self, shapes: tuple[graphdef.Shape, ...], args: Any, kwargs: Any) -> Any:
+        """Runs a traced step; under the profiler if a round waits for that."""
+        function, watched = self._functions[shapes], self._watched.get(shapes)
+        if watched is None or watched.due is None:
+            return function(*args, **kwargs)
+        start, result = time.perf_counter(), None
+        ran_seconds: float | None = None
+        try:
+            with profiler.recording() as events:
+                begun = time.perf_counter()
+                result = function(*args, **kwargs)
+                ran_seconds = time.perf_counter() - begun
+            planned, seconds = watched.planned, watched.due.seconds
+            watched.costs = profiler.step_costs(
+                events, watched.rewritten, seconds, planned.cost_model, planned.graph.fingerprint
+            )
+        except profiler.CantMeasure as error:
+            self._end_watch(shapes, replanning.Round(watched.due, outcome=f"not measured: {error}"))
+        if ran_seconds is None:
+            return function(*args, **kwargs)
+        breakdown = watched.step.breakdown
+        breakdown["replan"] = breakdown.get("replan", 0.0) + time.perf_counter() - start - ran_seconds
+        return result
 
     def _planning_seconds(self) -> float:
         return sum(sum(step.breakdown.values()) for step in self.report.steps)
@@ -158,6 +221,8 @@ class Session:
         """Drops all traces, so that the next call plans anew."""
         self._functions.clear()
         self._planned.clear()
+        self._watched.clear()
+        self._replanned.clear()
         self._trials = _TRIALS
 
     def _keep_variables(self) -> None:
@@ -205,7 +270,8 @@ class Session:
         """Whether the device is a CPU that counts its bytes: numpy's memory lies outside of it."""
         return profiler.device_name() == "CPU:0" and profiler.memory_in_use() is not None
 
-    def _record(self, shapes: tuple[graphdef.Shape, ...], seconds: float) -> None:
+    def _record(self, shapes: tuple[graphdef.Shape, ...], seconds: float, counted_bytes: int | None) -> None:
+        """Notes how long a step took, and its peak if that lies above what the allocator had counted before."""
         self._variables.forget()
         self._trials -= 1
         self._step_seconds = seconds
@@ -213,6 +279,9 @@ class Session:
             if _accepts(accepted, shapes):
                 step.measured_seconds.append(seconds)
                 step.measured_peak_bytes = profiler.memory_in_use("peak")
+                watched = self._watched.get(shapes)
+                if watched is not None and (step.measured_peak_bytes or 0) > (counted_bytes or 0):
+                    watched.peak_bytes = step.measured_peak_bytes
                 return
 
     def _tighten(self, error: tf.errors.OpError) -> None:
@@ -230,6 +299,47 @@ class Session:
         )
 
     # --- planning ----------------------------------------------------------------------------------------------
+
+    def _review(self, shapes: tuple[graphdef.Shape, ...]) -> None:
+        """Holds a plan against its steps, and plans again where it was wrong; between two steps of the training."""
+        watched = self._watched.get(shapes)
+        if watched is None:
+            return
+        if watched.due is not None and watched.costs is not None:
+            self._replan(shapes, watched, watched.due, watched.costs)
+            return
+        seen = watched.seen()
+        verdict = replanning.judge(seen, len(watched.step.rounds))
+        if verdict is replanning.Verdict.REPLAN:
+            watched.due = seen
+        elif verdict is replanning.Verdict.KEEP:
+            self._planner.settle(watched.planned)
+            self._end_watch(shapes, replanning.Round(seen))
+
+    def _replan(
+        self,
+        shapes: tuple[graphdef.Shape, ...],
+        watched: _Watched,
+        seen: replanning.Observation,
+        costs: Profile,
+    ) -> None:
+        """Takes a better plan, which needs the step to be traced again; else corrects the predictions of this one."""
+        step = watched.step
+        what = f"{step.name}, round {len(step.rounds) + 1} of {replanning.MOST_ROUNDS}"
+        with _progress(what) as progress, _Clock(progress, step.breakdown)("replan"):
+            planned, done = self._planner.replan(watched.planned, costs, seen)
+        self._end_watch(shapes, done)
+        if planned.plan is watched.planned.plan:
+            step.correct(planned.time_scale)
+            self._planner.settle(planned)
+        else:
+            self._replanned[shapes] = planned, step.rounds
+            self._planned = [entry for entry in self._planned if entry[2] is not step]
+            del self._functions[shapes]
+            gc.collect()  # the old function's constants lie on the device
+
+    def _end_watch(self, shapes: tuple[graphdef.Shape, ...], last: replanning.Round) -> None:
+        self._watched.pop(shapes).step.rounds.append(last)
 
     def optimize(self, func_graph: graphdef.FuncGraph) -> None:
         """Rewrites a traced step in place so that it keeps the budget.
@@ -269,18 +379,25 @@ class Session:
             fences = len(self._fences) * allocator.ALIGNMENT_BYTES
             cost_model = self._planner.cost_model(device, graph, fences)
             budget, share = self._planner.budget(device, self._scale)
+            replanned, rounds = self._replanned.pop(shapes, (None, []))
             try:
-                planned = self._planner.plan(func_graph, graph, self._arguments, cost_model, budget, clock)
+                if replanned is not None and replanned.graph.fingerprint == graph.fingerprint:
+                    with clock("plan"):
+                        planned = self._planner.resume(replanned, cost_model)
+                else:
+                    planned = self._planner.plan(func_graph, graph, self._arguments, cost_model, budget, clock)
             except InfeasibleBudgetError as error:
                 asked, smallest = int(budget / share), int(error.smallest_bytes / share)
                 raise InfeasibleBudgetError(asked, smallest + 1, error.node) from None
+            rewritten = graph
             if not planned.plan.is_empty:
                 with clock("rewrite"):
                     rewritten = rewrites.rewrite(graph, planned.plan)
                     graphdef.export_function(func_graph, rewritten, self._tiers)
-            self._add_report(
-                func_graph, shapes, _step_report(graph, budget, share / self._scale, planned, clock.seconds)
-            )
+            step = _step_report(planned, share / self._scale, clock.seconds, rounds)
+            self._add_report(func_graph, shapes, step)
+            if not (planned.plan.is_empty or planned.is_settled) and profiler.times_nodes():
+                self._watched[shapes] = _Watched(planned, rewritten, step)
 
     def _arrange(self, device: DeviceSpec) -> None:
         """Lays the device out as `simulator` takes it to be: building the model has left holes."""
@@ -353,23 +470,25 @@ def _optimize(func_graph: graphdef.FuncGraph, mark: Any) -> None:
 
 
 def _step_report(
-    graph: ir.Graph, budget: int, share: float, planned: planning.Planned, breakdown: dict[str, float]
+    planned: planning.Planned, share: float, breakdown: dict[str, float], rounds: Sequence[replanning.Round]
 ) -> StepReport:
-    plan, timeline = planned.plan, planned.timeline
+    plan, timeline, scale = planned.plan, planned.timeline, planned.time_scale
     return StepReport(
-        name=graph.name,
-        nodes=len(graph.nodes),
-        memory_budget=int((budget or plan.memory_budget or 0) / share),
+        name=planned.graph.name,
+        nodes=len(planned.graph.nodes),
+        memory_budget=int((planned.budget or plan.memory_budget or 0) / share),
         plan=plan,
         status="needs nothing" if plan.is_empty else "rewritten",
         plain_peak_bytes=planned.plain.peak_bytes,
         predicted_peak_bytes=timeline.allocated_peak_bytes,
-        plain_seconds=planned.plain.seconds,
-        predicted_seconds=timeline.seconds,
+        plain_seconds=planned.plain.seconds * scale,
+        predicted_seconds=timeline.seconds * scale,
         swapped_bytes=timeline.swapped_bytes,
-        recomputed_seconds=timeline.recomputed_seconds,
+        recomputed_seconds=timeline.recomputed_seconds * scale,
+        time_scale=scale,
         breakdown=breakdown,
-        notes=planned.notes,
+        rounds=[*rounds],
+        notes=[*planned.notes],
     )
 
 
@@ -394,8 +513,8 @@ def _shape(tensor: tf.Tensor) -> graphdef.Shape:
 class _Clock:
     """Adds up the seconds of named phases, and shows them."""
 
-    def __init__(self, progress: Callable[[str], None]):
-        self.seconds: dict[str, float] = {}
+    def __init__(self, progress: Callable[[str], None], seconds: dict[str, float] | None = None):
+        self.seconds = {} if seconds is None else seconds
         self._progress = progress
 
     @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import os
@@ -11,7 +12,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from graphswap import allocator, graphdef, ir, profiler, rewrites, simulator, strategies, tiers
+from graphswap import allocator, graphdef, ir, profiler, replanning, rewrites, simulator, strategies, tiers
 from graphswap.cost_model import MEMORY_VARIABLE, CostModel, DeviceSpec, Profile
 from graphswap.options import Options
 from graphswap.plan import Plan
@@ -27,14 +28,39 @@ _WANDERING = 2.0
 """How far the peak of TensorFlow's own order may lie above the planned order's (two LSTMs: 1.6)."""
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class Planned:
-    """A plan with what it was judged by."""
+    """A plan with what it was judged by.
 
+    Attributes:
+        graph: The step.
+        cost_model: Its costs.
+        budget: Bytes that were given; 0 for as few as possible.
+        plan: The plan.
+        timeline: Of the step under the plan.
+        plain: Of the step as it was.
+        notes: What the user should know.
+        is_settled: Whether an earlier run has held the plan against its steps (`replanning`).
+    """
+
+    graph: ir.Graph
+    cost_model: CostModel
+    budget: int
     plan: Plan
     timeline: simulator.Timeline
     plain: simulator.Timeline
-    notes: list[str]
+    notes: tuple[str, ...] = ()
+    is_settled: bool = False
+
+    @property
+    def time_scale(self) -> float:
+        """What the timelines' seconds are to be multiplied by."""
+        return 1.0 if self.cost_model.profile is None else self.cost_model.profile.time_scale
+
+    @property
+    def seconds(self) -> float:
+        """Predicted length of the step under the plan."""
+        return self.timeline.seconds * self.time_scale
 
 
 Clock = Callable[[str], AbstractContextManager[None]]
@@ -104,25 +130,75 @@ class Planner:
         """
         plain = simulator.simulate(graph, Plan(), cost_model)
         if budget and plain.peak_bytes * _WANDERING <= budget:
-            return Planned(Plan(), plain, plain, ["it fits the budget as it is"])
-        notes: list[str] = []
+            notes = ("it fits the budget as it is",)
+            return Planned(graph, cost_model, budget, Plan(), plain, plain, notes)
+        notes = []
         with clock("measure"):
-            profile = self._profile(func_graph, graph, arguments, cost_model, budget, notes)
+            settled = profiler.cached_profile(graph.fingerprint, cost_model.device.name, self._question(budget))
+            profile = settled or self._profile(func_graph, graph, arguments, cost_model, budget, notes)
         with clock("plan"):
-            cost_model = dataclasses.replace(cost_model, profile=profile)
-            plan = _plan_within(self._strategy(), graph, cost_model, budget)
-        plain = simulator.simulate(graph, Plan(), cost_model)
+            planned = self._plan(graph, dataclasses.replace(cost_model, profile=profile), budget)
+        return dataclasses.replace(planned, notes=tuple(notes), is_settled=settled is not None)
+
+    def replan(
+        self, planned: Planned, costs: Profile, seen: replanning.Observation
+    ) -> tuple[Planned, replanning.Round]:
+        """One round of replanning, after a step of the plan was measured.
+
+        Args:
+            planned: The plan.
+            costs: Measured within its step.
+            seen: Its steps.
+
+        Returns:
+            The new plan, or if it is no better the old one with its predictions corrected; and the round.
+        """
+        profile = planned.cost_model.profile
+        reserved_bytes = profile.reserved_bytes if profile else 0
+        left = replanning.reserve(seen, planned.budget - reserved_bytes) if planned.budget else 0
+        costs = dataclasses.replace(costs, reserved_bytes=reserved_bytes + left)
+        cost_model = dataclasses.replace(planned.cost_model, profile=costs)
+        old = _judged(planned.graph, planned.plan, cost_model, planned.budget)
+        try:
+            new = self._plan(planned.graph, cost_model, planned.budget)
+        except InfeasibleBudgetError as error:
+            return planned, replanning.Round(seen, old.seconds, outcome=f"no plan: {error}")
+        if replanning.is_better(seen, old.seconds, new.seconds):
+            return new, replanning.Round(seen, old.seconds, new.seconds, "the new plan is taken")
+        return _corrected(planned, old.seconds), replanning.Round(seen, old.seconds, new.seconds, "the plan stays")
+
+    def resume(self, planned: Planned, cost_model: CostModel) -> Planned:
+        """A plan of `replan` for the same step, traced anew; planned once more if it no longer fits.
+
+        Args:
+            planned: The plan.
+            cost_model: Of the device as it is now.
+
+        Raises:
+            InfeasibleBudgetError: If no plan keeps the budget.
+        """
+        cost_model = dataclasses.replace(cost_model, profile=planned.cost_model.profile)
+        with contextlib.suppress(simulator.NoRoom):
+            again = _judged(planned.graph, planned.plan, cost_model, planned.budget)
+            if not planned.budget or again.timeline.allocated_peak_bytes <= planned.budget:
+                return again
+        return self._plan(planned.graph, cost_model, planned.budget)
+
+    def settle(self, planned: Planned) -> None:
+        """Keeps the costs that led to the plan, so that later runs make the same one and leave it at that."""
+        profile = planned.cost_model.profile
+        if profile is not None:
+            profiler.store_profile(profile, planned.cost_model.device.name, self._question(planned.budget))
+
+    def _question(self, budget: int) -> str:
+        """What a plan depends on besides the step, the device and the costs."""
+        return f"{budget} {self._options.strategy} {self._options.swap_to} {self._options.planning_seconds}"
+
+    def _plan(self, graph: ir.Graph, cost_model: CostModel, budget: int) -> Planned:
+        reserved_bytes = cost_model.profile.reserved_bytes if cost_model.profile else 0
+        plan = _plan_within(self._strategy(), graph, cost_model, max(0, budget - reserved_bytes))
         plan.check(graph)
-        device = cost_model.device
-        timelines = []
-        for second_first in dict.fromkeys(((), tuple(pair.second for pair in plan.pairs))):
-            memory = None
-            if device.memory_bytes is not None:
-                limit = max(plan.memory_budget or 0, device.memory_bytes)
-                memory = allocator.Allocator(limit, device.reserves_memory)
-            timelines.append(simulator.simulate(graph, plan, cost_model, allocator=memory, second_first=second_first))
-        worst = max(timelines, key=lambda timeline: timeline.allocated_peak_bytes)
-        return Planned(plan, worst, plain, notes)
+        return _judged(graph, plan, cost_model, budget)
 
     def _far_tier(self) -> str:
         swap_to = str(self._options.swap_to)
@@ -174,6 +250,33 @@ class Planner:
                 return profile
         notes.append(f"costs are analytic, not measured: {summary(error)}")
         return None
+
+
+def _judged(graph: ir.Graph, plan: Plan, cost_model: CostModel, budget: int) -> Planned:
+    """The plan with its timelines.
+
+    Raises:
+        simulator.NoRoom: If the device has no room for it.
+    """
+    device = cost_model.device
+    timelines = []
+    for second_first in dict.fromkeys(((), tuple(pair.second for pair in plan.pairs))):
+        memory = None
+        if device.memory_bytes is not None:
+            limit = max(plan.memory_budget or 0, device.memory_bytes)
+            memory = allocator.Allocator(limit, device.reserves_memory)
+        timelines.append(simulator.simulate(graph, plan, cost_model, allocator=memory, second_first=second_first))
+    worst = max(timelines, key=lambda timeline: timeline.allocated_peak_bytes)
+    return Planned(graph, cost_model, budget, plan, worst, simulator.simulate(graph, Plan(), cost_model))
+
+
+def _corrected(planned: Planned, seconds: float) -> Planned:
+    """The plan with its predictions scaled to a step of so many seconds. The costs stay, and lead to it again."""
+    profile = planned.cost_model.profile
+    if profile is None or not planned.timeline.seconds:
+        return planned
+    profile = dataclasses.replace(profile, time_scale=seconds / planned.timeline.seconds)
+    return dataclasses.replace(planned, cost_model=dataclasses.replace(planned.cost_model, profile=profile))
 
 
 def _plan_within(strategy: Strategy, graph: ir.Graph, cost_model: CostModel, budget: int) -> Plan:
