@@ -90,7 +90,7 @@ class Profile:
 
     Attributes:
         fingerprint: `Graph.fingerprint` of the measured graph.
-        seconds: Node name to seconds; nodes that never showed up are missing.
+        seconds: Node name to seconds; nodes that did not run are missing.
         workspace: Node name to what it allocates while it runs, beyond its outputs.
         links: Tier name to `Link` as measured then, so that later runs that find the profile make the same plan.
             Of the disk only as one plan's steps saw it: its speed depends on the directory.

@@ -37,7 +37,8 @@ class _Watched:
         planned: The plan.
         rewritten: The step's graph under it.
         step: Its report.
-        peak_bytes: The most that the allocator counted during its steps; None if it had counted more before.
+        counted_bytes: The most that the allocator had counted before the step that runs now.
+        peak_bytes: The most that it counted during the plan's steps; None if it had counted more before.
         due: The steps that the plan was wrong about, if it was: the next step is to be measured.
         costs: As measured within that step.
     """
@@ -45,6 +46,7 @@ class _Watched:
     planned: planning.Planned
     rewritten: ir.Graph
     step: StepReport
+    counted_bytes: int | None = None
     peak_bytes: int | None = None
     due: replanning.Observation | None = None
     costs: Profile | None = None
@@ -122,7 +124,6 @@ class Session:
             self._settle()
             start = time.perf_counter()
             planned_seconds = self._planning_seconds()
-            counted_bytes = profiler.memory_in_use("peak")
             try:
                 placed_args, placed_kwargs = self._placed((args, kwargs), is_new=key not in self._functions)
                 if key not in self._functions:
@@ -150,8 +151,7 @@ class Session:
                 self._variables.restore()
                 raise
             else:
-                seconds = time.perf_counter() - start - (self._planning_seconds() - planned_seconds)
-                self._record(shapes, seconds, counted_bytes)
+                self._record(shapes, time.perf_counter() - start - (self._planning_seconds() - planned_seconds))
                 self._arguments = []
                 return self._released(result)
 
@@ -175,6 +175,8 @@ class Session:
     def _call(self, shapes: tuple[graphdef.Shape, ...], args: Any, kwargs: Any) -> Any:
         """Runs a traced step; under the profiler if a round waits for that."""
         function, watched = self._functions[shapes], self._watched.get(shapes)
+        if watched is not None:
+            watched.counted_bytes = profiler.memory_in_use("peak")
         if watched is None or watched.due is None:
             return function(*args, **kwargs)
         start, result = time.perf_counter(), None
@@ -270,7 +272,7 @@ class Session:
         """Whether the device is a CPU that counts its bytes: numpy's memory lies outside of it."""
         return profiler.device_name() == "CPU:0" and profiler.memory_in_use() is not None
 
-    def _record(self, shapes: tuple[graphdef.Shape, ...], seconds: float, counted_bytes: int | None) -> None:
+    def _record(self, shapes: tuple[graphdef.Shape, ...], seconds: float) -> None:
         """Notes how long a step took, and its peak if that lies above what the allocator had counted before."""
         self._variables.forget()
         self._trials -= 1
@@ -280,7 +282,7 @@ class Session:
                 step.measured_seconds.append(seconds)
                 step.measured_peak_bytes = profiler.memory_in_use("peak")
                 watched = self._watched.get(shapes)
-                if watched is not None and (step.measured_peak_bytes or 0) > (counted_bytes or 0):
+                if watched is not None and (step.measured_peak_bytes or 0) > (watched.counted_bytes or 0):
                     watched.peak_bytes = step.measured_peak_bytes
                 return
 
@@ -397,7 +399,7 @@ class Session:
             step = _step_report(planned, share / self._scale, clock.seconds, rounds)
             self._add_report(func_graph, shapes, step)
             if not (planned.plan.is_empty or planned.is_settled) and profiler.times_nodes():
-                self._watched[shapes] = _Watched(planned, rewritten, step)
+                self._watched[shapes] = _Watched(planned, rewritten, step, profiler.memory_in_use("peak"))
 
     def _arrange(self, device: DeviceSpec) -> None:
         """Lays the device out as `simulator` takes it to be: building the model has left holes."""

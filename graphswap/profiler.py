@@ -27,7 +27,7 @@ from tensorflow.tsl.profiler.protobuf import xplane_pb2
 from graphswap import allocator, graphdef, ir, liveness, tiers
 from graphswap.cost_model import CostModel, DeviceSpec, Link, Profile, Workspace
 
-_PROFILE_VERSION = 2
+_PROFILE_VERSION = 3
 """Of what is measured and how: profiles of another version are not read."""
 _LINK_BYTES = 8 << 20
 _LEAST_LINK_BYTES = 64 << 10
@@ -189,18 +189,14 @@ def measure_step(
             function._call_flat([*tensors, *captures], [])  # makes kernels, and touches memory for the first time
             with recording() as events:
                 function._call_flat([*tensors, *captures], [])
-    if not events:
-        raise CantMeasure("the profiler recorded no events of the host")
-    seconds, workspace = _node_costs(events, graph)
-    return Profile(fingerprint, seconds, workspace)
+    return Profile(fingerprint, _node_seconds(harmless, _spent(events, harmless)), _node_workspace(events, harmless))
 
 
 def step_costs(events: Sequence[Event], graph: ir.Graph, seconds: float, known: CostModel, fingerprint: str) -> Profile:
     """Costs of nodes and links as a step of the training itself showed them.
 
-    The step's whole length is dealt out: time in which several ops run in equal shares, time in which none runs to
-    the op that runs next. So the costs add up to the step, waits between ops, pairs and the updates of variables
-    included. All are scaled to the length that steps have when nobody records them.
+    Unlike those of `measure_step` they include the updates of variables and the gain of pairs. All are scaled so that
+    they add up to the length that steps have when nobody records them.
 
     Args:
         events: Recorded while the step ran.
@@ -212,31 +208,19 @@ def step_costs(events: Sequence[Event], graph: ir.Graph, seconds: float, known: 
     Raises:
         CantMeasure: If none of the events is one of the graph.
     """
-    copies = [node for node in graph.nodes if node.op in (ir.SWAP_OUT, ir.SWAP_IN)]
-    opaque = {node.name for node in graph.nodes if node.op in graphdef.OPAQUE}
-    owner_of = _owners(graph, opaque | {node.name for node in copies})
-    intervals = [(start, start + duration, owner_of(name)) for start, duration, name, _ in events]
-    shares = _shares([interval for interval in intervals if interval[2]])
-    if not shares:
-        raise CantMeasure("the profiler recorded none of the step's ops")
-    scale = seconds / sum(shares.values())
-    spent = {name: share * scale for name, share in shares.items()}
-    links = {tier: known.link(tier) for tier in known.device.links}
-    for tier in links:
-        links[tier] = _seen_link(links[tier], [node for node in copies if dict(node.attrs)["tier"] == tier], spent)
-    costs = {node.name: spent.get(node.name, 0.0) for node in graph.nodes if not node.like}
-    for node in graph.nodes:
-        if node.like and node.name in spent and node.like not in spent:  # the first run was not needed
-            costs[node.like] = spent[node.name]
-    workspace = known.profile.workspace if known.profile else _node_costs(events, graph)[1]
-    return Profile(fingerprint, costs, workspace, links)
+    spent = _spent(events, graph)
+    scale = seconds / sum(spent.values())
+    spent = {name: share * scale for name, share in spent.items()}
+    links = {tier: _seen_link(known.link(tier), tier, graph, spent) for tier in known.device.links}
+    workspace = known.profile.workspace if known.profile else _node_workspace(events, graph)
+    return Profile(fingerprint, _node_seconds(graph, spent), workspace, links)
 
 
-def _seen_link(link: Link, copies: Sequence[ir.Node], spent: Mapping[str, float]) -> Link:
+def _seen_link(link: Link, tier: str, graph: ir.Graph, spent: Mapping[str, float]) -> Link:
     """The link at the speed that copies within a step had."""
     speeds = {}
     for op, field in ((ir.SWAP_OUT, "out_bytes_per_second"), (ir.SWAP_IN, "in_bytes_per_second")):
-        moved = [node for node in copies if node.op == op and spent.get(node.name)]
+        moved = [n for n in graph.nodes if n.op == op and dict(n.attrs)["tier"] == tier and spent.get(n.name)]
         nbytes = sum(int(dict(node.attrs)["nbytes"]) for node in moved)  # pyright: ignore[reportArgumentType]
         busy = sum(spent[node.name] for node in moved) - len(moved) * link.latency_seconds
         if nbytes and busy > 0:
@@ -244,8 +228,36 @@ def _seen_link(link: Link, copies: Sequence[ir.Node], spent: Mapping[str, float]
     return dataclasses.replace(link, **speeds)
 
 
+def _spent(events: Sequence[Event], graph: ir.Graph) -> Mapping[str, float]:
+    """Seconds of a step by node.
+
+    The whole step is dealt out: time in which several ops run in equal shares, time in which none runs to the op that
+    runs next. So waits between ops are counted, and what runs side by side is counted once.
+
+    Raises:
+        CantMeasure: If none of the events is one of the graph.
+    """
+    folders = {node.name for node in graph.nodes if node.op in (*graphdef.OPAQUE, ir.SWAP_OUT, ir.SWAP_IN)}
+    owner_of = _owners(graph, folders)
+    intervals = [(start, start + duration, owner_of(name)) for start, duration, name, _ in events]
+    spent = _shares([interval for interval in intervals if interval[2]])
+    if not spent:
+        raise CantMeasure("the profiler recorded none of the step's ops")
+    return spent
+
+
+def _node_seconds(graph: ir.Graph, spent: Mapping[str, float]) -> Mapping[str, float]:
+    """Seconds of all nodes of the user's: nothing for those that are too short to be recorded."""
+    inserted = {node.name for node in graph.nodes if node.like or node.op in (ir.SWAP_OUT, ir.SWAP_IN)}
+    seconds = {node.name: spent.get(node.name, 0.0) for node in graph.nodes if node.name not in inserted}
+    for node in graph.nodes:
+        if node.like and node.name in spent and node.like not in spent:  # the first run was not needed
+            seconds[node.like] = spent[node.name]
+    return seconds
+
+
 def _shares(intervals: Sequence[tuple[int, int, str]]) -> dict[str, float]:
-    """Seconds by name, out of intervals in picoseconds; see `step_costs`."""
+    """Seconds by name, out of intervals in picoseconds; see `_spent`."""
     changes = sorted(
         [(start, 1, name) for start, _, name in intervals] + [(end, -1, name) for _, end, name in intervals]
     )
@@ -335,16 +347,14 @@ Event = tuple[int, int, str, Mapping[str, Any]]
 """Start and duration in picoseconds, name, and further facts."""
 
 
-def _node_costs(events: Sequence[Event], graph: ir.Graph) -> tuple[Mapping[str, float], Mapping[str, Workspace]]:
-    """Seconds and workspace by node, from the events of ops and of the allocator."""
+def _node_workspace(events: Sequence[Event], graph: ir.Graph) -> Mapping[str, Workspace]:
+    """Workspace by node, from the events of ops and of the allocator."""
     opaque = {node.name for node in graph.nodes if node.op in graphdef.OPAQUE}
     owner_of = _owners(graph, opaque)
-    seconds: dict[str, float] = collections.defaultdict(float)
     runs: dict[str, tuple[int, int]] = {}  # node -> start and end, in picoseconds
     for start, duration_ps, name, _ in events:
         op = owner_of(name)
         if op:
-            seconds[op] += duration_ps / 1e12
             runs[op] = (min(start, runs.get(op, (start, 0))[0]), max(start + duration_ps, runs.get(op, (0, 0))[1]))
     buffers = _buffers(events)
     of_node: dict[str, list[_Buffer]] = collections.defaultdict(list)
@@ -360,8 +370,8 @@ def _node_costs(events: Sequence[Event], graph: ir.Graph) -> tuple[Mapping[str, 
             workspace[node.name] = Workspace(late=(max(0, growth - sum(liveness.output_bytes(node))),))
         before = max(before, end)
         if node.like and node.name in runs and node.like not in runs:  # the first run was not needed
-            seconds[node.like], workspace[node.like] = seconds[node.name], workspace[node.name]
-    return dict(seconds), workspace
+            workspace[node.like] = workspace[node.name]
+    return workspace
 
 
 def _workspace(buffers: Sequence[_Buffer], end: int) -> Workspace:

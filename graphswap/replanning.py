@@ -15,8 +15,8 @@ from collections.abc import Sequence
 MOST_ROUNDS = 3
 AGREEMENT = 0.10
 """How far a step may be off its prediction, as a share of what was measured."""
-WORTH = 0.02
-"""What share of the step a new plan must save: it has to be traced, and machines are not steadier than that."""
+WORTH = 0.05
+"""What share of the step a new plan must save: it has to be traced, and the costs of one step flatter it."""
 STEADY_STEPS = 3
 """How many steps a round waits for after the first, which also sets kernels up."""
 

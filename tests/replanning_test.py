@@ -80,8 +80,8 @@ def test_nothing_is_reserved_for_steps_that_kept_to_their_prediction():
 
 
 def test_a_new_plan_must_be_worth_a_trace():
-    assert is_better(SEEN, 1.0, 0.97)
-    assert not is_better(SEEN, 1.0, 0.99)
+    assert is_better(SEEN, 1.0, 0.94)
+    assert not is_better(SEEN, 1.0, 0.96)
     assert not is_better(SEEN, 1.0, 1.0)
     assert not is_better(SEEN, 1.0, 2.0)
 
