@@ -37,6 +37,7 @@ class _Watched:
         planned: The plan.
         rewritten: The step's graph under it.
         step: Its report.
+        memory_budget: Bytes that the steps must not pass; 0 if as few as possible were asked for.
         counted_bytes: The most that the allocator had counted before the step that runs now.
         peak_bytes: The most that it counted during the plan's steps; None if it had counted more before.
         due: The steps that the plan was wrong about, if it was: the next step is to be measured.
@@ -46,6 +47,7 @@ class _Watched:
     planned: planning.Planned
     rewritten: ir.Graph
     step: StepReport
+    memory_budget: int
     counted_bytes: int | None = None
     peak_bytes: int | None = None
     due: replanning.Observation | None = None
@@ -53,12 +55,11 @@ class _Watched:
 
     def seen(self) -> replanning.Observation:
         """The steps so far."""
-        step, planned = self.step, self.planned
         return replanning.Observation(
-            planned.seconds,
-            tuple(step.measured_seconds),
-            step.memory_budget if planned.budget else 0,
-            step.predicted_peak_bytes,
+            self.planned.seconds,
+            tuple(self.step.measured_seconds),
+            self.memory_budget,
+            self.step.predicted_peak_bytes,
             self.peak_bytes,
         )
 
@@ -333,7 +334,8 @@ class Session:
         self._end_watch(shapes, done)
         if planned.plan is watched.planned.plan:
             step.correct(planned.time_scale)
-            self._planner.settle(planned)
+            if seen.is_in_budget:
+                self._planner.settle(planned)
         else:
             self._replanned[shapes] = planned, step.rounds
             self._planned = [entry for entry in self._planned if entry[2] is not step]
@@ -399,7 +401,9 @@ class Session:
             step = _step_report(planned, share / self._scale, clock.seconds, rounds)
             self._add_report(func_graph, shapes, step)
             if not (planned.plan.is_empty or planned.is_settled) and profiler.times_nodes():
-                self._watched[shapes] = _Watched(planned, rewritten, step, profiler.memory_in_use("peak"))
+                self._watched[shapes] = _Watched(
+                    planned, rewritten, step, int(budget / share), profiler.memory_in_use("peak")
+                )
 
     def _arrange(self, device: DeviceSpec) -> None:
         """Lays the device out as `simulator` takes it to be: building the model has left holes."""

@@ -134,11 +134,12 @@ class Planner:
             return Planned(graph, cost_model, budget, Plan(), plain, plain, notes)
         notes = []
         with clock("measure"):
-            settled = profiler.cached_profile(graph.fingerprint, cost_model.device.name, self._question(budget))
+            question = self._question(budget)
+            settled = question and profiler.cached_profile(graph.fingerprint, cost_model.device.name, question)
             profile = settled or self._profile(func_graph, graph, arguments, cost_model, budget, notes)
         with clock("plan"):
             planned = self._plan(graph, dataclasses.replace(cost_model, profile=profile), budget)
-        return dataclasses.replace(planned, notes=tuple(notes), is_settled=settled is not None)
+        return dataclasses.replace(planned, notes=tuple(notes), is_settled=bool(settled))
 
     def replan(
         self, planned: Planned, costs: Profile, seen: replanning.Observation
@@ -158,14 +159,14 @@ class Planner:
         left = replanning.reserve(seen, planned.budget - reserved_bytes) if planned.budget else 0
         costs = dataclasses.replace(costs, reserved_bytes=reserved_bytes + left)
         cost_model = dataclasses.replace(planned.cost_model, profile=costs)
-        old = _judged(planned.graph, planned.plan, cost_model, planned.budget)
+        old_seconds = simulator.simulate(planned.graph, planned.plan, cost_model).seconds
         try:
             new = self._plan(planned.graph, cost_model, planned.budget)
-        except InfeasibleBudgetError as error:
-            return planned, replanning.Round(seen, old.seconds, outcome=f"no plan: {error}")
-        if replanning.is_better(seen, old.seconds, new.seconds):
-            return new, replanning.Round(seen, old.seconds, new.seconds, "the new plan is taken")
-        return _corrected(planned, old.seconds), replanning.Round(seen, old.seconds, new.seconds, "the plan stays")
+        except (InfeasibleBudgetError, simulator.NoRoom) as error:
+            return _corrected(planned, old_seconds), replanning.Round(seen, old_seconds, None, f"no new plan: {error}")
+        if replanning.is_better(seen, old_seconds, new.seconds):
+            return new, replanning.Round(seen, old_seconds, new.seconds, "the new plan is taken")
+        return _corrected(planned, old_seconds), replanning.Round(seen, old_seconds, new.seconds, "the plan stays")
 
     def resume(self, planned: Planned, cost_model: CostModel) -> Planned:
         """A plan of `replan` for the same step, traced anew; planned once more if it no longer fits.
@@ -186,13 +187,16 @@ class Planner:
 
     def settle(self, planned: Planned) -> None:
         """Keeps the costs that led to the plan, so that later runs make the same one and leave it at that."""
-        profile = planned.cost_model.profile
-        if profile is not None:
-            profiler.store_profile(profile, planned.cost_model.device.name, self._question(planned.budget))
+        profile, question = planned.cost_model.profile, self._question(planned.budget)
+        if profile is not None and question:
+            profiler.store_profile(profile, planned.cost_model.device.name, question)
 
     def _question(self, budget: int) -> str:
-        """What a plan depends on besides the step, the device and the costs."""
-        return f"{budget} {self._options.strategy} {self._options.swap_to} {self._options.planning_seconds}"
+        """What a plan depends on besides the step, the device and the costs; "" if the strategy has no name for it."""
+        strategy = self._options.strategy
+        if not isinstance(strategy, str) and not dataclasses.is_dataclass(strategy):
+            return ""
+        return f"{budget} {strategy} {self._options.swap_to} {self._options.planning_seconds}"
 
     def _plan(self, graph: ir.Graph, cost_model: CostModel, budget: int) -> Planned:
         reserved_bytes = cost_model.profile.reserved_bytes if cost_model.profile else 0

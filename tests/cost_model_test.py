@@ -137,3 +137,15 @@ def test_a_profile_refuses_what_is_no_cost(cost):
         with pytest.raises(ValueError) as error:
             dataclasses.replace(PROFILE, **{field: {"n": value}})
         assert str(error.value) == f"expected a finite cost >= 0 for node 'n', received {cost!r}. Measure again."
+
+
+@pytest.mark.parametrize("scale", [0, -1, math.nan, math.inf])
+def test_a_profile_refuses_what_is_no_scale(scale):
+    with pytest.raises(ValueError) as error:
+        dataclasses.replace(PROFILE, time_scale=scale)
+    assert str(error.value) == f"expected a finite time_scale > 0, received {scale!r}. Measure again."
+
+
+def test_a_profile_refuses_to_reserve_less_than_nothing():
+    with pytest.raises(ValueError, match="expected reserved_bytes >= 0, received -1"):
+        dataclasses.replace(PROFILE, reserved_bytes=-1)
