@@ -141,6 +141,8 @@ def train(model: str, graphswap: str, steps: int, memory_optimizer: bool = True)
     peak_bytes = tf.config.experimental.get_memory_info("CPU:0")["peak"]
     print(f"peak {format_bytes(peak_bytes)}", flush=True)
     report = _fields(graphswap_lib.report(training.model)) if graphswap else {}
+    for number, one in enumerate(report.get("rounds", ()), start=1):
+        print(f"round {number}: {one}", flush=True)
     for note in report.get("notes", ()):
         print(f"note: {note}", flush=True)
     variables = [*training.model.variables, *training.optimizer.variables]
@@ -148,11 +150,12 @@ def train(model: str, graphswap: str, steps: int, memory_optimizer: bool = True)
 
 
 def _fields(report: Any) -> dict[str, Any]:
-    """The step that ran last, in numbers; the notes are those of all steps."""
+    """The step that ran last, in numbers; the rounds in words; the notes are those of all steps."""
     step = report.steps[-1]
     fields = {field.name: getattr(step, field.name) for field in dataclasses.fields(step) if field.name != "plan"}
     return {
         **fields,
+        "rounds": [str(one) for one in step.rounds],
         "notes": [note for planned in report.steps for note in planned.notes],
         "plans": len(report.steps),
         "strategy": step.plan.strategy,
