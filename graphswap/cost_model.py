@@ -132,22 +132,31 @@ class Profile:
 
     Attributes:
         fingerprint: `Graph.fingerprint` of the measured graph.
-        seconds: Node name to seconds; nodes that never showed up are missing.
+        seconds: Node name to seconds; nodes that did not run are missing.
         workspace: Node name to what it allocates while it runs, beyond its outputs.
         links: Tier name to `Link` as measured then, so that later runs that find the profile make the same plan.
-            Not of the disk: its speed depends on the directory.
+            Of the disk only as one plan's steps saw it: its speed depends on the directory.
+        time_scale: What a whole step took over what its parts cost. It leaves plans as they are: predictions are
+            multiplied by it when they are reported.
+        reserved_bytes: To leave free of the budget, as steps have been seen to need them beyond their prediction.
     """
 
     fingerprint: str
     seconds: Mapping[str, float]
     workspace: Mapping[str, Workspace]
     links: Mapping[str, Link] = dataclasses.field(default_factory=dict)
+    time_scale: float = 1.0
+    reserved_bytes: int = 0
 
     def __post_init__(self) -> None:
         workspace_bytes = {name: workspace.nbytes for name, workspace in self.workspace.items()}
         for name, value in (*self.seconds.items(), *workspace_bytes.items()):
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"expected a finite cost >= 0 for node '{name}', received {value!r}. Measure again.")
+        if not (math.isfinite(self.time_scale) and self.time_scale > 0):
+            raise ValueError(f"expected a finite time_scale > 0, received {self.time_scale!r}. Measure again.")
+        if self.reserved_bytes < 0:
+            raise ValueError(f"expected reserved_bytes >= 0, received {self.reserved_bytes!r}. Measure again.")
 
     def to_json(self) -> str:
         fields = {**vars(self), "links": {k: dataclasses.asdict(v) for k, v in self.links.items()}}

@@ -178,12 +178,11 @@ class Incremental:
         since, standing = [0], [walk.live]  # bytes between what is followed, and from which position on
         for name, action in entries:
             place = position[name]
-            is_copy = type(action) is actions.Copy
-            start = place + 1 if is_copy else place
+            start = place + isinstance(action, actions.Copy)
             if done < start:
                 now += clock[start] - clock[done]
                 done = start
-            if is_copy:
+            if isinstance(action, actions.Copy):
                 now, live = walk.copy(action, now)
                 inserted.append((done, before[done] + live, 0.0))
             else:
@@ -452,7 +451,7 @@ class _Recorder(_Walk):
 
 def _runs(entries: Sequence[actions.Entry]) -> list[str]:
     """The user's nodes that run."""
-    return [action.facts.name for _, action in entries if type(action) is actions.Action and action.kind == "run"]
+    return [action.facts.name for _, action in entries if isinstance(action, actions.Action) and action.kind == "run"]
 
 
 def _is_free_after(buffer: _Buffer) -> bool:

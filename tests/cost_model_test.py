@@ -186,3 +186,15 @@ graph g() -> (%d) {
 """)
     assert CostModel().workspace(graph, graph.by_name["d"]).nbytes > 0
     assert CostModel(DEVICES["v100"]).workspace(graph, graph.by_name["d"]) == Workspace()
+
+
+@pytest.mark.parametrize("scale", [0, -1, math.nan, math.inf])
+def test_a_profile_refuses_what_is_no_scale(scale):
+    with pytest.raises(ValueError) as error:
+        dataclasses.replace(PROFILE, time_scale=scale)
+    assert str(error.value) == f"expected a finite time_scale > 0, received {scale!r}. Measure again."
+
+
+def test_a_profile_refuses_to_reserve_less_than_nothing():
+    with pytest.raises(ValueError, match="expected reserved_bytes >= 0, received -1"):
+        dataclasses.replace(PROFILE, reserved_bytes=-1)

@@ -12,14 +12,14 @@ ROOT = pathlib.Path(__file__).parent.parent
 # exposes, which it imports on first use.
 FLOORS = (
     {"package"},
-    {"ir", "allocator", "bound"},
+    {"ir", "allocator", "bound", "replanning"},
     {"tiers", "placement"},
     {"plan", "cost_model", "liveness", "graphdef", "parser"},
     {"actions", "profiler", "devices", "footprint"},
     {"simulator", "incremental"},
     {"strategies", "rewrites"},
     {"options"},
-    {"report"},
+    {"report", "planning"},
     {"pipeline"},
     {"keras_compile", "distribute", "emulate"},
     {"graphswap"},

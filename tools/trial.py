@@ -193,6 +193,8 @@ def train(
         print(f"{_STEP}{step}/{steps}: loss {losses[-1]:.4f}, {seconds[-1]:.2f} s", flush=True)
     print(f"peak {format_bytes(max(peaks))}", flush=True)
     report = _fields(graphswap.report(training.model)) if option else {}
+    for number, one in enumerate(report.get("rounds", ()), start=1):
+        print(f"round {number}: {one}", flush=True)
     for note in report.get("notes", ()):
         print(f"note: {note}", flush=True)
     variables = [*training.model.variables, *training.optimizer.variables]
@@ -200,12 +202,13 @@ def train(
 
 
 def _fields(report: Any) -> dict[str, Any]:
-    """The step that ran last, in numbers; the notes are those of all steps."""
+    """The step that ran last, in numbers; the rounds in words; the notes are those of all steps."""
     step = report.steps[-1]
     certificate, budget = step.plan.certificate, step.plan.memory_budget
     fields = {field.name: getattr(step, field.name) for field in dataclasses.fields(step) if field.name != "plan"}
     return {
         **fields,
+        "rounds": [str(one) for one in step.rounds],
         "notes": [note for planned in report.steps for note in planned.notes],
         "plans": len(report.steps),
         "strategy": step.plan.strategy,
