@@ -54,10 +54,12 @@ class Joint:
 
     def plan(self, graph: ir.Graph, cost_model: CostModel, memory_budget: int) -> Plan:
         """Implements `Strategy.plan`."""
+        deadline = time.monotonic() + self.planning_seconds
         problem = gaps.problem(graph, cost_model)
-        search = _Search(problem, relaxation.Relaxation(problem), memory_budget, self.planning_seconds)
-        attempts = [*(functools.partial(search.attempt, share) for share in _TIGHTENINGS), search.improved]
-        plan = fitting.fit(problem, attempts, memory_budget, "joint", planning_seconds=self.planning_seconds)
+        search = _Search(problem, relaxation.Relaxation(problem), memory_budget, deadline - time.monotonic())
+        shares = [functools.partial(search.attempt, share) for share in _TIGHTENINGS]
+        attempts = [search.unsolved, *shares, search.improved]
+        plan = fitting.fit(problem, attempts, memory_budget, "joint", planning_seconds=deadline - time.monotonic())
         return plan.replace(certificate=search.certificate)
 
 
@@ -154,11 +156,18 @@ class _Search:
         self._seen: list[fitting.Evictions] = []
         self.certificate: bound.Certificate | None = None
 
+    def unsolved(self, target: float) -> fitting.Evictions:
+        """Evicts as `greedy` would: there is a plan before the program is solved, however large that is."""
+        state = self._repaired({}, {}, frozenset(), target)
+        self._seen.append(state)
+        return state
+
     def attempt(self, share: float, target: float) -> fitting.Evictions:
         """Evicts after the program's solution at a share of the target."""
         solution = self._solve(int(share * target))
-        evicted, since, anchors = ({}, {}, frozenset()) if solution is None else self._rounded(solution)
-        state = self._repaired(evicted, since, anchors, target)
+        if solution is None:
+            return self.unsolved(target)
+        state = self._repaired(*self._rounded(solution), target)
         self._seen.append(state)
         return state
 
