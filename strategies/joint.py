@@ -55,12 +55,11 @@ class Joint:
 
     def plan(self, graph: ir.Graph, cost_model: CostModel, memory_budget: int) -> Plan:
         """Implements `Strategy.plan`."""
-        deadline = time.monotonic() + self.planning_seconds
         problem = gaps.problem(graph, cost_model)
-        search = _Search(problem, relaxation.Relaxation(problem), memory_budget, deadline - time.monotonic())
+        search = _Search(problem, relaxation.Relaxation(problem), memory_budget, self.planning_seconds)
         shares = [functools.partial(search.attempt, share) for share in _TIGHTENINGS]
         attempts = [search.unsolved, *shares, search.improved]
-        plan = fitting.fit(problem, attempts, memory_budget, "joint", planning_seconds=deadline - time.monotonic())
+        plan = fitting.fit(problem, attempts, memory_budget, "joint", planning_seconds=self.planning_seconds)
         return plan.replace(certificate=search.certificate)
 
 
