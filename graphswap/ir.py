@@ -62,9 +62,7 @@ class Value:
     @property
     def nbytes(self) -> int:
         """Device bytes of the value; 0 for handles and strings, and while a dimension is unknown."""
-        if self.shape is None or None in self.shape:
-            return 0
-        return ITEM_BYTES.get(self.dtype, 0) * math.prod(d for d in self.shape if d is not None)
+        return _nbytes(self.dtype, self.shape)
 
     @property
     def is_resolved(self) -> bool:
@@ -75,6 +73,13 @@ class Value:
         if self.shape is None:
             return f"{self.dtype}[*]"
         return f"{self.dtype}[{','.join('?' if d is None else str(d) for d in self.shape)}]"
+
+
+@functools.lru_cache(maxsize=4096)
+def _nbytes(dtype: str, shape: tuple[int | None, ...] | None) -> int:
+    if shape is None or None in shape:
+        return 0
+    return ITEM_BYTES.get(dtype, 0) * math.prod(d for d in shape if d is not None)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -106,6 +111,8 @@ class Node:
 
     def refs(self) -> tuple[str, ...]:
         """References to this node's outputs, in order."""
+        if len(self.outputs) == 1:  # nearly always
+            return (self.name,)
         return tuple(ref(self.name, i) for i in range(len(self.outputs)))
 
     def __str__(self) -> str:

@@ -216,5 +216,6 @@ def offer(
     if "swap" in actions:
         offers.append((problem.swap_seconds(gap), gap, "swap"))
     if "recompute" in actions and problem.gaps[gap].storage not in anchors:
-        offers.append((problem.recompute_seconds(gap, evicted, anchors), gap, "recompute"))
+        most = min(offers)[0]
+        offers.append((problem.recompute_seconds(gap, evicted, anchors, most), gap, "recompute"))
     return min(offers)

@@ -31,6 +31,7 @@ AGAIN = "recompute again"
 _DEEPEST = 200
 """Nodes in a chain that is recomputed from one value: longer ones cost as much as a checkpoint would have saved."""
 _SPARE = 100
+_ROUNDING = 1e-9
 _NEVER_REPEATED = frozenset({"While", "StatelessWhile", "If", "StatelessIf", "Case", "StatelessCase"})
 
 
@@ -59,6 +60,9 @@ class Gaps:
         order: Node names.
         storages: All storages.
         gaps: All gaps worth a look.
+        starts: Of the gaps, shape (gaps,).
+        ends: Likewise.
+        sizes: Bytes, likewise.
         live: Bytes in use at each position, resident ones included, when nothing is evicted.
         seconds: Seconds of each node, by position.
     """
@@ -74,6 +78,9 @@ class Gaps:
         self.seconds = np.array([cost_model.seconds(self.graph, node) for node in self.graph.nodes])
         self.clock = np.concatenate([[0.0], np.cumsum(self.seconds)])
         self.gaps = tuple(self._find_gaps())
+        self.starts = np.array([gap.start for gap in self.gaps], int)
+        self.ends = np.array([gap.end for gap in self.gaps], int)
+        self.sizes = np.array([gap.nbytes for gap in self.gaps], float)
         self.by_storage: dict[int, list[int]] = {}
         for index, gap in enumerate(self.gaps):
             self.by_storage.setdefault(gap.storage, []).append(index)
@@ -197,9 +204,14 @@ class Gaps:
         """
         return _Restorer(self, evicted, anchors, reuse, since or {}).decisions()
 
-    def recompute_seconds(self, gap: int, evicted: Mapping[int, str], anchors: Collection[int]) -> float:
-        """Seconds to recompute the gap's storage at its end while `evicted` is evicted; infinite if it can't be."""
-        restorer = _Restorer(self, {**evicted, gap: "recompute"}, anchors, 0)
+    def recompute_seconds(
+        self, gap: int, evicted: Mapping[int, str], anchors: Collection[int], most: float = float("inf")
+    ) -> float:
+        """Seconds to recompute the gap's storage at its end while `evicted` is evicted.
+
+        Infinite if it can't be, and if it takes more than `most` seconds: then its chain is not followed to the end.
+        """
+        restorer = _Restorer(self, {**evicted, gap: "recompute"}, anchors, 0, most=most)
         try:
             nodes = restorer.closure(self.gaps[gap])
         except CantRecompute:
@@ -287,6 +299,7 @@ class _Restorer:
         anchors: Collection[int],
         reuse: int,
         since: Mapping[int, int] = {},  # noqa: B006 (never changed)
+        most: float = float("inf"),
     ):
         self.gaps = gaps
         self.graph = gaps.graph
@@ -294,6 +307,7 @@ class _Restorer:
         self.anchors = anchors
         self.reuse = reuse
         self.since = since
+        self.seconds_left = most * (1.0 + _ROUNDING)
         self.tier = gaps.cost_model.far_tier
         self.absent: dict[int, int] = {}  # storage -> gap
         self.kept_until: dict[int, int] = {}  # storage of a repeated value -> last position that reads it
@@ -361,6 +375,9 @@ class _Restorer:
         node = self.graph.by_name[name]
         if not self.gaps.can_repeat(node):
             raise CantRecompute(f"'{name}' ({node.op}) can't be repeated")
+        self.seconds_left -= self.gaps.seconds[self.graph.position[name]]
+        if self.seconds_left < 0.0:
+            raise CantRecompute(f"with '{name}' it takes longer than it may")
         if self.depth == _DEEPEST:
             raise CantRecompute(f"'{name}' ({node.op}) is the end of a chain of more than {_DEEPEST} nodes")
         self.depth += 1

@@ -73,18 +73,12 @@ def choose(
     problem: gaps.Gaps, evicted: Mapping[int, str], live: np.ndarray, target: float, anchors: Collection[int]
 ) -> dict[int, str]:
     """Gaps to evict in this round, by falling overflow per second."""
-    starts = np.array([gap.start for gap in problem.gaps], dtype=int)
-    ends = np.array([gap.end for gap in problem.gaps], dtype=int)
-    sizes = np.array([gap.nbytes for gap in problem.gaps], dtype=float)
+    starts, ends, sizes = problem.starts, problem.ends, problem.sizes
     over = np.maximum(live - target, 0.0)
-    free = np.array([index not in evicted for index in range(len(problem.gaps))], dtype=bool)
-    offers: dict[int, tuple[float, int, str]] = {}
-
-    def price(gap: int) -> float:
-        if gap not in offers:
-            offers[gap] = fitting.offer(problem, gap, evicted, anchors, fitting.BOTH)
-        return offers[gap][0]
-
+    free = np.ones(len(problem.gaps), bool)
+    free[list(evicted)] = False
+    prices = np.full(len(problem.gaps), np.nan)  # until they are asked for
+    ways: dict[int, str] = {}
     chosen: dict[int, str] = {}
     while over.max() > 0:
         area = np.concatenate([[0.0], np.cumsum(over)])
@@ -93,11 +87,13 @@ def choose(
         candidates = np.flatnonzero(free & (benefit > 0))
         if not len(candidates):
             break
-        best = int(max(candidates, key=lambda gap: benefit[gap] / (price(int(gap)) + 1e-9)))
+        for gap in candidates[np.isnan(prices[candidates])].tolist():
+            prices[gap], _, ways[gap] = fitting.offer(problem, gap, evicted, anchors, fitting.BOTH)
+        best = int(candidates[(benefit[candidates] / (prices[candidates] + 1e-9)).argmax()])
         free[best] = False
-        if math.isinf(price(best)):
+        if math.isinf(prices[best]):
             continue
-        chosen[best] = offers[best][2]
+        chosen[best] = ways[best]
         stretch = slice(int(starts[best]) + 1, int(ends[best]))
         over[stretch] = np.maximum(over[stretch] - sizes[best], 0.0)
     return chosen

@@ -1,9 +1,10 @@
 """Swap and recompute decided together: a linear program says what is worth what, the simulator judges.
 
-The program of `relaxation` is solved for the budget and for tighter ones. Each time its fractions are rounded to
-evictions; what overflows then, as repeated chains may, is evicted as `greedy` would; and copies are given their times.
-The fastest is improved by changing one gap at a time as long as there is time. What the allocator model accepts is
-kept. The program's duals at the budget are the certified bound.
+The first plan is what `greedy` would choose, so that there is one early, however large the step is. Then the program
+of `relaxation` is solved for the budget and for tighter ones. Each time its fractions are rounded to evictions; what
+overflows then, as repeated chains may, is evicted as `greedy` would; and copies are given their times. The fastest is
+improved by changing one gap at a time as long as there is time. What the allocator model accepts is kept. The
+program's duals at the budget are the certified bound.
 
 Known weaknesses: the order is that of the other strategies; where few large storages share a small budget, fractions
 say little, and changing one gap at a time may end in a local optimum.
@@ -26,8 +27,10 @@ _TIGHTENINGS = (1.0, 0.94, 0.88, 0.8)
 _ROUNDS = 16
 _HALF = 0.5
 _SEGMENTS = (6, 12, 24, 48)
-_AT_ONCE = 0.6
-"""Of the time that is left, for annealing: the allocator may turn its result down."""
+_AT_ONCE = 0.8
+"""Of the time that is left, for annealing."""
+_EACH_TIME = 0.3
+"""Likewise, where the allocator may turn the result down, so that more than one is needed."""
 _SOLVING = 0.4
 """Of the planning time, for the first solution of the program."""
 
@@ -46,7 +49,11 @@ class Joint:
         """Implements `Strategy.plan`."""
         problem = gaps.problem(graph, cost_model)
         search = _Search(problem, relaxation.Relaxation(problem), memory_budget, self.planning_seconds)
-        attempts = [*(functools.partial(search.attempt, share) for share in _TIGHTENINGS), search.improved]
+        shares = [functools.partial(search.attempt, share) for share in _TIGHTENINGS]
+        # The tighter programs help where nothing limits the allocator; elsewhere what fits it is searched for sooner.
+        late = shares[1:] if cost_model.device.memory_bytes else []
+        early = shares[: len(shares) - len(late)]
+        attempts = [search.unsolved, *early, search.improved, *late]
         plan = fitting.fit(problem, attempts, memory_budget, "joint", planning_seconds=self.planning_seconds)
         return plan.replace(certificate=search.certificate)
 
@@ -80,11 +87,18 @@ class _Search:
         self._seen: list[fitting.Evictions] = []
         self.certificate: bound.Certificate | None = None
 
+    def unsolved(self, target: float) -> fitting.Evictions:
+        """Evicts as `greedy` would: there is a plan before the program is solved, however large that is."""
+        state = self._repaired({}, {}, frozenset(), target)
+        self._seen.append(state)
+        return state
+
     def attempt(self, share: float, target: float) -> fitting.Evictions:
         """Evicts after the program's solution at a share of the target."""
         solution = self._solve(int(share * target))
-        evicted, since, anchors = ({}, {}, frozenset()) if solution is None else self._rounded(solution)
-        state = self._repaired(evicted, since, anchors, target)
+        if solution is None:
+            return self.unsolved(target)
+        state = self._repaired(*self._rounded(solution), target)
         self._seen.append(state)
         return state
 
@@ -93,7 +107,8 @@ class _Search:
         least = 0.0 if self.certificate is None else self.certificate.seconds(target)
         states = [*self._seen, *self._others(target)]
         left = self._deadline - time.monotonic()
-        found = annealing.improved(self._problem, states, target, _AT_ONCE * left, least)
+        share = _AT_ONCE if self._problem.cost_model.device.memory_bytes is None else _EACH_TIME
+        found = annealing.improved(self._problem, states, target, share * left, least)
         self._seen.append(found)
         return found
 

@@ -92,8 +92,7 @@ class Relaxation:
         self._prices: dict[int, float] = {}
         self._inputs: dict[str, Sequence[int]] = {}
         self.checks = self._find_checks()
-        starts = [gap.start for gap in problem.gaps]
-        ends = [gap.end for gap in problem.gaps]
+        starts, ends = problem.starts, problem.ends
         self._first = np.searchsorted(self.checks, starts, side="right")
         self._end = np.searchsorted(self.checks, ends, side="left")
         self._of_storage: dict[int, list[int]] = collections.defaultdict(list)

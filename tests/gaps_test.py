@@ -119,6 +119,8 @@ def test_recompute_brings_back_what_it_reads():
     found = problem()
     assert found.decide({0: "recompute", 1: "recompute"}) == (Recompute(("f1", "f2"), before="b2"),)
     assert found.recompute_seconds(1, {0: "recompute"}, ()) == 2.0
+    assert found.recompute_seconds(1, {0: "recompute"}, (), most=2.0) == 2.0
+    assert found.recompute_seconds(1, {0: "recompute"}, (), most=1.9) == math.inf
     # The swapped value comes back one node early.
     assert found.decide({0: "swap", 1: "recompute"}) == (
         Swap("f1", out_after="f2", freed_before="f3", in_after="b3", in_before="b2"),

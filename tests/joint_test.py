@@ -131,6 +131,15 @@ def test_without_a_usable_solver_there_is_still_a_plan(monkeypatch, failure):
     assert plan.certificate is None or timeline.seconds >= plan.certificate.seconds(6 * MIB)
 
 
+def test_the_first_plan_waits_for_no_solver(monkeypatch):
+    asked = []
+    monkeypatch.setattr(solver.Solver, "solve", lambda self, memory_budget, seconds: asked.append(memory_budget))
+    model = testing.seconds_per_node(1.0, LINKS["beside compute"])
+    plan = joint.Joint(planning_seconds=0.0).plan(CHAIN, model, 6 * MIB).check(CHAIN)
+    assert simulate(CHAIN, plan, model).peak_bytes <= 6 * MIB
+    assert plan.decisions and not asked
+
+
 def test_a_budget_that_nothing_keeps():
     model = testing.seconds_per_node(1.0, LINKS["beside compute"])
     with pytest.raises(InfeasibleBudgetError, match="below the smallest reachable peak"):
