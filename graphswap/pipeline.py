@@ -287,7 +287,7 @@ class Session:
                 asked, smallest, bound = (
                     int(nbytes / share) for nbytes in (budget, error.smallest_bytes, error.bound_bytes)
                 )
-                raise InfeasibleBudgetError(asked, smallest + 1, error.node, bound) from None
+                raise InfeasibleBudgetError(asked, smallest + 1, error.node, bound, error.spent_seconds) from None
             if not planned.plan.is_empty:
                 with clock("rewrite"):
                     rewritten = rewrites.rewrite(graph, planned.plan)
@@ -405,7 +405,7 @@ class Session:
         strategy = self.options.strategy
         if isinstance(strategy, str):
             strategy = strategies.STRATEGIES[strategy]
-        if isinstance(strategy, strategies.Auto | strategies.Joint):
+        if isinstance(strategy, strategies.Auto | strategies.Joint | strategies.Checkmate):
             return dataclasses.replace(strategy, planning_seconds=planning_seconds or self.options.planning_seconds)
         return strategy
 
@@ -487,7 +487,10 @@ def _plan_within(strategy: Strategy, graph: ir.Graph, cost_model: CostModel, bud
             plan = budgets.smallest(strategy, graph, cost_model, least_bytes)
         except InfeasibleBudgetError:
             raise error from None
-        raise InfeasibleBudgetError(budget, plan.memory_budget or least_bytes, error.node, error.bound_bytes) from None
+        smallest = plan.memory_budget or least_bytes
+        raise InfeasibleBudgetError(
+            budget, smallest, error.node, error.bound_bytes, error.spent_seconds
+        ) from None
 
 
 def _memory_bytes(device: DeviceSpec) -> int:
