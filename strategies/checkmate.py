@@ -16,8 +16,10 @@ where a solution is carried out at other nodes than the program counts, and wher
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import itertools
 import time
 
 import numpy as np
@@ -30,7 +32,7 @@ from graphswap.strategies import base, fitting, gaps, relaxation, solver
 _GAP = 1e-4
 _TIGHTENINGS = 8
 _LEAST_TIGHTENING = 0.005
-_EXCLUSIONS = 24
+_EXCLUSIONS = 50
 _SEARCHING = 0.75
 """Of the planning time; what is left is for the smallest peak, where nothing fits."""
 
@@ -110,7 +112,7 @@ class _Search:
                 break
             if self.bound_seconds is None:
                 self.bound_seconds = solution.bound * self._unit
-            peak = min(state.outline.peak_bytes for state in self._carried_out(solution))
+            peak = min((state.outline.peak_bytes for state in self._carried_out(solution)), default=budget)
             if peak <= target:
                 break
             budget -= max(peak - target, _LEAST_TIGHTENING * target)
@@ -149,12 +151,16 @@ class _Search:
         return solution
 
     def _carried_out(self, solution: solver.IntegerSolution) -> list[fitting.Evictions]:
-        """What the solution stands for, noted: dropped again, or not, where a storage comes back early."""
+        """What the solution stands for, noted.
+
+        Tried are both: that what comes back early is dropped again or not, and that what is dead is kept or not.
+        """
         evicted, since, anchors = self._meaning(solution.columns)
-        ways = [evicted]
-        if gaps.AGAIN in evicted.values():
-            ways.append(dict.fromkeys(evicted, "recompute"))
-        states = [fitting.evictions(self._problem, way, anchors, since) for way in ways]
+        ways = [evicted, dict.fromkeys(evicted, "recompute")] if gaps.AGAIN in evicted.values() else [evicted]
+        states = []
+        for way, kept in itertools.product(ways, dict.fromkeys((anchors, frozenset()))):
+            with contextlib.suppress(gaps.CantRecompute):
+                states.append(fitting.evictions(self._problem, way, kept, since))
         self._seen += states
         return states
 
@@ -193,15 +199,15 @@ class _Search:
 
     @functools.cached_property
     def _choices(self) -> np.ndarray:
-        """Columns that say what is absent, and what dead is kept."""
-        relaxed = self._relaxed
-        dropped = [stretch.dropped for found in relaxed.stretches.values() for stretch in found]
-        kept = [one.column for found in relaxed.kept.values() for one in found]
-        return np.array(sorted(column for column in (*dropped, *kept) if column is not None), int)
+        """Columns that say what is dropped."""
+        stretches = itertools.chain.from_iterable(self._relaxed.stretches.values())
+        return np.array([stretch.dropped for stretch in stretches if stretch.dropped is not None], int)
 
     @functools.cached_property
     def _integers(self) -> np.ndarray:
-        return np.union1d(self._choices, np.array(list(self._relaxed.runs.values()), int))
+        kept = itertools.chain.from_iterable(self._relaxed.kept.values())
+        others = [*self._relaxed.runs.values(), *(one.column for one in kept)]
+        return np.union1d(self._choices, np.array(others, int))
 
     @functools.cached_property
     def _solver(self) -> solver.IntegerSolver:
