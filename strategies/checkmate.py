@@ -33,6 +33,7 @@ _GAP = 1e-4
 _TIGHTENINGS = 8
 _LEAST_TIGHTENING = 0.005
 _EXCLUSIONS = 50
+"""For all attempts together."""
 _SEARCHING = 0.75
 """Of the planning time; what is left is for the smallest peak, where nothing fits."""
 
@@ -85,6 +86,7 @@ class _Search:
         self._problem = problem
         self._end = time.monotonic() + seconds
         self._deadline = self._end - (1.0 - _SEARCHING) * seconds
+        self._exclusions = iter(range(_EXCLUSIONS))
         self._seen = [fitting.evictions(problem, {})]
         self.bound_seconds: float | None = None
         self.is_cut_off = False
@@ -119,7 +121,7 @@ class _Search:
 
     def _exclude(self, target: float) -> None:
         """Takes one solution after the other, the fastest first, until none is faster than what was seen."""
-        for _ in range(_EXCLUSIONS):
+        for _ in self._exclusions:
             solution = self._solve(self._solver, target, self._deadline)
             if solution is None:
                 break
@@ -153,14 +155,15 @@ class _Search:
     def _carried_out(self, solution: solver.IntegerSolution) -> list[fitting.Evictions]:
         """What the solution stands for, noted.
 
-        Tried are both: that what comes back early is dropped again or not, and that what is dead is kept or not.
+        Tried are both: that what comes back early is dropped again or not, that what is dead is kept or not, and that
+        what was repeated is kept for the next repeat that reads it or not.
         """
         evicted, since, anchors = self._meaning(solution.columns)
         ways = [evicted, dict.fromkeys(evicted, "recompute")] if gaps.AGAIN in evicted.values() else [evicted]
         states = []
-        for way, kept in itertools.product(ways, dict.fromkeys((anchors, frozenset()))):
+        for way, kept, reuse in itertools.product(ways, dict.fromkeys((anchors, frozenset())), (0, gaps.REUSE)):
             with contextlib.suppress(gaps.CantRecompute):
-                states.append(fitting.evictions(self._problem, way, kept, since))
+                states.append(fitting.evictions(self._problem, way, kept, since, reuse))
         self._seen += states
         return states
 

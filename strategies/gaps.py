@@ -28,6 +28,9 @@ SMALL_BYTES = 64 << 10
 AGAIN = "recompute again"
 """A way to evict: what comes back early, as another recompute needs it, goes again until it is due itself."""
 
+REUSE = 40
+"""For how many positions a repeated value that nobody else needs is kept for the next recompute that reads it."""
+
 _SPARE = 100
 _NEVER_REPEATED = frozenset({"While", "StatelessWhile", "If", "StatelessIf", "Case", "StatelessCase"})
 
@@ -171,7 +174,7 @@ class Gaps:
         self,
         evicted: Mapping[int, str],
         anchors: Collection[int] = (),
-        reuse: int = 40,
+        reuse: int = REUSE,
         since: Mapping[int, int] | None = None,
     ) -> tuple[Decision, ...]:
         """Turns evictions into decisions. Every swap takes as little memory as it can; `timing` gives it time.
