@@ -488,9 +488,7 @@ def _plan_within(strategy: Strategy, graph: ir.Graph, cost_model: CostModel, bud
         except InfeasibleBudgetError:
             raise error from None
         smallest = plan.memory_budget or least_bytes
-        raise InfeasibleBudgetError(
-            budget, smallest, error.node, error.bound_bytes, error.spent_seconds
-        ) from None
+        raise InfeasibleBudgetError(budget, smallest, error.node, error.bound_bytes, error.spent_seconds) from None
 
 
 def _memory_bytes(device: DeviceSpec) -> int:
