@@ -5,28 +5,31 @@ thousands of nodes. Here the program of `relaxation`, over a link that carries n
 storage is dropped over a stretch of a gap or stays, a node is repeated in a bucket or not. Small storages stay out of
 it, and as in Checkmate the order is fixed.
 
-What is exact: the solver ends with a proof (HiGHS, to `_GAP` of what is added to the step), and no plan that recomputes
-only is faster than the program's optimum. The plan is what the simulator says. Where both agree, the plan is optimal.
+What is exact: the program's optimum, which the solver proves to `_GAP` of what is added to the step. As the program
+bounds every plan, no plan in this order that only recomputes is faster. Where the simulator finds that the optimum,
+carried out, keeps the budget in that time, it is the best plan.
 
-What is not: what a chain of repeats holds between two checks is not in the program. Where the simulator finds that a
-solution overflows, it is excluded and the next best is taken, for `_EXCLUSIONS` solutions; before that the program is
-asked for smaller budgets, so that there is a plan at all. The plan's time may then lie above the optimum, as it may
-where a solution is carried out at other nodes than the program counts, and where time runs out.
+What is not: what a chain of repeats holds between two checks is not in the program. Where a solution overflows by
+that, smaller budgets are asked for until there is a plan, and then, as long as there is time, solutions are excluded
+one by one, at most `_EXCLUSIONS`. On steps whose storages are large beside the budget neither may get far: the plan may
+be much slower than the program's optimum, or none may be found though there is one.
 """
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import functools
 import itertools
 import time
+from collections.abc import Mapping
 
 import numpy as np
 
 from graphswap import bound, ir
 from graphswap.cost_model import CostModel, Link
-from graphswap.plan import Plan
+from graphswap.plan import Decision, Plan, Recompute
 from graphswap.strategies import base, fitting, gaps, relaxation, solver
 
 _GAP = 1e-4
@@ -155,8 +158,9 @@ class _Search:
     def _carried_out(self, solution: solver.IntegerSolution) -> list[fitting.Evictions]:
         """What the solution stands for, noted.
 
-        Tried are both: that what comes back early is dropped again or not, that what is dead is kept or not, and that
-        what was repeated is kept for the next repeat that reads it or not.
+        Tried is every node where the solution repeats it; and evictions, which bring a storage back as late as it can
+        be, both ways each: what comes back early is dropped again or not, what is dead is kept or not, and what was
+        repeated is kept for the next repeat that reads it or not.
         """
         evicted, since, anchors = self._meaning(solution.columns)
         ways = [evicted, dict.fromkeys(evicted, "recompute")] if gaps.AGAIN in evicted.values() else [evicted]
@@ -164,8 +168,44 @@ class _Search:
         for way, kept, reuse in itertools.product(ways, dict.fromkeys((anchors, frozenset())), (0, gaps.REUSE)):
             with contextlib.suppress(gaps.CantRecompute):
                 states.append(fitting.evictions(self._problem, way, kept, since, reuse))
+        decisions = self._repeats(solution.columns)
+        outline = self._problem.outline(decisions)
+        states.append(fitting.Evictions(evicted, anchors, since, gaps.REUSE, decisions, outline))
         self._seen += states
         return states
+
+    def _repeats(self, value: np.ndarray) -> tuple[Decision, ...]:
+        """The nodes of each bucket, with what gives their values other names, before the first gap that ends there."""
+        problem, relaxed = self._problem, self._relaxed
+        ends: dict[int, int] = {}  # bucket -> position
+        for gap, stretches in relaxed.stretches.items():
+            if (last := stretches[-1]).dropped is not None and value[last.dropped] > 0.5:
+                ends[last.end] = min(problem.gaps[gap].end, ends.get(last.end, len(problem.order)))
+        repeated: dict[int, set[str]] = {}
+        for (node, bucket), run in relaxed.runs.items():
+            if value[run] > 0.5:
+                place = ends.get(bucket, int(relaxed.checks[min(bucket, len(relaxed.checks) - 1)]))
+                repeated.setdefault(place, set()).update((node, *self._renamed[node]))
+        position = problem.graph.position
+        return tuple(
+            Recompute(
+                tuple(sorted((name for name in names if position[name] < place), key=position.__getitem__)),
+                problem.order[place],
+            )
+            for place, names in sorted(repeated.items())
+        )
+
+    @functools.cached_property
+    def _renamed(self) -> Mapping[str, set[str]]:
+        """Node to those that only give its values other names."""
+        problem = self._problem
+        found: dict[str, set[str]] = collections.defaultdict(set)
+        for storage in problem.storages:
+            makers = {ir.producer(value) for value in storage.values[1:]}
+            found[ir.producer(storage.root)] |= {
+                name for name in makers if problem.can_repeat(problem.graph.by_name[name])
+            }
+        return found
 
     def _meaning(self, value: np.ndarray) -> tuple[dict[int, str], dict[int, int], frozenset[int]]:
         """Gaps to evict and how, since when where that is not from their start, and dead storages to keep."""
