@@ -8,6 +8,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
+import itertools
 from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -243,8 +244,7 @@ def _without_unread(plan: Plan, plain: Plain, entries: list[Entry]) -> list[Entr
     repeated = {name for decision in plan.recomputes for name in decision.nodes} - plain.must_run
     if not repeated:
         return entries
-    readers = collections.Counter(version for _, action in entries for version in action.inputs)
-    readers.update(plain.results)
+    readers = collections.Counter(itertools.chain(plain.results, *(action.inputs for _, action in entries)))
     kept: list[Entry] = []
     for name, action in reversed(entries):
         if isinstance(action, Action) and action.facts.name in repeated and not any(map(readers.get, action.outputs)):

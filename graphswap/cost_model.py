@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from graphswap import ir
 
@@ -64,6 +64,8 @@ class DeviceSpec:
         reserves_memory: Whether its allocator takes all memory as one region at the start.
         holes: How many holes `placement` leaves for small buffers.
         runs_pairs: Whether two nodes side by side are done sooner than one after the other.
+        has_cpu_kernels: Whether its kernels are TensorFlow's for CPUs, whose workspace is known. For others none is
+            assumed until it is measured.
         flops_per_second: For the analytic estimate of matrix products and convolutions.
         memory_bytes_per_second: For the analytic estimate of everything else.
         launch_seconds: Added to every node.
@@ -78,6 +80,7 @@ class DeviceSpec:
     reserves_memory: bool = True
     holes: int = 0
     runs_pairs: bool = False
+    has_cpu_kernels: bool = True
     flops_per_second: float = 5e10
     memory_bytes_per_second: float = 8e9
     launch_seconds: float = 10e-6
@@ -129,22 +132,31 @@ class Profile:
 
     Attributes:
         fingerprint: `Graph.fingerprint` of the measured graph.
-        seconds: Node name to seconds; nodes that never showed up are missing.
+        seconds: Node name to seconds; nodes that did not run are missing.
         workspace: Node name to what it allocates while it runs, beyond its outputs.
         links: Tier name to `Link` as measured then, so that later runs that find the profile make the same plan.
-            Not of the disk: its speed depends on the directory.
+            Of the disk only as one plan's steps saw it: its speed depends on the directory.
+        time_scale: What a whole step took over what its parts cost. It leaves plans as they are: predictions are
+            multiplied by it when they are reported.
+        reserved_bytes: To leave free of the budget, as steps have been seen to need them beyond their prediction.
     """
 
     fingerprint: str
     seconds: Mapping[str, float]
     workspace: Mapping[str, Workspace]
     links: Mapping[str, Link] = dataclasses.field(default_factory=dict)
+    time_scale: float = 1.0
+    reserved_bytes: int = 0
 
     def __post_init__(self) -> None:
         workspace_bytes = {name: workspace.nbytes for name, workspace in self.workspace.items()}
         for name, value in (*self.seconds.items(), *workspace_bytes.items()):
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"expected a finite cost >= 0 for node '{name}', received {value!r}. Measure again.")
+        if not (math.isfinite(self.time_scale) and self.time_scale > 0):
+            raise ValueError(f"expected a finite time_scale > 0, received {self.time_scale!r}. Measure again.")
+        if self.reserved_bytes < 0:
+            raise ValueError(f"expected reserved_bytes >= 0, received {self.reserved_bytes!r}. Measure again.")
 
     def to_json(self) -> str:
         fields = {**vars(self), "links": {k: dataclasses.asdict(v) for k, v in self.links.items()}}
@@ -194,11 +206,13 @@ class CostModel:
             measured = self.profile.workspace.get(node.like or node.name)
             if measured is not None:
                 return measured
-        if node.op == "MaxPoolGrad":
-            pooled = graph.value(node.inputs[1]).nbytes
-            return Workspace(early=(pooled, 2 * pooled))  # maximums, and where they were as 64-bit integers
-        nbytes = dict(node.attrs).get("workspace_bytes") or _convolution_workspace(graph, node)
-        return Workspace(late=(int(nbytes),)) if nbytes else Workspace()  # pyright: ignore[reportArgumentType]
+        nbytes: Any = dict(node.attrs).get("workspace_bytes", 0)
+        if not nbytes and self.device.has_cpu_kernels:
+            if node.op == "MaxPoolGrad":
+                pooled = graph.value(node.inputs[1]).nbytes
+                return Workspace(early=(pooled, 2 * pooled))  # maximums, and where they were as 64-bit integers
+            nbytes = _convolution_workspace(graph, node)
+        return Workspace(late=(nbytes,)) if nbytes else Workspace()
 
     def link(self, tier: str) -> Link:
         """The way to a far tier, as the profile has it, else the device spec."""

@@ -22,6 +22,7 @@ def _device(name: str, flops: float, memory: float, link: float, launch_seconds:
     disk = Link(2e9, 3e9, 100e-6, overlaps=True)
     return DeviceSpec(
         name=name,
+        has_cpu_kernels=False,
         flops_per_second=_COMPUTE * flops,
         memory_bytes_per_second=_MEMORY * memory,
         launch_seconds=launch_seconds,

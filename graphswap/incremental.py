@@ -164,15 +164,12 @@ class Incremental:
     def _outline(self, plan: Plan, repeated: set[str], followed: set[int], names: Sequence[str]) -> Outline:
         position = self._graph.position
         entries, versions = actions.expand(self._graph, plan, self._plain, names)
-        runs = {
-            action.facts.name for _, action in entries if isinstance(action, actions.Action) and action.kind == "run"
-        }
-        pruned = [position[name] for name in repeated - runs]
+        pruned = [position[name] for name in repeated.difference(_runs(entries))] if repeated else []
         busy = self._seconds.copy()
         busy[pruned] = 0.0
-        clock = np.concatenate([[0.0], np.cumsum(busy)])
+        clock = [0.0, *np.cumsum(busy).tolist()]
         at, before = self._lives(followed)
-        at, before = self._at - at, self._before - before  # what is not followed
+        at, before = self._at - at, (self._before - before).tolist()  # what is not followed
 
         walk = _Walk(self._plain, self._step, followed, entries, versions, self._cost_model)
         now, done = 0.0, 0  # done: how many of the user's nodes
@@ -181,11 +178,11 @@ class Incremental:
         since, standing = [0], [walk.live]  # bytes between what is followed, and from which position on
         for name, action in entries:
             place = position[name]
-            is_copy = isinstance(action, actions.Copy)
-            if done < place + is_copy:
-                now += clock[place + is_copy] - clock[done]
-                done = place + is_copy
-            if is_copy:
+            start = place + isinstance(action, actions.Copy)
+            if done < start:
+                now += clock[start] - clock[done]
+                done = start
+            if isinstance(action, actions.Copy):
                 now, live = walk.copy(action, now)
                 inserted.append((done, before[done] + live, 0.0))
             else:
@@ -259,20 +256,26 @@ class _Walk:
                 now = max(now, self._ready.pop(version, now))
         for version in action.waits:
             self._release(self._sources.pop(version, None))
+        facts = action.facts
         inputs = [buffers[version] for version in action.inputs]
-        given_up = self._assign(action, inputs) if action.facts.assigns else None
-        for version, output in zip(action.outputs, action.facts.outputs, strict=True):
-            buffer = buffers[version] = self._place(action, version, output, inputs)
+        given_up = self._assign(action, inputs) if facts.assigns else None
+        made = []
+        for version, output in zip(action.outputs, facts.outputs, strict=True):
+            buffer = self._place(action, version, output, inputs)
             if buffer is not None:
+                buffers[version] = buffer
                 buffer.readers += self._readers[version]
+                made.append(buffer)
         live = self.live
         for buffer in inputs:
             if buffer is not None:
-                self._release(buffer)
-        for version in action.outputs:
-            self._drop(buffers[version])
+                buffer.readers -= 1
+                if not buffer.readers:
+                    self._drop(buffer)
+        for buffer in made:
+            self._drop(buffer)
         self._drop(given_up)
-        return now + action.facts.seconds, live
+        return now + facts.seconds, live
 
     def copy(self, action: actions.Copy, now: float) -> tuple[float, float]:
         """Starts a copy; returns when the next node may run, and the bytes of what is followed meanwhile."""
@@ -310,6 +313,8 @@ class _Walk:
         buffer_of = self._step.buffer_of
         own = buffer_of[version] if version < len(buffer_of) else -1  # -1: made by a repeat
         is_followed = own < 0 or own in self._followed
+        if not overwrites:
+            return self._new(nbytes) if is_followed else None
         for place, slot in enumerate(overwrites):
             buffer = inputs[slot]
             if buffer is not None and _is_free_after(buffer):
@@ -442,6 +447,11 @@ class _Recorder(_Walk):
         super()._drop(buffer)
         if buffer is not None and buffer.is_free and not was_free:
             self._step.last[buffer.number] = self._position
+
+
+def _runs(entries: Sequence[actions.Entry]) -> list[str]:
+    """The user's nodes that run."""
+    return [action.facts.name for _, action in entries if isinstance(action, actions.Action) and action.kind == "run"]
 
 
 def _is_free_after(buffer: _Buffer) -> bool:

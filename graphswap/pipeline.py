@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import functools
 import gc
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -14,39 +13,55 @@ from typing import Any
 
 import tensorflow as tf
 
-from graphswap import allocator, graphdef, ir, placement, profiler, rewrites, simulator, strategies, tiers
-from graphswap.cost_model import MEMORY_VARIABLE, CostModel, DeviceSpec, Profile
+from graphswap import allocator, graphdef, ir, placement, planning, profiler, replanning, rewrites, tiers
+from graphswap.cost_model import DeviceSpec, Profile
 from graphswap.graphdef import UnsupportedGraphError
-from graphswap.options import Options, format_bytes
+from graphswap.options import Options
 from graphswap.plan import Plan
 from graphswap.report import Report, StepReport
-from graphswap.strategies import budgets, gaps
-from graphswap.strategies.base import InfeasibleBudgetError, Strategy
+from graphswap.strategies.base import InfeasibleBudgetError
 from graphswap.tiers import SwapSpaceError
 
 _TIGHTENING = 0.97
 _TIGHTEST = 0.75
 _CHEAP = 0.05
-_USABLE = 0.99
-"""Of a budget below the device's memory: the rest is for what wanders, such as the input pipeline's buffers."""
-_FRUGAL = 0.93
-"""Of the budget, for the first run of a step: its workspace is an estimate."""
 _TRIALS = 3
 _STATIC_TRACES = 4
-_WANDERING = 2.0
-"""How far the peak of TensorFlow's own order may lie above the planned order's (two LSTMs: 1.6)."""
 
 
 @dataclasses.dataclass
-class Planned:
-    """A plan with what it was judged by."""
+class _Watched:
+    """A plan whose steps are held against its predictions (`replanning`).
 
-    plan: Plan
-    timeline: simulator.Timeline
-    plain: simulator.Timeline
-    notes: list[str]
-    memory_bound_bytes: int | None = None
-    free_bound_bytes: int | None = None
+    Attributes:
+        planned: The plan.
+        rewritten: The step's graph under it.
+        step: Its report.
+        memory_budget: Bytes that the steps must not pass; 0 if as few as possible were asked for.
+        counted_bytes: The most that the allocator had counted before the step that runs now.
+        peak_bytes: The most that it counted during the plan's steps; None if it had counted more before.
+        due: The steps that the plan was wrong about, if it was: the next step is to be measured.
+        costs: As measured within that step.
+    """
+
+    planned: planning.Planned
+    rewritten: ir.Graph
+    step: StepReport
+    memory_budget: int
+    counted_bytes: int | None = None
+    peak_bytes: int | None = None
+    due: replanning.Observation | None = None
+    costs: Profile | None = None
+
+    def seen(self) -> replanning.Observation:
+        """The steps so far."""
+        return replanning.Observation(
+            self.planned.seconds,
+            tuple(self.step.measured_seconds),
+            self.memory_budget,
+            self.step.predicted_peak_bytes,
+            self.peak_bytes,
+        )
 
 
 class Session:
@@ -60,6 +75,7 @@ class Session:
         self.options = options
         self.report = Report()
         self._tiers = tiers.Tiers(options.swap_directory())
+        self._planner = planning.Planner(options, self._tiers)
         self._inlines = False  # whether nested function calls are to be dissolved
         self._scale = 1.0  # of the budget; lowered when memory ran out in spite of a plan
         self._largest: dict[int, graphdef.Shape] = {}  # argument -> largest shape seen
@@ -69,6 +85,8 @@ class Session:
         self._variables = placement.Variables()
         self._fences: list[Any] = []  # behind the holes for small buffers
         self._trials = _TRIALS
+        self._watched: dict[tuple[graphdef.Shape, ...], _Watched] = {}
+        self._replanned: dict[tuple[graphdef.Shape, ...], tuple[planning.Planned, list[replanning.Round]]] = {}
         self._keeping_seconds = self._settling_seconds = self._step_seconds = 0.0
 
     # --- running -----------------------------------------------------------------------------------------------
@@ -93,17 +111,18 @@ class Session:
         key = shapes if shapes in self._functions or len(self._functions) < _STATIC_TRACES else ()
         if key == () and self._outgrown(shapes):
             del self._functions[()]
+        self._review(key)
         while True:
             self._keep_variables()
             self._settle()
             start = time.perf_counter()
-            planning = self._planning_seconds()
+            planned_seconds = self._planning_seconds()
             try:
                 placed_args, placed_kwargs = self._placed((args, kwargs), is_new=key not in self._functions)
                 if key not in self._functions:
                     self._functions[key] = make()
                 with graphdef.without_memory_optimizer():
-                    result = self._functions[key](*placed_args, **placed_kwargs)
+                    result = self._call(key, placed_args, placed_kwargs)
             except _NestedCalls:
                 self._inlines = True
                 self._forget()
@@ -111,7 +130,7 @@ class Session:
                 can_repeat = self._variables.restore()
                 if "No space left" in str(error):
                     raise self._swap_space_error(error) from error
-                if not _is_out_of_memory(error) or not can_repeat or self._scale < _TIGHTEST:
+                if not planning.is_out_of_memory(error) or not can_repeat or self._scale < _TIGHTEST:
                     raise
                 self._tighten(error)
                 self._forget()
@@ -125,7 +144,7 @@ class Session:
                 self._variables.restore()
                 raise
             else:
-                self._record(shapes, time.perf_counter() - start - (self._planning_seconds() - planning))
+                self._record(shapes, time.perf_counter() - start - (self._planning_seconds() - planned_seconds))
                 self._arguments = []
                 return self._released(result)
 
@@ -145,6 +164,32 @@ class Session:
         if self._inlines:
             return graphdef.call_inline(step, args, kwargs)
         return step(*args, **kwargs)
+
+    def _call(self, shapes: tuple[graphdef.Shape, ...], args: Any, kwargs: Any) -> Any:
+        """Runs a traced step; under the profiler if a round waits for that."""
+        function, watched = self._functions[shapes], self._watched.get(shapes)
+        if watched is not None:
+            watched.counted_bytes = profiler.memory_in_use("peak")
+        if watched is None or watched.due is None:
+            return function(*args, **kwargs)
+        start, result = time.perf_counter(), None
+        ran_seconds: float | None = None
+        try:
+            with profiler.recording() as events:
+                begun = time.perf_counter()
+                result = function(*args, **kwargs)
+                ran_seconds = time.perf_counter() - begun
+            planned, seconds = watched.planned, watched.due.seconds
+            watched.costs = profiler.step_costs(
+                events, watched.rewritten, seconds, planned.cost_model, planned.graph.fingerprint
+            )
+        except profiler.CantMeasure as error:
+            self._end_watch(shapes, replanning.Round(watched.due, outcome=f"not measured: {error}"))
+        if ran_seconds is None:
+            return function(*args, **kwargs)
+        breakdown = watched.step.breakdown
+        breakdown["replan"] = breakdown.get("replan", 0.0) + time.perf_counter() - start - ran_seconds
+        return result
 
     def _planning_seconds(self) -> float:
         return sum(sum(step.breakdown.values()) for step in self.report.steps)
@@ -171,6 +216,8 @@ class Session:
         """Drops all traces, so that the next call plans anew."""
         self._functions.clear()
         self._planned.clear()
+        self._watched.clear()
+        self._replanned.clear()
         self._trials = _TRIALS
 
     def _keep_variables(self) -> None:
@@ -219,6 +266,7 @@ class Session:
         return profiler.device_name() == "CPU:0" and profiler.memory_in_use() is not None
 
     def _record(self, shapes: tuple[graphdef.Shape, ...], seconds: float) -> None:
+        """Notes how long a step took, and its peak if that lies above what the allocator had counted before."""
         self._variables.forget()
         self._trials -= 1
         self._step_seconds = seconds
@@ -226,11 +274,16 @@ class Session:
             if _accepts(accepted, shapes):
                 step.measured_seconds.append(seconds)
                 step.measured_peak_bytes = profiler.memory_in_use("peak")
+                watched = self._watched.get(shapes)
+                if watched is not None and (step.measured_peak_bytes or 0) > (watched.counted_bytes or 0):
+                    watched.peak_bytes = step.measured_peak_bytes
                 return
 
     def _tighten(self, error: tf.errors.OpError) -> None:
         self._scale *= _TIGHTENING
-        why = _summary(error) if isinstance(error, tf.errors.ResourceExhaustedError) else "when a value came back"
+        why = (
+            planning.summary(error) if isinstance(error, tf.errors.ResourceExhaustedError) else "when a value came back"
+        )
         for _, _, step in self._planned:
             step.notes.append(f"ran out of memory ({why[:120]}); planned again, tighter")
 
@@ -241,6 +294,48 @@ class Session:
         )
 
     # --- planning ----------------------------------------------------------------------------------------------
+
+    def _review(self, shapes: tuple[graphdef.Shape, ...]) -> None:
+        """Holds a plan against its steps, and plans again where it was wrong; between two steps of the training."""
+        watched = self._watched.get(shapes)
+        if watched is None:
+            return
+        if watched.due is not None and watched.costs is not None:
+            self._replan(shapes, watched, watched.due, watched.costs)
+            return
+        seen = watched.seen()
+        verdict = replanning.judge(seen, len(watched.step.rounds))
+        if verdict is replanning.Verdict.REPLAN:
+            watched.due = seen
+        elif verdict is replanning.Verdict.KEEP:
+            self._planner.settle(watched.planned)
+            self._end_watch(shapes, replanning.Round(seen))
+
+    def _replan(
+        self,
+        shapes: tuple[graphdef.Shape, ...],
+        watched: _Watched,
+        seen: replanning.Observation,
+        costs: Profile,
+    ) -> None:
+        """Takes a better plan, which needs the step to be traced again; else corrects the predictions of this one."""
+        step = watched.step
+        what = f"{step.name}, round {len(step.rounds) + 1} of {replanning.MOST_ROUNDS}"
+        with _progress(what) as progress, _Clock(progress, step.breakdown)("replan"):
+            planned, done = self._planner.replan(watched.planned, costs, seen)
+        self._end_watch(shapes, done)
+        if planned.plan is watched.planned.plan:
+            step.correct(planned.time_scale)
+            if seen.is_in_budget:
+                self._planner.settle(planned)
+        else:
+            self._replanned[shapes] = planned, step.rounds
+            self._planned = [entry for entry in self._planned if entry[2] is not step]
+            del self._functions[shapes]
+            gc.collect()  # the old function's constants lie on the device
+
+    def _end_watch(self, shapes: tuple[graphdef.Shape, ...], last: replanning.Round) -> None:
+        self._watched.pop(shapes).step.rounds.append(last)
 
     def optimize(self, func_graph: graphdef.FuncGraph) -> None:
         """Rewrites a traced step in place so that it keeps the budget.
@@ -260,7 +355,7 @@ class Session:
             clock = _Clock(progress)
             shapes = self._argument_shapes(func_graph)
             with clock("measure"):
-                device = self._device()
+                device = self._planner.device()
                 self._arrange(device)
             try:
                 with clock("import"):
@@ -278,25 +373,31 @@ class Session:
                 )
                 return
             fences = len(self._fences) * allocator.ALIGNMENT_BYTES
-            resident_bytes = max(0, _resident_bytes(graph) - fences)
-            cost_model = CostModel(device, resident_bytes=resident_bytes, far_tier=self._far_tier())
-            budget, share = self._budget(device)
+            cost_model = self._planner.cost_model(device, graph, fences)
+            budget, share = self._planner.budget(device, self._scale)
+            replanned, rounds = self._replanned.pop(shapes, (None, []))
             try:
-                planned = self._plan(func_graph, graph, cost_model, budget, clock)
+                if replanned is not None and replanned.graph.fingerprint == graph.fingerprint:
+                    with clock("plan"):
+                        planned = self._planner.resume(replanned, cost_model)
+                else:
+                    planned = self._planner.plan(func_graph, graph, self._arguments, cost_model, budget, clock)
             except InfeasibleBudgetError as error:
                 asked, smallest, bound = (
                     int(nbytes / share) for nbytes in (budget, error.smallest_bytes, error.bound_bytes)
                 )
                 raise InfeasibleBudgetError(asked, smallest + 1, error.node, bound, error.spent_seconds) from None
+            rewritten = graph
             if not planned.plan.is_empty:
                 with clock("rewrite"):
                     rewritten = rewrites.rewrite(graph, planned.plan)
                     graphdef.export_function(func_graph, rewritten, self._tiers)
-            self._add_report(
-                func_graph,
-                shapes,
-                _step_report(graph, budget, share / self._scale, planned, clock.seconds, self.options.memory_budget),
-            )
+            step = _step_report(planned, share, share / self._scale, clock.seconds, rounds, self.options.memory_budget)
+            self._add_report(func_graph, shapes, step)
+            if not (planned.plan.is_empty or planned.is_settled) and profiler.times_nodes():
+                self._watched[shapes] = _Watched(
+                    planned, rewritten, step, int(budget / share), profiler.memory_in_use("peak")
+                )
 
     def _arrange(self, device: DeviceSpec) -> None:
         """Lays the device out as `simulator` takes it to be: building the model has left holes."""
@@ -327,115 +428,6 @@ class Session:
             else self._largest.get(index)
             for index, tensor in enumerate(arguments)
         )
-
-    def _device(self) -> DeviceSpec:
-        emulated = os.environ.get(MEMORY_VARIABLE)
-        directory = self.options.swap_directory()
-        if directory is None and self._far_tier() == "disk":
-            directory = tiers.default_directory()
-        return profiler.device_spec(int(emulated) if emulated else None, directory)
-
-    def _far_tier(self) -> str:
-        swap_to = str(self.options.swap_to)
-        if swap_to == "auto":
-            # A plain CPU's memory is the host's: only the disk lies beyond it.
-            return "disk" if profiler.memory_in_use() is None else "host"
-        return "host" if swap_to == "host" else "disk"
-
-    def _budget(self, device: DeviceSpec) -> tuple[int, float]:
-        """The bytes to plan for, 0 for "min" and "free"; and their share of the budget.
-
-        A device can't pass a budget of all its memory, whatever its allocator loses; there the strategies leave room.
-        """
-        asked = self.options.memory_budget
-        if asked == "min":
-            return 0, 1.0
-        if asked == "free":
-            return 0, self._scale * _USABLE
-        whole = _memory_bytes(device)
-        if not isinstance(asked, int) or asked >= whole:
-            asked = whole
-        share = self._scale * (1.0 if asked == device.memory_bytes else _USABLE)
-        return int(asked * share), share
-
-    def _plan(self, func_graph, graph: ir.Graph, cost_model: CostModel, budget: int, clock: _Clock) -> Planned:
-        plain = simulator.simulate(graph, Plan(), cost_model)
-        if budget and plain.peak_bytes * _WANDERING <= budget:
-            return Planned(Plan(), plain, plain, ["it fits the budget as it is"])
-        notes: list[str] = []
-        with clock("measure"):
-            is_free = self.options.memory_budget == "free"
-            room = int(_USABLE * _memory_bytes(cost_model.device)) if is_free else budget
-            profile = self._profile(func_graph, graph, cost_model, room, notes)
-        with clock("plan"):
-            cost_model = dataclasses.replace(cost_model, profile=profile)
-            plan, free_bound_bytes = self._choose(graph, cost_model, budget)
-        plain = simulator.simulate(graph, Plan(), cost_model)
-        plan.check(graph)
-        device = cost_model.device
-        timelines = []
-        for second_first in dict.fromkeys(((), tuple(pair.second for pair in plan.pairs))):
-            memory = None
-            if device.memory_bytes is not None:
-                limit = max(plan.memory_budget or 0, device.memory_bytes)
-                memory = allocator.Allocator(limit, device.reserves_memory)
-            timelines.append(simulator.simulate(graph, plan, cost_model, allocator=memory, second_first=second_first))
-        worst = max(timelines, key=lambda timeline: timeline.allocated_peak_bytes)
-        memory_bound_bytes = budgets.least_peak(gaps.problem(graph, cost_model)).nbytes
-        return Planned(plan, worst, plain, notes, memory_bound_bytes, free_bound_bytes)
-
-    def _choose(self, graph: ir.Graph, cost_model: CostModel, budget: int) -> tuple[Plan, int | None]:
-        """The plan for a budget, 0 for "min" and "free"; and the bound of a free one."""
-        if budget:
-            return _plan_within(self._strategy(), graph, cost_model, budget), None
-        if self.options.memory_budget != "free":
-            return budgets.smallest(self._strategy(), graph, cost_model), None
-        seconds = self.options.planning_seconds
-        found = budgets.free(self._strategy(seconds / budgets.EVALUATIONS), graph, cost_model, seconds)
-        has, needs = cost_model.device.memory_bytes, found.plan.memory_budget or 0
-        if has is not None and needs > has * self._scale * _USABLE:
-            raise ValueError(
-                f"memory_budget='free': expected a device with room for the step at full speed, {format_bytes(needs)}, "
-                f"received one of {format_bytes(has)}, of which {self._scale * _USABLE:.0%} can be planned for. "
-                "Write memory_budget='auto' for the fastest plan in what the device has, or reduce the batch size."
-            )
-        return found.plan, found.bound_bytes
-
-    def _strategy(self, planning_seconds: float | None = None) -> Strategy:
-        strategy = self.options.strategy
-        if isinstance(strategy, str):
-            strategy = strategies.STRATEGIES[strategy]
-        if isinstance(strategy, strategies.Auto | strategies.Joint | strategies.Checkmate):
-            return dataclasses.replace(strategy, planning_seconds=planning_seconds or self.options.planning_seconds)
-        return strategy
-
-    def _profile(self, func_graph, graph, cost_model: CostModel, budget: int, notes: list[str]) -> Profile | None:
-        """Measured costs, from the cache or from a run under a frugal plan; None if it can't be run."""
-        device = cost_model.device.name
-        cached = profiler.cached_profile(graph.fingerprint, device)
-        if cached is not None:
-            return cached
-        error: Exception | None = None
-        for frugal_budget in (max(1, int(budget * _FRUGAL)), budget, 0):
-            try:
-                # Estimates are high for some kernels' workspace, and low for others': the run will tell.
-                if frugal_budget:
-                    plan = strategies.Greedy(planning_seconds=0.0).plan(graph, cost_model, frugal_budget)
-                else:
-                    plan = budgets.smallest(self._strategy(), graph, cost_model)
-                rewritten = rewrites.rewrite(graph, plan.one_by_one())
-                profile = profiler.measure_step(func_graph, rewritten, self._arguments, self._tiers, graph.fingerprint)
-            except (InfeasibleBudgetError, profiler.CantMeasure, tf.errors.OpError) as failure:
-                error = failure
-                if not (isinstance(failure, InfeasibleBudgetError) or _is_out_of_memory(failure)):
-                    break
-            else:
-                profile = dataclasses.replace(profile, links={"host": cost_model.device.links["host"]})
-                profiler.store_profile(profile, device)
-                gc.collect()  # the measured function's constants lie on the device
-                return profile
-        notes.append(f"costs are analytic, not measured: {_summary(error)}")
-        return None
 
 
 def function(step: Callable[..., Any] | None = None, *, memory_budget: int | str, **options: Any) -> Any:
@@ -477,73 +469,36 @@ def _optimize(func_graph: graphdef.FuncGraph, mark: Any) -> None:
     mark.optimize(func_graph)
 
 
-def _plan_within(strategy: Strategy, graph: ir.Graph, cost_model: CostModel, budget: int) -> Plan:
-    """The strategy's plan; if it finds none, an error that names a budget it does find one for."""
-    try:
-        return strategy.plan(graph, cost_model, budget)
-    except InfeasibleBudgetError as error:
-        least_bytes = max(error.smallest_bytes, budget + 1)
-        try:
-            plan = budgets.smallest(strategy, graph, cost_model, least_bytes)
-        except InfeasibleBudgetError:
-            raise error from None
-        smallest = plan.memory_budget or least_bytes
-        raise InfeasibleBudgetError(budget, smallest, error.node, error.bound_bytes, error.spent_seconds) from None
-
-
-def _memory_bytes(device: DeviceSpec) -> int:
-    """Of the device; a plain CPU has what the machine has."""
-    return device.memory_bytes or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def _resident_bytes(graph: ir.Graph) -> int:
-    """Device bytes in use that the graph does not show: other tensors, and holes' slack."""
-    current = profiler.memory_in_use()
-    if current is None:
-        return 0
-    shown = sum(
-        sum(dict(node.attrs).get("held_bytes", ())) or sum(v.nbytes for v in node.outputs)  # pyright: ignore[reportArgumentType, reportCallIssue]
-        for node in graph.nodes
-        if node.op == "Placeholder"
-    )
-    return max(0, current - shown)
-
-
 def _step_report(
-    graph: ir.Graph, budget: int, share: float, planned: Planned, breakdown: dict[str, float], asked: int | str
+    planned: planning.Planned,
+    share: float,
+    unscaled_share: float,
+    breakdown: dict[str, float],
+    rounds: Sequence[replanning.Round],
+    asked: int | str,
 ) -> StepReport:
-    plan, timeline, free_bound_bytes = planned.plan, planned.timeline, planned.free_bound_bytes
+    plan, timeline, scale = planned.plan, planned.timeline, planned.time_scale
+    free_bound_bytes = planned.free_bound_bytes
     return StepReport(
-        name=graph.name,
-        nodes=len(graph.nodes),
-        memory_budget=int((budget or plan.memory_budget or 0) / share),
+        name=planned.graph.name,
+        nodes=len(planned.graph.nodes),
+        memory_budget=int((planned.budget or plan.memory_budget or 0) / share),
         plan=plan,
         status="needs nothing" if plan.is_empty else "rewritten",
         plain_peak_bytes=planned.plain.peak_bytes,
         predicted_peak_bytes=timeline.allocated_peak_bytes,
-        plain_seconds=planned.plain.seconds,
-        predicted_seconds=timeline.seconds,
+        plain_seconds=planned.plain.seconds * scale,
+        predicted_seconds=timeline.seconds * scale,
         swapped_bytes=timeline.swapped_bytes,
-        recomputed_seconds=timeline.recomputed_seconds,
+        recomputed_seconds=timeline.recomputed_seconds * scale,
+        time_scale=scale,
         breakdown=breakdown,
-        notes=planned.notes,
+        rounds=[*rounds],
+        notes=[*planned.notes],
         budget_word=asked if isinstance(asked, str) else "",
         memory_bound_bytes=planned.memory_bound_bytes,
-        free_bound_bytes=None if free_bound_bytes is None else int(free_bound_bytes / share),
+        free_bound_bytes=None if free_bound_bytes is None else int(free_bound_bytes / unscaled_share),
     )
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """Whether the device ran out. What a swap brings back is then an invalid argument to TensorFlow."""
-    if isinstance(error, tf.errors.ResourceExhaustedError):
-        return True
-    return isinstance(error, tf.errors.InvalidArgumentError) and "/swap_in/ParseTensor}}" in str(error)
-
-
-def _summary(error: Exception | None) -> str:
-    """The most telling line of an error: what ran out, else the last one, which stands after the nodes."""
-    lines = [line for line in str(error).splitlines() if line.strip() and "[[" not in line]
-    return next((line for line in lines if line.startswith("OOM")), lines[-1] if lines else repr(error))[:300]
 
 
 def _accepts(accepted: Sequence[graphdef.Shape], shapes: Sequence[graphdef.Shape]) -> bool:
@@ -567,8 +522,8 @@ def _shape(tensor: tf.Tensor) -> graphdef.Shape:
 class _Clock:
     """Adds up the seconds of named phases, and shows them."""
 
-    def __init__(self, progress: Callable[[str], None]):
-        self.seconds: dict[str, float] = {}
+    def __init__(self, progress: Callable[[str], None], seconds: dict[str, float] | None = None):
+        self.seconds = {} if seconds is None else seconds
         self._progress = progress
 
     @contextlib.contextmanager

@@ -7,15 +7,17 @@ context's initialisation.
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import functools
+import hashlib
 import itertools
 import os
 import pathlib
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import tensorflow as tf
@@ -23,9 +25,9 @@ from tensorflow.python.eager import context
 from tensorflow.tsl.profiler.protobuf import xplane_pb2
 
 from graphswap import allocator, graphdef, ir, liveness, tiers
-from graphswap.cost_model import DeviceSpec, Link, Profile, Workspace
+from graphswap.cost_model import CostModel, DeviceSpec, Link, Profile, Workspace
 
-_PROFILE_VERSION = 2
+_PROFILE_VERSION = 3
 """Of what is measured and how: profiles of another version are not read."""
 _LINK_BYTES = 8 << 20
 _LEAST_LINK_BYTES = 64 << 10
@@ -44,6 +46,11 @@ class CantMeasure(Exception):
 def device_name() -> str:
     """The device that the step's memory is planned for."""
     return "GPU:0" if tf.config.list_logical_devices("GPU") else "CPU:0"
+
+
+def times_nodes() -> bool:
+    """Whether an op's seconds in the profiler are those of its work: a GPU's kernels run later, by themselves."""
+    return device_name() == "CPU:0"
 
 
 def on_context_initialized(callback: Callable[[], None]) -> None:
@@ -180,10 +187,109 @@ def measure_step(
         ]
         with graphdef.without_memory_optimizer():
             function._call_flat([*tensors, *captures], [])  # makes kernels, and touches memory for the first time
-            space = _trace(lambda: function._call_flat([*tensors, *captures], []))
-    events = _events(space)
-    seconds, workspace = _node_costs(events, graph)
-    return Profile(fingerprint, seconds, workspace)
+            with recording() as events:
+                function._call_flat([*tensors, *captures], [])
+    return Profile(fingerprint, _node_seconds(harmless, _spent(events, harmless)), _node_workspace(events, harmless))
+
+
+def step_costs(events: Sequence[Event], graph: ir.Graph, seconds: float, known: CostModel, fingerprint: str) -> Profile:
+    """Costs of nodes and links as a step of the training itself showed them.
+
+    Unlike those of `measure_step` they include the updates of variables and the gain of pairs. All are scaled so that
+    they add up to the length that steps have when nobody records them.
+
+    Args:
+        events: Recorded while the step ran.
+        graph: What ran: the step's graph as rewritten.
+        seconds: Length of a step that is not recorded.
+        known: What was known before: the workspace of nodes stays, and so do links that no copy used.
+        fingerprint: Of the graph that the profile is for.
+
+    Raises:
+        CantMeasure: If none of the events is one of the graph.
+    """
+    spent = _spent(events, graph)
+    scale = seconds / sum(spent.values())
+    spent = {name: share * scale for name, share in spent.items()}
+    links = {tier: _seen_link(known.link(tier), tier, graph, spent) for tier in known.device.links}
+    workspace = known.profile.workspace if known.profile else _node_workspace(events, graph)
+    return Profile(fingerprint, _node_seconds(graph, spent), workspace, links)
+
+
+def _seen_link(link: Link, tier: str, graph: ir.Graph, spent: Mapping[str, float]) -> Link:
+    """The link at the speed that copies within a step had."""
+    speeds = {}
+    for op, field in ((ir.SWAP_OUT, "out_bytes_per_second"), (ir.SWAP_IN, "in_bytes_per_second")):
+        moved = [n for n in graph.nodes if n.op == op and dict(n.attrs)["tier"] == tier and spent.get(n.name)]
+        nbytes = sum(int(dict(node.attrs)["nbytes"]) for node in moved)  # pyright: ignore[reportArgumentType]
+        busy = sum(spent[node.name] for node in moved) - len(moved) * link.latency_seconds
+        if nbytes and busy > 0:
+            speeds[field] = nbytes / busy
+    return dataclasses.replace(link, **speeds)
+
+
+def _spent(events: Sequence[Event], graph: ir.Graph) -> Mapping[str, float]:
+    """Seconds of a step by node.
+
+    The whole step is dealt out: time in which several ops run in equal shares, time in which none runs to the op that
+    runs next. So waits between ops are counted, and what runs side by side is counted once.
+
+    Raises:
+        CantMeasure: If none of the events is one of the graph.
+    """
+    folders = {node.name for node in graph.nodes if node.op in (*graphdef.OPAQUE, ir.SWAP_OUT, ir.SWAP_IN)}
+    owner_of = _owners(graph, folders)
+    intervals = [(start, start + duration, owner_of(name)) for start, duration, name, _ in events]
+    spent = _shares([interval for interval in intervals if interval[2]])
+    if not spent:
+        raise CantMeasure("the profiler recorded none of the step's ops")
+    return spent
+
+
+def _node_seconds(graph: ir.Graph, spent: Mapping[str, float]) -> Mapping[str, float]:
+    """Seconds of all nodes of the user's: nothing for those that are too short to be recorded."""
+    inserted = {node.name for node in graph.nodes if node.like or node.op in (ir.SWAP_OUT, ir.SWAP_IN)}
+    seconds = {node.name: spent.get(node.name, 0.0) for node in graph.nodes if node.name not in inserted}
+    for node in graph.nodes:
+        if node.like and node.name in spent and node.like not in spent:  # the first run was not needed
+            seconds[node.like] = spent[node.name]
+    return seconds
+
+
+def _shares(intervals: Sequence[tuple[int, int, str]]) -> dict[str, float]:
+    """Seconds by name, out of intervals in picoseconds; see `_spent`."""
+    changes = sorted(
+        [(start, 1, name) for start, _, name in intervals] + [(end, -1, name) for _, end, name in intervals]
+    )
+    shares: dict[str, float] = collections.defaultdict(float)
+    running: collections.Counter[str] = collections.Counter()
+    since = changes[0][0] if changes else 0
+    for moment, change, name in changes:
+        for one in running or (name,):
+            shares[one] += (moment - since) / max(1, len(running)) / 1e12
+        since = moment
+        running[name] += change
+        if not running[name]:
+            del running[name]
+    return shares
+
+
+def _owners(graph: ir.Graph, folders: Collection[str]) -> Callable[[str], str]:
+    """Makes a function from an event's name to the node that it belongs to, "" if to none.
+
+    Args:
+        graph: The graph that ran.
+        folders: Nodes that are made of several ops, called "<node>/...".
+    """
+    names = {node.name for node in graph.nodes}
+
+    def owner(event: str) -> str:
+        op = event.rpartition(":")[0]
+        if op in names:
+            return op
+        return next((op[:end] for end in _slashes(op) if op[:end] in folders), "")
+
+    return owner
 
 
 def without_side_effects(graph: ir.Graph) -> ir.Graph:
@@ -211,41 +317,44 @@ def without_side_effects(graph: ir.Graph) -> ir.Graph:
     return graph.replace(nodes=tuple(kept), control_outputs=ends)
 
 
-def _trace(run) -> xplane_pb2.XSpace:
+@contextlib.contextmanager
+def recording() -> Iterator[list[Event]]:
+    """Records what TensorFlow's ops and allocators do meanwhile, into a list that is filled at the end.
+
+    Raises:
+        CantMeasure: If TensorFlow's profiler is busy; nothing has run then.
+    """
     options = tf.profiler.experimental.ProfilerOptions(
         host_tracer_level=1, python_tracer_level=0, device_tracer_level=0
     )
+    events: list[Event] = []
     with tempfile.TemporaryDirectory(prefix="graphswap-profile-") as directory:
         try:
             tf.profiler.experimental.start(directory, options=options)
         except (tf.errors.AlreadyExistsError, tf.errors.UnavailableError) as error:
             raise CantMeasure(f"TensorFlow's profiler is busy: {error.message}") from error
         try:
-            run()
+            yield events
         finally:
             tf.profiler.experimental.stop()
         (path,) = pathlib.Path(directory).rglob("*.xplane.pb")
         space = xplane_pb2.XSpace()
         space.ParseFromString(path.read_bytes())
-        return space
+        events += _events(space)
 
 
 Event = tuple[int, int, str, Mapping[str, Any]]
 """Start and duration in picoseconds, name, and further facts."""
 
 
-def _node_costs(events: Sequence[Event], graph: ir.Graph) -> tuple[Mapping[str, float], Mapping[str, Workspace]]:
-    """Seconds and workspace by node, from the events of ops and of the allocator."""
-    names = {node.name for node in graph.nodes}
+def _node_workspace(events: Sequence[Event], graph: ir.Graph) -> Mapping[str, Workspace]:
+    """Workspace by node, from the events of ops and of the allocator."""
     opaque = {node.name for node in graph.nodes if node.op in graphdef.OPAQUE}
-    seconds: dict[str, float] = collections.defaultdict(float)
+    owner_of = _owners(graph, opaque)
     runs: dict[str, tuple[int, int]] = {}  # node -> start and end, in picoseconds
     for start, duration_ps, name, _ in events:
-        op = name.rpartition(":")[0]
-        if op not in names:  # inside a loop or a branch: "<node>/body/..."
-            op = next((op[:end] for end in _slashes(op) if op[:end] in opaque), "")
+        op = owner_of(name)
         if op:
-            seconds[op] += duration_ps / 1e12
             runs[op] = (min(start, runs.get(op, (start, 0))[0]), max(start + duration_ps, runs.get(op, (0, 0))[1]))
     buffers = _buffers(events)
     of_node: dict[str, list[_Buffer]] = collections.defaultdict(list)
@@ -261,8 +370,8 @@ def _node_costs(events: Sequence[Event], graph: ir.Graph) -> tuple[Mapping[str, 
             workspace[node.name] = Workspace(late=(max(0, growth - sum(liveness.output_bytes(node))),))
         before = max(before, end)
         if node.like and node.name in runs and node.like not in runs:  # the first run was not needed
-            seconds[node.like], workspace[node.like] = seconds[node.name], workspace[node.name]
-    return dict(seconds), workspace
+            workspace[node.like] = workspace[node.name]
+    return workspace
 
 
 def _workspace(buffers: Sequence[_Buffer], end: int) -> Workspace:
@@ -332,37 +441,41 @@ def _slashes(name: str) -> list[int]:
 
 def _events(space: xplane_pb2.XSpace) -> list[Event]:
     """The host's events by start."""
-    plane = next((plane for plane in space.planes if plane.name == "/host:CPU"), None)
-    if plane is None:
-        raise CantMeasure("the profiler recorded no events of the host")
-    stat_names = {key: entry.name for key, entry in plane.stat_metadata.items()}
     events = []
-    for line in plane.lines:
-        for event in line.events:
-            stats = {}
-            for stat in event.stats:
-                kind = stat.WhichOneof("value")
-                value = getattr(stat, kind)
-                stats[stat_names[stat.metadata_id]] = stat_names.get(value) if kind == "ref_value" else value
-            name = plane.event_metadata[event.metadata_id].name
-            events.append((line.timestamp_ns * 1000 + event.offset_ps, event.duration_ps, name, stats))
+    for plane in (plane for plane in space.planes if plane.name == "/host:CPU"):
+        stat_names = {key: entry.name for key, entry in plane.stat_metadata.items()}
+        for line in plane.lines:
+            for event in line.events:
+                stats = {}
+                for stat in event.stats:
+                    kind = stat.WhichOneof("value")
+                    value = getattr(stat, kind)
+                    stats[stat_names[stat.metadata_id]] = stat_names.get(value) if kind == "ref_value" else value
+                name = plane.event_metadata[event.metadata_id].name
+                events.append((line.timestamp_ns * 1000 + event.offset_ps, event.duration_ps, name, stats))
     return sorted(events, key=lambda event: event[0])
 
 
 # --- the cache --------------------------------------------------------------------------------------------------
 
 
-def cached_profile(fingerprint: str, device: str) -> Profile | None:
-    """The profile of an earlier run, in this process or another; None if there is none that can be read."""
+def cached_profile(fingerprint: str, device: str, question: str = "") -> Profile | None:
+    """The profile of an earlier run, in this process or another; None if there is none that can be read.
+
+    Args:
+        fingerprint: Of the graph.
+        device: `DeviceSpec.name`.
+        question: What the profile was refined for; "" for the one that is measured first and serves all questions.
+    """
     try:
-        return Profile.from_json(_cache_file(fingerprint, device).read_text())
+        return Profile.from_json(_cache_file(fingerprint, device, question).read_text())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
-def store_profile(profile: Profile, device: str) -> None:
+def store_profile(profile: Profile, device: str, question: str = "") -> None:
     """Keeps a profile for later runs. A directory that can't be written is no error: it is only a cache."""
-    path = _cache_file(profile.fingerprint, device)
+    path = _cache_file(profile.fingerprint, device, question)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
@@ -372,9 +485,10 @@ def store_profile(profile: Profile, device: str) -> None:
         return
 
 
-def _cache_file(fingerprint: str, device: str) -> pathlib.Path:
+def _cache_file(fingerprint: str, device: str, question: str) -> pathlib.Path:
     root = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
     onednn = os.environ.get("TF_ENABLE_ONEDNN_OPTS", "1")
     kind = f"{device.replace('/', '-').replace(':', '')}-{tf.__version__}-{onednn}"
-    name = f"{fingerprint}-{kind}-v{_PROFILE_VERSION}.json"
+    refined = f"-{hashlib.sha256(question.encode()).hexdigest()[:16]}" if question else ""
+    name = f"{fingerprint}-{kind}-v{_PROFILE_VERSION}{refined}.json"
     return pathlib.Path(root) / "graphswap" / "profiles" / name

@@ -9,6 +9,7 @@ from typing import Any
 
 from graphswap.options import format_bytes
 from graphswap.plan import Plan
+from graphswap.replanning import Round
 from graphswap.strategies import budgets
 
 
@@ -32,6 +33,8 @@ class StepReport:
         budget_word: "auto", "min" or "free" if the user gave no size.
         memory_bound_bytes: No plan of the plan's class has a lower peak; None if nothing was planned.
         free_bound_bytes: No smaller budget is free; None if the user did not ask for a free one.
+        time_scale: What the costs behind the plan were multiplied by, as measured steps took longer or shorter.
+        rounds: How the plan was held against its steps (`replanning`), those of the plans before it included.
         notes: What else the user should know: costs that could not be measured, plans that were tightened.
         measured_seconds: Lengths of the steps run so far.
         measured_peak_bytes: The most that the allocator has counted so far; None if it does not count.
@@ -48,13 +51,23 @@ class StepReport:
     predicted_seconds: float
     swapped_bytes: int = 0
     recomputed_seconds: float = 0.0
+    time_scale: float = 1.0
     breakdown: dict[str, float] = dataclasses.field(default_factory=dict)
+    rounds: list[Round] = dataclasses.field(default_factory=list)
     notes: list[str] = dataclasses.field(default_factory=list)
     budget_word: str = ""
     memory_bound_bytes: int | None = None
     free_bound_bytes: int | None = None
     measured_seconds: list[float] = dataclasses.field(default_factory=list)
     measured_peak_bytes: int | None = None
+
+    def correct(self, time_scale: float) -> None:
+        """Scales the predicted seconds."""
+        factor = time_scale / self.time_scale
+        self.plain_seconds *= factor
+        self.predicted_seconds *= factor
+        self.recomputed_seconds *= factor
+        self.time_scale = time_scale
 
     def __str__(self) -> str:
         measured = "not run yet" if not self.measured_seconds else _step_time(self.measured_seconds)
@@ -80,12 +93,13 @@ class StepReport:
                 f"{plan.strategy or 'none'}: {len(plan.swaps)} swaps ({format_bytes(self.swapped_bytes)} out), "
                 f"{repeated} nodes repeated ({self.recomputed_seconds:.3f} s)",
             ),
-            ("bound", _bound(plan, self.predicted_seconds)),
+            ("bound", _bound(plan, self.predicted_seconds, self.time_scale)),
             ("least", _least(self.memory_bound_bytes)),
             ("took", ", ".join(f"{what} {seconds:.1f} s" for what, seconds in self.breakdown.items())),
         ]
         lines = [f"{self.name} ({self.nodes} nodes): {self.status}"]
         lines += [f"  {title:<8}{text}" for title, text in rows if text]
+        lines += [f"  round {number} {text}" for number, text in enumerate(self.rounds, start=1)]
         lines += [f"  note    {note}" for note in self.notes]
         return "\n".join(lines)
 
@@ -143,10 +157,10 @@ def report(owner: Any) -> Report:
     return session.report
 
 
-def _bound(plan: Plan, predicted_seconds: float) -> str:
+def _bound(plan: Plan, predicted_seconds: float, time_scale: float) -> str:
     if plan.certificate is None or plan.memory_budget is None:
         return ""
-    least = plan.certificate.seconds(plan.memory_budget)
+    least = plan.certificate.seconds(plan.memory_budget) * time_scale
     above = f"; predicted is {100 * (predicted_seconds / least - 1):.1f} % above" if least > 0 else ""
     return f"no plan of its class (docs/limits.md) takes less than {least:.3f} s in this budget{above}"
 

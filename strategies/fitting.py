@@ -57,6 +57,19 @@ def evictions(
     return Evictions(dict(evicted), anchors, since or {}, reuse, decisions, problem.outline(decisions))
 
 
+def at_worst_swapped(
+    problem: gaps.Gaps,
+    evicted: Mapping[int, str],
+    anchors: Collection[int] = (),
+    since: Mapping[int, int] | None = None,
+) -> Evictions:
+    """As `evictions`; but if something can't be recomputed, as with what else is evicted, all is swapped."""
+    try:
+        return evictions(problem, evicted, anchors, since)
+    except gaps.CantRecompute:
+        return evictions(problem, dict.fromkeys(evicted, "swap"), anchors, since)
+
+
 Attempt = Callable[[float], Evictions]
 """From a target in bytes to evictions, whose peak may still lie above the target."""
 
@@ -88,16 +101,18 @@ def fit(
     """
     deadline = time.monotonic() + planning_seconds
     best: Evictions | None = None
-    lowest: Outline | None = None
+    lowest = evictions(problem, {}).outline
     for attempt in attempts:
         target = float(memory_budget)
         tried: Mapping[int, str] | None = None
         for _ in range(_TARGETS):
             if best is not None and time.monotonic() > deadline:
                 return problem.plan(best.decisions, strategy, memory_budget)
-            state = attempt(target)
-            if lowest is None or state.outline.peak_bytes < lowest.peak_bytes:
-                lowest = state.outline
+            try:
+                state = attempt(target)
+            except gaps.CantRecompute:
+                break
+            lowest = min(lowest, state.outline, key=lambda outline: outline.peak_bytes)
             limit = math.inf if best is None else best.outline.seconds
             if state.outline.peak_bytes > target or state.evicted == tried:
                 break
@@ -113,7 +128,6 @@ def fit(
                 break
             target *= _TIGHTENING
     if best is None:
-        assert lowest is not None
         node, bound_bytes = problem.order[int(lowest.live.argmax())], budgets.least_peak(problem).nbytes
         raise base.InfeasibleBudgetError(memory_budget, lowest.peak_bytes, node, bound_bytes)
     return problem.plan(best.decisions, strategy, memory_budget)

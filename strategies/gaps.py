@@ -28,6 +28,8 @@ SMALL_BYTES = 64 << 10
 AGAIN = "recompute again"
 """A way to evict: what comes back early, as another recompute needs it, goes again until it is due itself."""
 
+_DEEPEST = 200
+"""Nodes in a chain that is recomputed from one value: longer ones cost as much as a checkpoint would have saved."""
 REUSE = 40
 """For how many positions a repeated value that nobody else needs is kept for the next recompute that reads it."""
 
@@ -79,6 +81,7 @@ class Gaps:
         for index, gap in enumerate(self.gaps):
             self.by_storage.setdefault(gap.storage, []).append(index)
         self._incremental = Incremental(self.graph, cost_model)
+        self._repeatable: dict[int, bool] = {}
         self.live = self.outline(()).live
 
     def _find_gaps(self):
@@ -113,6 +116,12 @@ class Gaps:
         if node.stateful or node.op in _NEVER_REPEATED or node.op in ir.RESIDENT_OPS:
             return False
         return all(value.dtype in ir.ITEM_BYTES for value in node.outputs)
+
+    def is_repeatable(self, gap: int) -> bool:
+        """Whether the gap's storage can be recomputed while nothing else is evicted."""
+        if gap not in self._repeatable:
+            self._repeatable[gap] = bool(np.isfinite(self.recompute_seconds(gap, {}, ())))
+        return self._repeatable[gap]
 
     @functools.cached_property
     def long_gap(self) -> dict[int, int]:
@@ -292,6 +301,7 @@ class _Restorer:
         self.absent: dict[int, int] = {}  # storage -> gap
         self.kept_until: dict[int, int] = {}  # storage of a repeated value -> last position that reads it
         self.restored: set[int] = set()
+        self.depth = 0  # of the chain that is followed
         self.found: list[Decision] = []
 
     def decisions(self) -> tuple[Decision, ...]:
@@ -354,8 +364,12 @@ class _Restorer:
         node = self.graph.by_name[name]
         if not self.gaps.can_repeat(node):
             raise CantRecompute(f"'{name}' ({node.op}) can't be repeated")
+        if self.depth == _DEEPEST:
+            raise CantRecompute(f"'{name}' ({node.op}) is the end of a chain of more than {_DEEPEST} nodes")
+        self.depth += 1
         for reference in node.inputs:
             self._need(reference, position, nodes, visiting)
+        self.depth -= 1
         nodes.append(name)
 
     def _need(self, reference: str, position: int, nodes: list[str], visiting: set[str]) -> None:

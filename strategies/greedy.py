@@ -58,7 +58,7 @@ def evict(problem: gaps.Gaps, anchors: Collection[int], target: float) -> fittin
         )
         if not chosen:
             break
-        state = fitting.evictions(problem, {**state.evicted, **chosen}, anchors)
+        state = fitting.at_worst_swapped(problem, {**state.evicted, **chosen}, anchors)
     return state
 
 

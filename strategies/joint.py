@@ -13,33 +13,23 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
-import math
-import random
 import time
-from collections.abc import Sequence
 
 import numpy as np
 
 from graphswap import bound, ir
 from graphswap.cost_model import CostModel
 from graphswap.plan import Plan
-from graphswap.strategies import fitting, gaps, greedy, relaxation, solver, timing
+from graphswap.strategies import annealing, fitting, gaps, greedy, relaxation, solver
 
 _TIGHTENINGS = (1.0, 0.94, 0.88, 0.8)
-_LEAST_SHARE = 0.002
-"""Of the target: smaller storages are not tried one by one."""
 _ROUNDS = 16
 _HALF = 0.5
-_WHERE_FULL = 0.7
-_TWICE = 0.4
-_HOTTEST = 0.003
-"""Of the plain step's seconds."""
-_PENALTY = 4.0
-_TRIALS = 60
-"""For each gap, at most."""
-_ENOUGH = 0.0005
-"""Above the bound: then nothing is left to gain."""
+_SEGMENTS = (6, 12, 24, 48)
+_AT_ONCE = 0.6
+"""Of the time that is left, for annealing: the allocator may turn its result down."""
+_SOLVING = 0.4
+"""Of the planning time, for the first solution of the program."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,71 +62,6 @@ def certificate(graph: ir.Graph, cost_model: CostModel, memory_budget: int, seco
     return bound.certificate(relaxed.program, solution.duals)
 
 
-class _Moves:
-    """Small changes of evictions.
-
-    Attributes:
-        count: How many gaps there are to change.
-    """
-
-    def __init__(self, problem: gaps.Gaps, target: float, rng: random.Random):
-        self._problem = problem
-        self._target = target
-        self._rng = rng
-        self._gaps = [gap for gap, item in enumerate(problem.gaps) if item.nbytes >= _LEAST_SHARE * target]
-        self._starts = np.array([problem.gaps[gap].start for gap in self._gaps], int)
-        self._ends = np.array([problem.gaps[gap].end for gap in self._gaps], int)
-        self.count = len(self._gaps)
-
-    def neighbour(self, state: fitting.Evictions) -> fitting.Evictions:
-        """The evictions with one or two gaps changed, where memory overflows rather than elsewhere.
-
-        Raises:
-            gaps.CantRecompute: If a value can't be recomputed.
-        """
-        rng, live = self._rng, state.outline.live
-        evicted, since = dict(state.evicted), dict(state.since)
-        fullest = int(live.argmax())
-        if live[fullest] > self._target and rng.random() < _WHERE_FULL:
-            self._relieve(evicted, since, fullest)
-        else:
-            gap = self._change(evicted, since, self._gaps)
-            if rng.random() < _TWICE:
-                item = self._problem.gaps[gap]
-                beside = np.flatnonzero((self._starts < item.end) & (self._ends > item.start))
-                self._change(evicted, since, [self._gaps[number] for number in beside])
-        return fitting.evictions(self._problem, evicted, state.anchors, since)
-
-    def _change(self, evicted: dict[int, str], since: dict[int, int], among: Sequence[int]) -> int:
-        """Gives one of the gaps another way; every second time one that is evicted."""
-        rng = self._rng
-        present = [gap for gap in among if gap in evicted]
-        gap = rng.choice(present if present and rng.random() < _HALF else among)
-        if gap in since and rng.random() < _HALF:
-            del since[gap]
-            return gap
-        way = rng.choice([way for way in ("", "swap", "recompute", gaps.AGAIN) if way != evicted.get(gap, "")])
-        evicted.pop(gap, None)
-        if way:
-            evicted[gap] = way
-        return gap
-
-    def _relieve(self, evicted: dict[int, str], since: dict[int, int], position: int) -> None:
-        """Takes something off the device at a position, or has less repeated there."""
-        rng = self._rng
-        over = [self._gaps[number] for number in np.flatnonzero((self._starts < position) & (self._ends > position))]
-        idle = [gap for gap in over if gap not in evicted or gap in since]
-        repeated = [
-            gap for gap, way in evicted.items() if way == "recompute" and self._problem.gaps[gap].end == position
-        ]
-        if idle and not (repeated and rng.random() < _HALF):
-            gap = rng.choice(idle)
-            since.pop(gap, None)
-            evicted[gap] = rng.choice(["swap", "recompute"])
-        elif repeated:
-            evicted[rng.choice(repeated)] = "swap"
-
-
 class _Search:
     """The state of one call of `plan`.
 
@@ -149,7 +74,8 @@ class _Search:
         self._relaxed = relaxed
         self._solver = solver.Solver(relaxed.program, relaxed.prices)
         self._memory_budget = memory_budget
-        self._deadline = time.monotonic() + seconds
+        self._start = time.monotonic()
+        self._deadline = self._start + seconds
         self._solved: dict[int, solver.Solution | None] = {}
         self._seen: list[fitting.Evictions] = []
         self.certificate: bound.Certificate | None = None
@@ -163,53 +89,32 @@ class _Search:
         return state
 
     def improved(self, target: float) -> fitting.Evictions:
-        """The best of the attempts so far, annealed as long as there is time and something to gain."""
-        everything = fitting.evictions(self._problem, dict.fromkeys(range(len(self._problem.gaps)), "swap"))
-        states = [*self._seen, everything]
-        start = min(states, key=lambda state: self._price(self._worth(state, target), target))
-        found = self._annealed(start, target, random.Random(0))
-        return min((*states, found), key=lambda state: self._worth(state, target))
-
-    def _annealed(self, state: fitting.Evictions, target: float, rng: random.Random) -> fitting.Evictions:
-        """Simulated annealing (Kirkpatrick et al., Science 1983) over what is evicted and how."""
-        plain = float(self._problem.clock[-1])
+        """What annealing makes of all attempts so far and of other strategies' ways to evict."""
         least = 0.0 if self.certificate is None else self.certificate.seconds(target)
-        moves = _Moves(self._problem, target, rng)
-        best, best_worth = state, self._worth(state, target)
-        worth = best_worth
-        begin = time.monotonic()
-        for trial in itertools.count():
-            now = time.monotonic()
-            done = max((now - begin) / max(self._deadline - begin, 1e-9), trial / (_TRIALS * moves.count + 1))
-            if done >= 1.0 or not moves.count or (best_worth[0] == 0.0 and best_worth[1] <= least * (1.0 + _ENOUGH)):
-                break
-            try:
-                neighbour = moves.neighbour(state)
-            except gaps.CantRecompute:
-                continue
-            found = self._worth(neighbour, target)
-            temperature = _HOTTEST * (1.0 - done) ** 2 * plain
-            rise = self._price(found, target) - self._price(worth, target)
-            if rise <= 0.0 or rng.random() < math.exp(-rise / max(temperature, 1e-30)):
-                state, worth = neighbour, found
-            if found < best_worth:
-                best, best_worth = neighbour, found
-        return best
+        states = [*self._seen, *self._others(target)]
+        left = self._deadline - time.monotonic()
+        found = annealing.improved(self._problem, states, target, _AT_ONCE * left, least)
+        self._seen.append(found)
+        return found
 
-    def _price(self, worth: tuple[float, float], target: float) -> float:
-        """Seconds, and what bytes above the target count for on the way to something better."""
-        return worth[1] + worth[0] / target * _PENALTY * float(self._problem.clock[-1])
-
-    def _worth(self, state: fitting.Evictions, target: float) -> tuple[float, float]:
-        """Bytes above the target, and about the seconds when copies have their times: less is better."""
-        seconds = state.outline.seconds
-        if self._problem.cost_model.link(self._problem.cost_model.far_tier).overlaps:
-            seconds = timing.estimated(self._problem, state.decisions, state.outline, target)
-        return max(0.0, state.outline.peak_bytes - target), seconds
+    def _others(self, target: float) -> list[fitting.Evictions]:
+        """Evictions that need no program: greedy ones, checkpoints of which some are swapped, and all that can be."""
+        problem = self._problem
+        states = [fitting.evictions(problem, dict.fromkeys(range(len(problem.gaps)), "swap"))]
+        for segments in _SEGMENTS:
+            anchors = problem.anchors(segments)
+            states.append(greedy.evict(problem, anchors, target))
+            for way in ("recompute", gaps.AGAIN):
+                evicted = {
+                    gap: way if storage not in anchors and problem.is_repeatable(gap) else "swap"
+                    for storage, gap in problem.saved.items()
+                }
+                states.append(fitting.at_worst_swapped(problem, evicted, anchors))
+        return states
 
     def _solve(self, memory_budget: int) -> solver.Solution | None:
         if memory_budget not in self._solved:
-            left = self._deadline - time.monotonic()
+            left = self._start + _SOLVING * (self._deadline - self._start) - time.monotonic()
             try:
                 found = self._solver.solve(memory_budget, left)
             except solver.SolverError:
@@ -259,10 +164,7 @@ class _Search:
     ) -> fitting.Evictions:
         """Evicts what still overflows."""
         problem = self._problem
-        try:
-            state = fitting.evictions(problem, evicted, anchors, since)
-        except gaps.CantRecompute:
-            state = fitting.evictions(problem, dict.fromkeys(evicted, "swap"), anchors, since)
+        state = fitting.at_worst_swapped(problem, evicted, anchors, since)
         self._seen.append(state)
         for _ in range(_ROUNDS):
             live = state.outline.live
@@ -283,7 +185,7 @@ class _Search:
             if not (chosen or late):
                 break
             kept = {gap: start for gap, start in state.since.items() if gap not in late}
-            state = fitting.evictions(problem, {**state.evicted, **chosen}, anchors, kept)
+            state = fitting.at_worst_swapped(problem, {**state.evicted, **chosen}, anchors, kept)
         return state
 
     def _covers(self, gap: int, positions: np.ndarray, last: int) -> bool:

@@ -57,7 +57,7 @@ def _evict(problem: gaps.Gaps, anchors: Collection[int], target: float) -> fitti
         for gap in swapped:
             if fitting.offer(problem, gap, evicted, anchors, fitting.BOTH)[2] == "recompute":
                 evicted[gap] = "recompute"
-        state = fitting.evictions(problem, evicted, anchors)
+        state = fitting.at_worst_swapped(problem, evicted, anchors)
     return state
 
 

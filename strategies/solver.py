@@ -98,7 +98,7 @@ class Solver:
         program, highs = self._program, self._highs
         rows = np.flatnonzero(program.share)
         lower, upper = program.row_lower_at(memory_budget)[rows], program.row_upper[rows]
-        highs.changeRowsBounds(len(rows), rows.astype(np.int32), lower, upper)
+        highs.changeRowsBounds(len(rows), rows.astype(np.int32), lower, upper)  # pyright: ignore[reportAttributeAccessIssue]
         highs.setOptionValue("time_limit", float(highs.getRunTime() + max(seconds, 0.1)))
         highs.run()
         return highs.getModelStatus()

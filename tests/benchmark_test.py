@@ -82,8 +82,23 @@ def test_a_trial_is_a_process_that_reports_its_steps(checkout_is_importable):
     ]
     planned = trial.run(Trial("mlp", 40 * MIB, "40MiB", steps=3), said.append)
     assert planned.equals(plain)
-    assert planned.peak_bytes <= 40 * MIB
+    assert planned.steady_peak_bytes <= planned.peak_bytes <= 40 * MIB
     assert planned.report["status"]
+
+
+def test_a_trial_waits_for_its_turn(checkout_is_importable):
+    said = []
+    with trial.Process(Trial("mlp", trial.AMPLE_BYTES, steps=3), said.append) as process:
+        assert said == []
+        for count in (1, 2):
+            assert process.step()
+            assert [line.startswith("step ") for line in said].count(True) == count
+        result = process.result()
+        assert len(result.losses) == 3
+        assert not process.step()
+    with trial.Process(Trial("mlpp", trial.AMPLE_BYTES), said.append) as process:
+        assert not process.step()
+        assert process.result().error.endswith("KeyError: 'mlpp'")
 
 
 def test_a_trial_without_room_ends_in_the_error_of_tensorflow(checkout_is_importable):

@@ -5,6 +5,7 @@ import pytest
 
 from graphswap import parser
 from graphswap.cost_model import CostModel, DeviceSpec, Link, Profile, Workspace, flops
+from graphswap.devices import DEVICES
 
 DEVICE = DeviceSpec(flops_per_second=1e9, memory_bytes_per_second=1e6, launch_seconds=1e-3)
 PROFILE = Profile("f", {"product": 2.0}, {"product": Workspace((256,), (200, 56))}, {"host": Link(1.0, 2.0)})
@@ -173,3 +174,27 @@ def test_copies_over_a_link_of_any_speed_take_some_time():
     assert (closed.is_closed, quick.is_closed, Link(1.0, 0.0).is_closed) == (True, False, True)
     assert closed.out_seconds(5) == closed.in_seconds(5) == math.inf
     assert closed.out_seconds(0) == quick.out_seconds(5) == quick.in_seconds(5) == 1.0
+
+
+def test_no_workspace_is_assumed_of_other_devices_kernels():
+    graph = parser.parse("""
+graph g() -> (%d) {
+  %x = Placeholder() : (float32[2,4,4,1])
+  %y = Placeholder() : (float32[2,2,2,1])
+  %d = MaxPoolGrad(%x, %y, %y) : (float32[2,4,4,1])
+}
+""")
+    assert CostModel().workspace(graph, graph.by_name["d"]).nbytes > 0
+    assert CostModel(DEVICES["v100"]).workspace(graph, graph.by_name["d"]) == Workspace()
+
+
+@pytest.mark.parametrize("scale", [0, -1, math.nan, math.inf])
+def test_a_profile_refuses_what_is_no_scale(scale):
+    with pytest.raises(ValueError) as error:
+        dataclasses.replace(PROFILE, time_scale=scale)
+    assert str(error.value) == f"expected a finite time_scale > 0, received {scale!r}. Measure again."
+
+
+def test_a_profile_refuses_to_reserve_less_than_nothing():
+    with pytest.raises(ValueError, match="expected reserved_bytes >= 0, received -1"):
+        dataclasses.replace(PROFILE, reserved_bytes=-1)

@@ -302,3 +302,25 @@ def test_a_plan_says_what_it_was_made_for():
     plan = found.plan(found.decide({0: "swap"}), "greedy", 5 * MIB).check(parser.parse(CHAIN))
     assert (plan.strategy, plan.memory_budget, plan.order) == ("greedy", 5 * MIB, found.order)
     assert plan.fingerprint == parser.parse(CHAIN).fingerprint
+
+
+def test_what_came_back_early_may_go_again():
+    found = gaps.problem(testing.chain(6), CostModel())
+    by_name = {found.storages[gap.storage].root: index for index, gap in enumerate(found.gaps)}
+    early, late = by_name["f2"], by_name["f3"]  # f3 is due first, and is made of f2
+    stays = found.outline(found.decide({early: "recompute", late: "recompute"}))
+    goes = found.outline(found.decide({early: gaps.AGAIN, late: "recompute"}, reuse=0))
+    between = slice(found.gaps[late].end + 1, found.gaps[early].end)
+    assert (goes.live[between] < stays.live[between]).all()
+    assert goes.recomputed_seconds > stays.recomputed_seconds
+
+
+@pytest.mark.parametrize(("layers", "is_repeatable"), [(150, True), (600, False)])
+def test_chains_that_are_recomputed_are_not_endless(layers, is_repeatable):
+    found = gaps.problem(testing.chain(layers), CostModel())
+    everything = dict.fromkeys(range(len(found.gaps)), "recompute")
+    deepest = max(everything, key=lambda gap: found.gaps[gap].start)
+    assert np.isfinite(found.recompute_seconds(deepest, everything, ())) == is_repeatable
+    if not is_repeatable:
+        with pytest.raises(gaps.CantRecompute, match="more than 200 nodes"):
+            found.decide({deepest: "recompute", **everything})

@@ -215,7 +215,9 @@ def test_swaps_and_repeats_run_after_tensorflows_optimisers():
     function = graphdef.build_function(func_graph, rewritten, tiers.Tiers())
     x = tf.random.stateless_normal((512, 64), (1, 2))
     arguments = [x, *(external for external, _ in func_graph.captures)]
-    executed = [name for _, _, name, _ in profiler._events(profiler._trace(lambda: function._call_flat(arguments, [])))]
+    with profiler.recording() as events:
+        function._call_flat(arguments, [])
+    executed = [name for _, _, name, _ in events]
     names = {name.rpartition(":")[0] for name in executed}
     assert set(repeated) <= names
     for node in inserted:
@@ -230,7 +232,8 @@ def test_the_planned_order_is_the_executed_order():
     rewritten = rewrites.rewrite(graph, evicting_plan(graph))
     function = graphdef.build_function(func_graph, rewritten, tiers.Tiers())
     arguments = [tf.ones((512, 64)), *(external for external, _ in func_graph.captures)]
-    events = profiler._events(profiler._trace(lambda: function._call_flat(arguments, [])))
+    with profiler.recording() as events:
+        function._call_flat(arguments, [])
     starts = {name.rpartition(":")[0]: start for start, _, name, _ in events}
     # Grappler drops a node if all its readers read a repeated one.
     times = [starts[node.name] for node in rewritten.nodes if node.op in ("MatMul", "Relu") and node.name in starts]
@@ -378,7 +381,9 @@ def test_keras_layers_import():
 
 def ops_that_run(function):
     function()
-    return {name.rpartition(":")[2] for *_, name, _ in profiler._events(profiler._trace(function))}
+    with profiler.recording() as events:
+        function()
+    return {name.rpartition(":")[2] for *_, name, _ in events}
 
 
 def test_sums_stay_sums_where_tensorflow_takes_memory_to_be_short():

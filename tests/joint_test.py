@@ -107,17 +107,6 @@ def test_no_strategy_beats_the_bound(graph, share, is_beside):
         assert seconds >= found.seconds(budget) - 1e-9, f"{name} takes {seconds} s"
 
 
-def test_changing_one_gap_at_a_time_makes_a_bad_plan_better():
-    model = testing.seconds_per_node(1.0, LINKS["instead of compute"])
-    problem = gaps.problem(CHAIN, model)
-    search = joint._Search(problem, relaxation.Relaxation(problem), 8 * MIB, seconds=30.0)
-    everything = fitting.evictions(problem, dict.fromkeys(range(len(problem.gaps)), "swap"))
-    search._seen.append(everything)
-    better = search.improved(8 * MIB)
-    assert better.outline.peak_bytes <= 8 * MIB
-    assert better.outline.seconds < everything.outline.seconds
-
-
 @pytest.mark.parametrize("failure", ["no answer", "no time left", "garbage"])
 def test_without_a_usable_solver_there_is_still_a_plan(monkeypatch, failure):
     late = []

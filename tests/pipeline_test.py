@@ -7,6 +7,7 @@ import os
 import pathlib
 import re
 import shutil
+import sys
 
 import emulated
 import numpy as np
@@ -396,6 +397,73 @@ def train_once():
     model.train_on_batch(batch(), batch())
 
 
+# --- replanning -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ten_times_too_slow(monkeypatch):
+    """Measured costs that no step will confirm."""
+    measure = profiler.measure_step
+    monkeypatch.setattr(profiler, "measure_step", lambda *args: slowed(measure(*args), 10))
+
+
+def slowed(profile, factor):
+    return dataclasses.replace(profile, seconds={name: factor * s for name, s in profile.seconds.items()})
+
+
+def test_wrong_predictions_are_corrected_from_the_steps_of_the_training(ten_times_too_slow, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    step, variables = make_step()
+    function = graphswap.function(step, **evict_all())
+    for _ in range(12):
+        function(batch())
+    report = graphswap.report(function).step
+    assert 1 <= len(report.rounds) <= 3
+    first = report.rounds[0]
+    assert first.corrected_seconds is not None
+    assert first.corrected_seconds < first.seen.predicted_seconds / 2
+    assert report.predicted_seconds < first.seen.predicted_seconds / 2
+    assert f"round 1 {first}" in str(report)
+    assert "graphswap: replan step, round 1 of 3 ..." in capsys.readouterr().err
+    assert_same(values(variables), train_plainly(12))
+
+
+def test_a_step_is_not_measured_while_somebody_else_uses_the_profiler(ten_times_too_slow, tmp_path):
+    step, variables = make_step()
+    function = graphswap.function(step, **evict_all())
+    function(batch())
+    tf.profiler.experimental.start(str(tmp_path))
+    try:
+        for _ in range(7):
+            function(batch())
+    finally:
+        tf.profiler.experimental.stop()
+    (only,) = graphswap.report(function).step.rounds
+    assert only.outcome.startswith("not measured: TensorFlow's profiler is busy")
+    assert_same(values(variables), train_plainly(8))
+
+
+def test_bytes_beyond_the_prediction_are_reserved_in_the_next_plan(monkeypatch):
+    budget, counted = 3 << 20, [1000]
+    step, variables = make_step()
+    function = graphswap.function(step, memory_budget=budget, swap_to="host")
+
+    def memory_in_use(kind="current"):
+        if any(step.measured_seconds for step in graphswap.report(function).steps):
+            counted.append(budget + (256 << 10))  # what the first step is taken to have reached
+        return 1000 if kind == "current" else counted[-1]
+
+    monkeypatch.setattr(profiler, "memory_in_use", memory_in_use)
+    for _ in range(6):
+        function(batch())
+    first, second = graphswap.report(function).steps
+    assert first.rounds[0].outcome == "the new plan is taken"
+    assert second.plan.memory_budget is not None
+    assert second.plan.memory_budget <= budget - first.rounds[0].seen.excess_bytes
+    assert f"{first.rounds[0].seen.excess_bytes / 2**20:.1f}MiB above prediction" in str(second)
+    assert_same(values(variables), train_plainly(6))
+
+
 # --- side effects -----------------------------------------------------------------------------------------------
 
 
@@ -489,6 +557,57 @@ def test_the_free_budget_on_an_emulated_accelerator():
     assert {name: ours[name] for name in plain} == plain
     assert ours["bound"] <= ours["peak"] <= ours["budget"], ours["report"]
     assert ours["predicted"] <= ours["plain"] * (1 + budgets.TOLERANCE)
+
+
+def train_with_wrong_costs(budget, cost_factor, link_factor, steps):
+    """Trains a perceptron; costs and links are measured wrong by these factors."""
+    measure, link = profiler.measure_step, profiler.measure_link
+    profiler.measure_step = lambda *args: slowed(measure(*args), cost_factor)
+
+    def slow_link(*args):
+        found = link(*args)
+        return dataclasses.replace(
+            found,
+            out_bytes_per_second=found.out_bytes_per_second / link_factor,
+            in_bytes_per_second=found.in_bytes_per_second / link_factor,
+        )
+
+    setattr(profiler, "measure_link", slow_link)  # noqa: B010
+    step, variables = make_step()
+    function = graphswap.function(step, memory_budget=budget)
+    x = batch(8192)
+    losses = [float(function(x)) for _ in range(steps)]
+    report = graphswap.report(function)
+    last = report.steps[-1]
+    return {
+        "losses": losses,
+        "variables": [float(np.sum(value)) for value in values(variables)],
+        "peak": tf.config.experimental.get_memory_info("CPU:0")["peak"],
+        "plans": [str(step.plan) for step in report.steps],
+        "rounds": [dataclasses.asdict(one) for one in last.rounds],
+        "predicted": last.predicted_seconds,
+        "text": str(last),
+    }
+
+
+@pytest.mark.parametrize(("cost_factor", "link_factor"), [(10, 1), (1, 10)])
+def test_rounds_mend_wrong_costs_and_later_runs_have_the_plan(cost_factor, link_factor):
+    budget = 25 << 20
+    wrong = (budget, cost_factor, link_factor, 20)
+    first = emulated.call(budget, __file__, "train_with_wrong_costs", *wrong)
+    plain = emulated.call(1 << 30, __file__, "train_with_wrong_costs", 1 << 30, 1, 1, 20)
+    assert first["peak"] <= budget
+    assert (first["losses"], first["variables"]) == (plain["losses"], plain["variables"])
+    assert 1 <= len(first["rounds"]) <= 3
+    for number, done in enumerate(first["rounds"], start=1):
+        assert f"round {number} {done['seen']['predicted_seconds']:.3f} s predicted" in first["text"]
+    if cost_factor != 1:
+        done = first["rounds"][0]
+        assert done["corrected_seconds"] < done["seen"]["predicted_seconds"] / 2
+    again = emulated.call(budget, __file__, "train_with_wrong_costs", *wrong)
+    assert again["rounds"] == []
+    assert again["plans"] == first["plans"][-1:]
+    assert again["losses"] == first["losses"]
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import tensorflow as tf
 import testing
 
 from graphswap import graphdef, ir, parser, profiler, tiers
-from graphswap.cost_model import Link, Profile, Workspace
+from graphswap.cost_model import CostModel, Link, Profile, Workspace
 
 # --- the device -------------------------------------------------------------------------------------------------
 
@@ -101,6 +101,57 @@ def test_every_heavy_node_gets_its_seconds_and_variables_stay():
     assert all(workspace.nbytes >= 0 for workspace in profile.workspace.values())
 
 
+def test_a_step_is_dealt_out_whole_to_what_runs_in_it():
+    def interval(name, start, end):
+        return int(start * 1e12), int(end * 1e12), name
+
+    shares = profiler._shares([interval("a", 1, 3), interval("b", 2, 4), interval("b", 3, 4), interval("c", 6, 7)])
+    # One second of "a" is shared with "b", and "c" was waited for.
+    assert shares == {"a": 1.5, "b": 1.5, "c": 3.0}
+    assert profiler._shares([]) == {}
+
+
+STEP = """
+    graph step(%x) -> (%loss) {
+      %x = Placeholder() : (float32[1024])
+      %a = Neg(%x) : (float32[1024])
+      %out = SwapOut(%a) {"nbytes": 4096, "tier": "host"} : (string[])
+      %pair = Neg(%x) {"beside": "a"} : (float32[1024])
+      %in = SwapIn(%out) {"nbytes": 4096, "tier": "host"} : (float32[1024])
+      %loss = Add(%in, %pair) : (float32[1024])
+      %update = Assign!(%loss) : ()
+    }"""
+
+
+def events(*runs):
+    return [(int(start * 1e12), int((end - start) * 1e12), name, {}) for name, start, end in runs]
+
+
+def test_a_steps_costs_add_up_to_its_length():
+    graph = parser.parse(STEP)
+    recorded = events(
+        ("a:Neg", 0, 2),
+        ("pair:Neg", 0, 2),
+        ("out/SerializeTensor:SerializeTensor", 2, 3),
+        ("in/ParseTensor:ParseTensor", 4, 6),
+        ("loss:Add", 6, 7),
+        ("update:Assign", 7, 8),
+        ("somebody_else:Add", 0, 99),
+    )
+    known = CostModel(profile=Profile("f", {"a": 9.0}, {"a": Workspace((256,))}, {"host": Link(1.0, 1.0, 0.0)}))
+    profile = profiler.step_costs(recorded, graph, 4.0, known, "f")
+    # Eight seconds were recorded of what takes four.
+    assert profile.seconds == {"x": 0.0, "a": 0.5, "pair": 0.5, "loss": 0.5, "update": 0.5}
+    assert profile.links["host"] == Link(4096 / 0.5, 4096 / 1.5, 0.0)
+    assert profile.links["disk"] == known.device.links["disk"]  # nothing went there
+    assert profile.workspace == {"a": Workspace((256,))}
+
+
+def test_a_step_of_which_nothing_was_recorded_has_no_costs():
+    with pytest.raises(profiler.CantMeasure, match="recorded none of the step's ops"):
+        profiler.step_costs(events(("other:Add", 0, 1)), parser.parse(STEP), 1.0, CostModel(), "f")
+
+
 def test_workspace_is_what_a_node_gives_back_at_its_end():
     def buffer(nbytes, start, end, is_temporary=True):
         return profiler._Buffer("node", nbytes, is_temporary, start, end)
@@ -137,6 +188,12 @@ def test_profiles_are_kept_per_graph_and_device(tmp_path, monkeypatch):
     profile = Profile("abc", {"conv": 0.5}, {"conv": Workspace(late=(1024,))}, {"host": Link(1e9, 2e9, 1e-5)})
     assert profiler.cached_profile("abc", "CPU:0/2") is None
     profiler.store_profile(profile, "CPU:0/2")
+    assert profiler.cached_profile("abc", "CPU:0/2") == profile
+    refined = Profile("abc", {"conv": 0.25}, {}, time_scale=1.5, reserved_bytes=4096)
+    assert profiler.cached_profile("abc", "CPU:0/2", "300MiB") is None
+    profiler.store_profile(refined, "CPU:0/2", "300MiB")
+    assert profiler.cached_profile("abc", "CPU:0/2", "300MiB") == refined
+    assert profiler.cached_profile("abc", "CPU:0/2", "220MiB") is None
     assert profiler.cached_profile("abc", "CPU:0/2") == profile
     assert profiler.cached_profile("abc", "GPU:0/2") is None
     assert profiler.cached_profile("abd", "CPU:0/2") is None

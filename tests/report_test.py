@@ -5,6 +5,7 @@ import pytest
 
 from graphswap import bound
 from graphswap.plan import Declined, Plan, Recompute, Swap
+from graphswap.replanning import Observation, Round
 from graphswap.report import Report, StepReport, report
 
 MIB = 1 << 20
@@ -84,6 +85,27 @@ def test_a_planned_step_after_it_has_run():
     assert "measured 95.0MiB" in text
     assert "measured 0.750 s (median of 3)" in text  # the first run also sets kernels up
     assert text.endswith("note    tightened")
+
+
+def test_every_round_is_reported():
+    seen = Observation(2.0, (9.0, 1.0, 1.0, 1.0))
+    step = step_report(rounds=[Round(seen, 1.0, 0.75, "the new plan is taken"), Round(seen)])
+    assert [line for line in str(step).splitlines() if line.startswith("  round")] == [
+        f"  round 1 {step.rounds[0]}",
+        "  round 2 2.000 s predicted, 1.000 s measured: as predicted",
+    ]
+
+
+def test_corrected_predictions_keep_their_ratio_to_the_bound():
+    builder = bound.Builder()
+    builder.row([(builder.column(cost=0.5), 100.0 * MIB)], lower=122.0 * MIB, share=1.0)
+    certificate = bound.certificate(builder.program(constant=0.5), np.array([0.005 / MIB]))
+    step = step_report(plan=Plan(strategy="joint", memory_budget=97 * MIB, certificate=certificate))
+    step.correct(2.0)
+    assert (step.plain_seconds, step.predicted_seconds, step.recomputed_seconds) == (1.0, 1.5, 0.25)
+    assert "takes less than 1.250 s in this budget; predicted is 20.0 % above" in str(step)
+    step.correct(1.0)
+    assert step.predicted_seconds == 0.75
 
 
 def test_a_step_that_has_run_once_shows_that_run():

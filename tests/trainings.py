@@ -13,7 +13,7 @@ import numpy as np
 import tensorflow as tf
 
 import graphswap
-from graphswap import ir, pipeline
+from graphswap import ir, planning
 from graphswap.cost_model import CostModel
 from graphswap.plan import Plan
 from graphswap.report import StepReport
@@ -119,12 +119,12 @@ class Recorder(keras.callbacks.Callback):
 @contextlib.contextmanager
 def analytic_costs() -> Iterator[None]:
     """Skips the measuring of steps, where a test is about something else."""
-    measured = pipeline.Session._profile
-    setattr(pipeline.Session, "_profile", lambda *args: None)  # noqa: B010
+    measured = planning.Planner._profile
+    setattr(planning.Planner, "_profile", lambda *args: None)  # noqa: B010
     try:
         yield
     finally:
-        pipeline.Session._profile = measured
+        planning.Planner._profile = measured
 
 
 def _run(train: Training, **option: Any) -> tuple[list[Any], Sequence[keras.Model]]:

@@ -74,6 +74,13 @@ def gpt(blocks: int = 8, width: int = 256, heads: int = 4, length: int = 128, ba
     return Training(keras.Model(tokens, words), keras.optimizers.Adam(3e-4), loss, _text(length, batch))
 
 
+def vit(blocks: int = 8, width: int = 192, heads: int = 3, patch: int = 8, batch: int = 16) -> Training:
+    """A vision transformer on scikit-learn's digits, enlarged to 96x96x3: Adam."""
+    model = architectures.vision_transformer(blocks, width, heads, patch, size=96, classes=10)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    return Training(model, keras.optimizers.Adam(3e-4), loss, _large_digits(batch))
+
+
 def lstm(width: int = 256, length: int = 128, batch: int = 32) -> Training:
     """Two stacked LSTMs on the source text of Python's library, split into words: Adam."""
     tokens = keras.Input((length,), dtype="int32")
@@ -111,6 +118,7 @@ MODELS: Mapping[str, Callable[[], Training]] = {
     "mlp": mlp,
     "resnet50": resnet50,
     "gpt": gpt,
+    "vit": vit,
     "unet": unet,
     "efficientnet": efficientnet,
     "lstm": lstm,

@@ -23,10 +23,11 @@ from typing import Any
 from absl import app, flags
 
 from graphswap import emulate
-from graphswap.options import format_bytes
+from graphswap.options import Options, format_bytes
 
 AMPLE_BYTES = 4 << 30
 """Memory of a device on which every model of `models` trains plainly."""
+_STEP = "step "
 _ERROR_LINES = 4
 _ERROR_WIDTH = 160
 
@@ -38,10 +39,12 @@ class Trial:
     Attributes:
         model: A name of `models.MODELS`.
         memory_bytes: Memory of the emulated accelerator, in whole MiB.
-        graphswap: The compile option; empty for plain Keras.
+        graphswap: The memory budget of the compile option; empty for plain Keras.
         steps: How many steps to train.
         memory_optimizer: Whether plain Keras runs with TensorFlow's memory optimiser, as it does by default. Where
             that takes memory to be short it sums gradients in the order of their arrival, so that runs differ.
+        strategy: As in `Options`.
+        planning_seconds: As in `Options`.
     """
 
     model: str
@@ -49,6 +52,8 @@ class Trial:
     graphswap: str = ""
     steps: int = 20
     memory_optimizer: bool = True
+    strategy: str = str(Options.strategy)
+    planning_seconds: float = Options.planning_seconds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +67,7 @@ class Result:
         peak_bytes: The most that the device's allocator has counted.
         variables: Digest of all variables after the last step: weights, statistics, seeds, optimizer state.
         report: The fields of the last `StepReport`, with the plan's numbers; empty for plain Keras.
+        steady_peak_bytes: The most after the first step, which may include a run under another plan to measure costs.
     """
 
     error: str = ""
@@ -70,6 +76,7 @@ class Result:
     peak_bytes: int = 0
     variables: str = ""
     report: dict[str, Any] = dataclasses.field(default_factory=dict)
+    steady_peak_bytes: int = 0
 
     @property
     def steady_seconds(self) -> list[float]:
@@ -81,29 +88,61 @@ class Result:
         return (self.losses, self.variables) == (other.losses, other.variables)
 
 
-def run(trial: Trial, say: Callable[[str], None], environment: Mapping[str, str] | None = None) -> Result:
-    """Runs a trial in a new process and waits for its end.
+class Process:
+    """A trial in a new process, which waits before every step until it is its turn. A context manager.
 
     Args:
         trial: What to run.
         say: Gets the lines of the run's progress.
         environment: Further variables for the process.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        result, errors = pathlib.Path(folder) / "result.json", pathlib.Path(folder) / "errors"
+
+    def __init__(self, trial: Trial, say: Callable[[str], None], environment: Mapping[str, str] | None = None):
+        self._say = say
+        self._folder = tempfile.TemporaryDirectory()
+        self._result, self._errors = (pathlib.Path(self._folder.name) / name for name in ("result.json", "errors"))
         command = [sys.executable, "-m", "graphswap.emulate", __file__, f"--model={trial.model}"]
-        command += [f"--graphswap={trial.graphswap}", f"--steps={trial.steps}", f"--result={result}"]
+        command += [f"--graphswap={trial.graphswap}", f"--steps={trial.steps}", f"--result={self._result}"]
+        command += [f"--strategy={trial.strategy}", f"--planning_seconds={trial.planning_seconds}", "--in_turns"]
         command += [] if trial.memory_optimizer else ["--nomemory_optimizer"]
         variables = {**os.environ, **emulate.environment(trial.memory_bytes), **(environment or {})}
-        with (
-            errors.open("w") as stderr,
-            subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, stderr=stderr, text=True) as child,
-        ):
-            for line in child.stdout or ():
-                say(line.rstrip())
-        if child.returncode == 0:
-            return Result(**json.loads(result.read_text()))
-        return Result(error=telling_lines(errors.read_text()) or f"ended with exit status {child.returncode}")
+        with self._errors.open("w") as stderr:
+            pipe = subprocess.PIPE
+            self._child = subprocess.Popen(command, env=variables, stdin=pipe, stdout=pipe, stderr=stderr, text=True)
+
+    def __enter__(self) -> Process:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._child.kill()
+        self._child.communicate()
+        self._folder.cleanup()
+
+    def step(self) -> bool:
+        """Lets it run one step, the first with all that comes before it. False if it ends instead."""
+        assert self._child.stdin is not None and self._child.stdout is not None
+        with contextlib.suppress(BrokenPipeError):  # it has failed, and `result` will tell
+            print(file=self._child.stdin, flush=True)
+        for line in self._child.stdout:
+            self._say(line.rstrip())
+            if line.startswith(_STEP):
+                return True
+        return False
+
+    def result(self) -> Result:
+        """Lets it run to its end, and returns what came of it."""
+        while self.step():
+            pass
+        if self._child.wait() == 0:
+            return Result(**json.loads(self._result.read_text()))
+        error = telling_lines(self._errors.read_text())
+        return Result(error=error or f"ended with exit status {self._child.returncode}")
+
+
+def run(trial: Trial, say: Callable[[str], None], environment: Mapping[str, str] | None = None) -> Result:
+    """Runs a trial in a new process and waits for its end. Arguments are those of `Process`."""
+    with Process(trial, say, environment) as process:
+        return process.result()
 
 
 def telling_lines(errors: str) -> str:
@@ -114,12 +153,22 @@ def telling_lines(errors: str) -> str:
     return "\n".join(line[:_ERROR_WIDTH] for line in (telling or lines)[-_ERROR_LINES:])
 
 
-def train(model: str, graphswap: str, steps: int, memory_optimizer: bool = True) -> Result:
-    """Trains a model of `models` in this process, which must be emulated, and tells each step."""
+def train(
+    model: str, option: Options | None, steps: int, memory_optimizer: bool = True, in_turns: bool = False
+) -> Result:
+    """Trains a model of `models` in this process, which must be emulated, and tells each step.
+
+    Args:
+        model: A name of `models.MODELS`.
+        option: The compile option; None for plain Keras.
+        steps: How many steps to train.
+        memory_optimizer: As in `Trial`.
+        in_turns: Whether to wait for a line of input before each step.
+    """
     import keras
     import tensorflow as tf
 
-    import graphswap as graphswap_lib
+    import graphswap
     from graphswap import graphdef
     from graphswap.tools import models
 
@@ -127,35 +176,43 @@ def train(model: str, graphswap: str, steps: int, memory_optimizer: bool = True)
     tf.config.optimizer.set_experimental_options({"arithmetic_optimization": False})
     keras.utils.set_random_seed(0)
     training = models.MODELS[model]()
-    option = {"graphswap": graphswap} if graphswap else {}
-    training.model.compile(training.optimizer, training.loss, **option)
-    losses, seconds = [], []
-    print("tracing, measuring and planning the step" if graphswap else "tracing the step", flush=True)
+    training.model.compile(training.optimizer, training.loss, **({"graphswap": option} if option else {}))
+    losses, seconds, peaks = [], [], []
+    print("tracing, measuring and planning the step" if option else "tracing the step", flush=True)
     for step, (inputs, targets) in zip(range(1, steps + 1), training.batches, strict=False):
+        if in_turns and not sys.stdin.readline():
+            sys.exit("nobody waits for the next step any more")
         training.model.reset_metrics()  # so that the loss is this batch's own
         start = time.perf_counter()
         with contextlib.nullcontext() if memory_optimizer else graphdef.without_memory_optimizer():
             losses.append(float(training.model.train_on_batch(inputs, targets)))
         seconds.append(time.perf_counter() - start)
-        print(f"step {step}/{steps}: loss {losses[-1]:.4f}, {seconds[-1]:.2f} s", flush=True)
-    peak_bytes = tf.config.experimental.get_memory_info("CPU:0")["peak"]
-    print(f"peak {format_bytes(peak_bytes)}", flush=True)
-    report = _fields(graphswap_lib.report(training.model)) if graphswap else {}
+        peaks.append(tf.config.experimental.get_memory_info("CPU:0")["peak"])
+        if step == 1:
+            tf.config.experimental.reset_memory_stats("CPU:0")
+        print(f"{_STEP}{step}/{steps}: loss {losses[-1]:.4f}, {seconds[-1]:.2f} s", flush=True)
+    print(f"peak {format_bytes(max(peaks))}", flush=True)
+    report = _fields(graphswap.report(training.model)) if option else {}
+    for number, one in enumerate(report.get("rounds", ()), start=1):
+        print(f"round {number}: {one}", flush=True)
     for note in report.get("notes", ()):
         print(f"note: {note}", flush=True)
     variables = [*training.model.variables, *training.optimizer.variables]
-    return Result("", losses, seconds, peak_bytes, _digest(variables), report)
+    return Result("", losses, seconds, max(peaks), _digest(variables), report, peaks[-1])
 
 
 def _fields(report: Any) -> dict[str, Any]:
-    """The step that ran last, in numbers; the notes are those of all steps."""
+    """The step that ran last, in numbers; the rounds in words; the notes are those of all steps."""
     step = report.steps[-1]
+    certificate, budget = step.plan.certificate, step.plan.memory_budget
     fields = {field.name: getattr(step, field.name) for field in dataclasses.fields(step) if field.name != "plan"}
     return {
         **fields,
+        "rounds": [str(one) for one in step.rounds],
         "notes": [note for planned in report.steps for note in planned.notes],
         "plans": len(report.steps),
         "strategy": step.plan.strategy,
+        "bound_seconds": None if certificate is None or budget is None else certificate.seconds(budget),
         "swaps": len(step.plan.swaps),
         "repeated_nodes": sum(len(decision.nodes) for decision in step.plan.recomputes),
     }
@@ -171,15 +228,25 @@ def _digest(variables: Sequence[Any]) -> str:
 def _main(argv: Sequence[str]) -> None:
     values = flags.FlagValues()
     model = flags.DEFINE_string("model", "mlp", "A name of models.MODELS.", flag_values=values)
-    graphswap = flags.DEFINE_string("graphswap", "", "The compile option; empty for plain Keras.", flag_values=values)
+    graphswap = flags.DEFINE_string("graphswap", "", "The memory budget; empty for plain Keras.", flag_values=values)
+    strategy = flags.DEFINE_string("strategy", str(Options.strategy), "As in Options.", flag_values=values)
+    planning_seconds = flags.DEFINE_float(
+        "planning_seconds", Options.planning_seconds, "As in Options.", flag_values=values
+    )
     steps = flags.DEFINE_integer("steps", 20, "How many steps to train.", flag_values=values)
     memory_optimizer = flags.DEFINE_bool(
         "memory_optimizer", True, "Whether TensorFlow's memory optimiser is on.", flag_values=values
     )
+    in_turns = flags.DEFINE_bool(
+        "in_turns", False, "Whether to wait for a line of input before each step.", flag_values=values
+    )
     path = flags.DEFINE_string("result", None, "File to write the result to, as JSON.", flag_values=values)
     if values(argv)[1:]:
         raise app.UsageError(f"expected flags, received {values(argv)[1:]}.")
-    result = train(model.value, graphswap.value, steps.value, memory_optimizer.value)
+    option = None
+    if graphswap.value:
+        option = Options(graphswap.value, strategy=strategy.value, planning_seconds=planning_seconds.value)
+    result = train(model.value, option, steps.value, memory_optimizer.value, in_turns.value)
     if path.value is not None:
         pathlib.Path(path.value).write_text(json.dumps(dataclasses.asdict(result)))
 

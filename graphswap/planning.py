@@ -1,0 +1,354 @@
+"""measure -> plan: finds what to do with a step on this device within the budget."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gc
+import os
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import tensorflow as tf
+
+from graphswap import allocator, graphdef, ir, profiler, replanning, rewrites, simulator, strategies, tiers
+from graphswap.cost_model import MEMORY_VARIABLE, CostModel, DeviceSpec, Profile
+from graphswap.options import Options, format_bytes
+from graphswap.plan import Plan
+from graphswap.strategies import budgets, gaps
+from graphswap.strategies.base import InfeasibleBudgetError, Strategy
+
+_USABLE = 0.99
+"""Of a budget below the device's memory: the rest is for what wanders, such as the input pipeline's buffers."""
+_FRUGAL = 0.93
+"""Of the budget, for the first run of a step: its workspace is an estimate."""
+_WANDERING = 2.0
+"""How far the peak of TensorFlow's own order may lie above the planned order's (two LSTMs: 1.6)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Planned:
+    """A plan with what it was judged by.
+
+    Attributes:
+        graph: The step.
+        cost_model: Its costs.
+        budget: Bytes that were given; 0 for as few as possible.
+        plan: The plan.
+        timeline: Of the step under the plan.
+        plain: Of the step as it was.
+        notes: What the user should know.
+        memory_bound_bytes: No plan of the plan's class has a lower peak; None if nothing was planned.
+        free_bound_bytes: No smaller budget is free; None if no free one was asked for.
+        is_settled: Whether an earlier run has held the plan against its steps (`replanning`).
+    """
+
+    graph: ir.Graph
+    cost_model: CostModel
+    budget: int
+    plan: Plan
+    timeline: simulator.Timeline
+    plain: simulator.Timeline
+    notes: tuple[str, ...] = ()
+    memory_bound_bytes: int | None = None
+    free_bound_bytes: int | None = None
+    is_settled: bool = False
+
+    @property
+    def time_scale(self) -> float:
+        """What the timelines' seconds are to be multiplied by."""
+        return 1.0 if self.cost_model.profile is None else self.cost_model.profile.time_scale
+
+    @property
+    def seconds(self) -> float:
+        """Predicted length of the step under the plan."""
+        return self.timeline.seconds * self.time_scale
+
+
+Clock = Callable[[str], AbstractContextManager[None]]
+"""Called with the name of the phase that begins; left when it ends."""
+
+
+class Planner:
+    """Plans steps as the options ask.
+
+    Args:
+        options: What the user asked for.
+        far_tiers: Where swaps of measured steps go.
+    """
+
+    def __init__(self, options: Options, far_tiers: tiers.Tiers):
+        self._options = options
+        self._tiers = far_tiers
+
+    def device(self) -> DeviceSpec:
+        """This machine's device, its links measured."""
+        emulated = os.environ.get(MEMORY_VARIABLE)
+        directory = self._options.swap_directory()
+        if directory is None and self._far_tier() == "disk":
+            directory = tiers.default_directory()
+        return profiler.device_spec(int(emulated) if emulated else None, directory)
+
+    def cost_model(self, device: DeviceSpec, graph: ir.Graph, fence_bytes: int) -> CostModel:
+        """Analytic costs of the graph on the device as it is now, less the fences, which `simulator` lays itself."""
+        resident_bytes = max(0, _resident_bytes(graph) - fence_bytes)
+        return CostModel(device, resident_bytes=resident_bytes, far_tier=self._far_tier())
+
+    def budget(self, device: DeviceSpec, scale: float) -> tuple[int, float]:
+        """The bytes to plan for, 0 for "min" and "free"; and their share of the budget.
+
+        A device can't pass a budget of all its memory, whatever its allocator loses; there the strategies leave room.
+        """
+        asked = self._options.memory_budget
+        if asked == "min":
+            return 0, 1.0
+        if asked == "free":
+            return 0, scale * _USABLE
+        whole = _memory_bytes(device)
+        if not isinstance(asked, int) or asked >= whole:
+            asked = whole
+        share = scale * (1.0 if asked == device.memory_bytes else _USABLE)
+        return int(asked * share), share
+
+    def plan(
+        self,
+        func_graph: graphdef.FuncGraph,
+        graph: ir.Graph,
+        arguments: Sequence[Any],
+        cost_model: CostModel,
+        budget: int,
+        clock: Clock,
+    ) -> Planned:
+        """Measures the step, unless an earlier run did, and plans it.
+
+        Args:
+            func_graph: The traced step; it stays as it is.
+            graph: The same, imported.
+            arguments: To measure it on.
+            cost_model: From `cost_model`.
+            budget: Bytes to plan for; 0 for as few as the options' word asks for.
+            clock: Gets the phases "measure" and "plan".
+
+        Raises:
+            InfeasibleBudgetError: If no plan keeps the budget.
+        """
+        plain = simulator.simulate(graph, Plan(), cost_model)
+        if budget and plain.peak_bytes * _WANDERING <= budget:
+            notes = ("it fits the budget as it is",)
+            return Planned(graph, cost_model, budget, Plan(), plain, plain, notes)
+        notes = []
+        with clock("measure"):
+            question = self._question(budget)
+            settled = question and profiler.cached_profile(graph.fingerprint, cost_model.device.name, question)
+            is_free = self._options.memory_budget == "free"
+            room = int(_USABLE * _memory_bytes(cost_model.device)) if is_free else budget
+            profile = settled or self._profile(func_graph, graph, arguments, cost_model, room, notes)
+        with clock("plan"):
+            planned = self._plan(graph, dataclasses.replace(cost_model, profile=profile), budget)
+        return dataclasses.replace(planned, notes=tuple(notes), is_settled=bool(settled))
+
+    def replan(
+        self, planned: Planned, costs: Profile, seen: replanning.Observation
+    ) -> tuple[Planned, replanning.Round]:
+        """One round of replanning, after a step of the plan was measured.
+
+        Args:
+            planned: The plan.
+            costs: Measured within its step.
+            seen: Its steps.
+
+        Returns:
+            The new plan, or if it is no better the old one with its predictions corrected; and the round.
+        """
+        profile = planned.cost_model.profile
+        reserved_bytes = profile.reserved_bytes if profile else 0
+        left = replanning.reserve(seen, planned.budget - reserved_bytes) if planned.budget else 0
+        costs = dataclasses.replace(costs, reserved_bytes=reserved_bytes + left)
+        cost_model = dataclasses.replace(planned.cost_model, profile=costs)
+        old_seconds = simulator.simulate(planned.graph, planned.plan, cost_model).seconds
+        try:
+            new = self._plan(planned.graph, cost_model, planned.budget)
+        except (InfeasibleBudgetError, simulator.NoRoom) as error:
+            return _corrected(planned, old_seconds), replanning.Round(seen, old_seconds, None, f"no new plan: {error}")
+        if replanning.is_better(seen, old_seconds, new.seconds):
+            return new, replanning.Round(seen, old_seconds, new.seconds, "the new plan is taken")
+        return _corrected(planned, old_seconds), replanning.Round(seen, old_seconds, new.seconds, "the plan stays")
+
+    def resume(self, planned: Planned, cost_model: CostModel) -> Planned:
+        """A plan of `replan` for the same step, traced anew; planned once more if it no longer fits.
+
+        Args:
+            planned: The plan.
+            cost_model: Of the device as it is now.
+
+        Raises:
+            InfeasibleBudgetError: If no plan keeps the budget.
+        """
+        cost_model = dataclasses.replace(cost_model, profile=planned.cost_model.profile)
+        with contextlib.suppress(simulator.NoRoom):
+            again = _judged(planned.graph, planned.plan, cost_model, planned.budget)
+            if not planned.budget or again.timeline.allocated_peak_bytes <= planned.budget:
+                return again
+        return self._plan(planned.graph, cost_model, planned.budget)
+
+    def settle(self, planned: Planned) -> None:
+        """Keeps the costs that led to the plan, so that later runs make the same one and leave it at that."""
+        profile, question = planned.cost_model.profile, self._question(planned.budget)
+        if profile is not None and question:
+            profiler.store_profile(profile, planned.cost_model.device.name, question)
+
+    def _question(self, budget: int) -> str:
+        """What a plan depends on besides the step, the device and the costs; "" if the strategy has no name for it."""
+        strategy = self._options.strategy
+        if not isinstance(strategy, str) and not dataclasses.is_dataclass(strategy):
+            return ""
+        return f"{budget} {strategy} {self._options.swap_to} {self._options.planning_seconds}"
+
+    def _plan(self, graph: ir.Graph, cost_model: CostModel, budget: int) -> Planned:
+        reserved_bytes = cost_model.profile.reserved_bytes if cost_model.profile else 0
+        plan, free_bound_bytes = self._choose(graph, cost_model, max(1, budget - reserved_bytes) if budget else 0)
+        plan.check(graph)
+        return dataclasses.replace(_judged(graph, plan, cost_model, budget), free_bound_bytes=free_bound_bytes)
+
+    def _choose(self, graph: ir.Graph, cost_model: CostModel, budget: int) -> tuple[Plan, int | None]:
+        """The plan for a budget, 0 for "min" and "free"; and the bound of a free one."""
+        if budget:
+            return _plan_within(self._strategy(), graph, cost_model, budget), None
+        if self._options.memory_budget != "free":
+            return budgets.smallest(self._strategy(), graph, cost_model), None
+        seconds = self._options.planning_seconds
+        found = budgets.free(self._strategy(seconds / budgets.EVALUATIONS), graph, cost_model, seconds)
+        has, needs = cost_model.device.memory_bytes, found.plan.memory_budget or 0
+        if has is not None and needs > has * _USABLE:
+            raise ValueError(
+                f"memory_budget='free': expected a device with room for the step at full speed, {format_bytes(needs)}, "
+                f"received one of {format_bytes(has)}, of which {_USABLE:.0%} can be planned for. "
+                "Write memory_budget='auto' for the fastest plan in what the device has, or reduce the batch size."
+            )
+        return found.plan, found.bound_bytes
+
+    def _far_tier(self) -> str:
+        swap_to = str(self._options.swap_to)
+        if swap_to == "auto":
+            # A plain CPU's memory is the host's: only the disk lies beyond it.
+            return "disk" if profiler.memory_in_use() is None else "host"
+        return "host" if swap_to == "host" else "disk"
+
+    def _strategy(self, planning_seconds: float | None = None) -> Strategy:
+        strategy = self._options.strategy
+        if isinstance(strategy, str):
+            strategy = strategies.STRATEGIES[strategy]
+        if isinstance(strategy, strategies.Auto | strategies.Joint | strategies.Checkmate):
+            return dataclasses.replace(strategy, planning_seconds=planning_seconds or self._options.planning_seconds)
+        return strategy
+
+    def _profile(
+        self,
+        func_graph: graphdef.FuncGraph,
+        graph: ir.Graph,
+        arguments: Sequence[Any],
+        cost_model: CostModel,
+        budget: int,
+        notes: list[str],
+    ) -> Profile | None:
+        """Measured costs, from the cache or from a run under a frugal plan; None if it can't be run."""
+        device = cost_model.device.name
+        cached = profiler.cached_profile(graph.fingerprint, device)
+        if cached is not None:
+            return cached
+        error: Exception | None = None
+        for frugal_budget in (max(1, int(budget * _FRUGAL)), budget, 0):
+            try:
+                # Estimates are high for some kernels' workspace, and low for others': the run will tell.
+                if frugal_budget:
+                    plan = strategies.Greedy(planning_seconds=0.0).plan(graph, cost_model, frugal_budget)
+                else:
+                    plan = budgets.smallest(self._strategy(), graph, cost_model)
+                rewritten = rewrites.rewrite(graph, plan.one_by_one())
+                profile = profiler.measure_step(func_graph, rewritten, arguments, self._tiers, graph.fingerprint)
+            except (InfeasibleBudgetError, profiler.CantMeasure, tf.errors.OpError) as failure:
+                error = failure
+                if not (isinstance(failure, InfeasibleBudgetError) or is_out_of_memory(failure)):
+                    break
+            else:
+                profile = dataclasses.replace(profile, links={"host": cost_model.device.links["host"]})
+                profiler.store_profile(profile, device)
+                gc.collect()  # the measured function's constants lie on the device
+                return profile
+        notes.append(f"costs are analytic, not measured: {summary(error)}")
+        return None
+
+
+def _judged(graph: ir.Graph, plan: Plan, cost_model: CostModel, budget: int) -> Planned:
+    """The plan with its timelines.
+
+    Raises:
+        simulator.NoRoom: If the device has no room for it.
+    """
+    device = cost_model.device
+    timelines = []
+    for second_first in dict.fromkeys(((), tuple(pair.second for pair in plan.pairs))):
+        memory = None
+        if device.memory_bytes is not None:
+            limit = max(plan.memory_budget or 0, device.memory_bytes)
+            memory = allocator.Allocator(limit, device.reserves_memory)
+        timelines.append(simulator.simulate(graph, plan, cost_model, allocator=memory, second_first=second_first))
+    worst = max(timelines, key=lambda timeline: timeline.allocated_peak_bytes)
+    plain = simulator.simulate(graph, Plan(), cost_model)
+    memory_bound_bytes = budgets.least_peak(gaps.problem(graph, cost_model)).nbytes
+    return Planned(graph, cost_model, budget, plan, worst, plain, memory_bound_bytes=memory_bound_bytes)
+
+
+def _corrected(planned: Planned, seconds: float) -> Planned:
+    """The plan with its predictions scaled to a step of so many seconds. The costs stay, and lead to it again."""
+    profile = planned.cost_model.profile
+    if profile is None or not planned.timeline.seconds:
+        return planned
+    profile = dataclasses.replace(profile, time_scale=seconds / planned.timeline.seconds)
+    return dataclasses.replace(planned, cost_model=dataclasses.replace(planned.cost_model, profile=profile))
+
+
+def _plan_within(strategy: Strategy, graph: ir.Graph, cost_model: CostModel, budget: int) -> Plan:
+    """The strategy's plan; if it finds none, an error that names a budget it does find one for."""
+    try:
+        return strategy.plan(graph, cost_model, budget)
+    except InfeasibleBudgetError as error:
+        least_bytes = max(error.smallest_bytes, budget + 1)
+        try:
+            plan = budgets.smallest(strategy, graph, cost_model, least_bytes)
+        except InfeasibleBudgetError:
+            raise error from None
+        smallest = plan.memory_budget or least_bytes
+        raise InfeasibleBudgetError(budget, smallest, error.node, error.bound_bytes, error.spent_seconds) from None
+
+
+def _memory_bytes(device: DeviceSpec) -> int:
+    """Of the device; a plain CPU has what the machine has."""
+    return device.memory_bytes or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _resident_bytes(graph: ir.Graph) -> int:
+    """Device bytes in use that the graph does not show: other tensors, and holes' slack."""
+    current = profiler.memory_in_use()
+    if current is None:
+        return 0
+    shown = sum(
+        sum(dict(node.attrs).get("held_bytes", ())) or sum(v.nbytes for v in node.outputs)  # pyright: ignore[reportArgumentType, reportCallIssue]
+        for node in graph.nodes
+        if node.op == "Placeholder"
+    )
+    return max(0, current - shown)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether the device ran out. What a swap brings back is then an invalid argument to TensorFlow."""
+    if isinstance(error, tf.errors.ResourceExhaustedError):
+        return True
+    return isinstance(error, tf.errors.InvalidArgumentError) and "/swap_in/ParseTensor}}" in str(error)
+
+
+def summary(error: Exception | None) -> str:
+    """The most telling line of an error: what ran out, else the last one, which stands after the nodes."""
+    lines = [line for line in str(error).splitlines() if line.strip() and "[[" not in line]
+    return next((line for line in lines if line.startswith("OOM")), lines[-1] if lines else repr(error))[:300]
