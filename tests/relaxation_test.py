@@ -6,8 +6,8 @@ import random
 import pytest
 import testing
 
-from graphswap import bound
-from graphswap.cost_model import CostModel, DeviceSpec, Link
+from graphswap import bound, parser
+from graphswap.cost_model import CostModel, DeviceSpec, Link, Profile, Workspace
 from graphswap.strategies import gaps, relaxation, solver
 
 MIB = 1 << 20
@@ -46,6 +46,28 @@ def test_every_gap_that_matters_has_columns():
         assert relaxed.checks[stretches[0].first] > problem.gaps[gap].start
         assert relaxed.checks[stretches[-1].end - 1] < problem.gaps[gap].end
         assert all(before.end == after.first for before, after in zip(stretches, stretches[1:], strict=False))
+
+
+IN_PLACE = """
+graph in_place(%x, %w) -> (%d) {
+  %x = Placeholder() : (float32[512,512])
+  %w = Placeholder() : (float32[512,512])
+  %a = MatMul(%x, %w) : (float32[512,512])
+  %b = Relu(%a) : (float32[512,512])
+  %c = MatMul(%a, %w) : (float32[8,8])
+  %d = MatMul(%b, %c) : (float32[8,8])
+}
+"""
+
+
+def test_an_op_works_in_place_only_if_its_input_can_be_absent_afterwards():
+    # x, w, a, b and the workspace of b; the next node reads a.
+    profile = Profile("", {}, {"b": Workspace(late=(MIB,))})
+    model = CostModel(DeviceSpec(links={"host": QUICK}), profile)
+    relaxed = relaxation.Relaxation(gaps.problem(parser.parse(IN_PLACE), model))
+    solver.solve(relaxed.program, 5 * MIB, relaxed.prices, 60.0)
+    with pytest.raises(solver.SolverError, match="[Ii]nfeasible"):
+        solver.solve(relaxed.program, 4.5 * MIB, relaxed.prices, 60.0)
 
 
 # With the first four there are plans that write an output over what they make anew, or leave a first run out: below a
