@@ -466,7 +466,8 @@ class Relaxation:
         granted = []
         for index, nbytes in enumerate(liveness.output_bytes(node)):
             references = [node.inputs[slot] for slot in liveness.overwritten_by(problem.graph, node, index)]
-            roots = [problem.root_of[reference] for reference in references if node.inputs.count(reference) == 1]
+            own = [reference for reference in references if node.inputs.count(reference) == 1]
+            roots = dict.fromkeys(problem.root_of[reference] for reference in own)
             moved = [
                 problem.storage_of[root]
                 for root in roots
