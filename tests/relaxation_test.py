@@ -70,8 +70,9 @@ def test_an_op_works_in_place_only_if_its_input_can_be_absent_afterwards():
         solver.solve(relaxed.program, 4.5 * MIB, relaxed.prices, 60.0)
 
 
-# In the fifth an op may work in place of two names of one buffer. With the first four there are plans that write an output over what they make anew, or leave a first run out: below a
-# bound that takes every node to need its own output where it stands.
+# With the first four there are plans that write an output over what they make anew, or leave a first run out: below a
+# bound that takes every node to need its own output where it stands. In the fifth a node may write over a buffer that
+# it reads under two names.
 @pytest.mark.parametrize("seed", [32, 64, 91, 129, 23, *range(8)])
 def test_no_evictions_get_below_the_bound(seed):
     rng = random.Random(seed)
