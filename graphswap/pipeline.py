@@ -386,7 +386,7 @@ class Session:
                 asked, smallest, bound = (
                     int(nbytes / share) for nbytes in (budget, error.smallest_bytes, error.bound_bytes)
                 )
-                raise InfeasibleBudgetError(asked, smallest + 1, error.node, bound) from None
+                raise InfeasibleBudgetError(asked, smallest + 1, error.node, bound, error.spent_seconds) from None
             rewritten = graph
             if not planned.plan.is_empty:
                 with clock("rewrite"):

@@ -239,7 +239,7 @@ class Planner:
         strategy = self._options.strategy
         if isinstance(strategy, str):
             strategy = strategies.STRATEGIES[strategy]
-        if isinstance(strategy, strategies.Auto | strategies.Joint):
+        if isinstance(strategy, strategies.Auto | strategies.Joint | strategies.Checkmate):
             return dataclasses.replace(strategy, planning_seconds=planning_seconds or self._options.planning_seconds)
         return strategy
 
@@ -319,7 +319,8 @@ def _plan_within(strategy: Strategy, graph: ir.Graph, cost_model: CostModel, bud
             plan = budgets.smallest(strategy, graph, cost_model, least_bytes)
         except InfeasibleBudgetError:
             raise error from None
-        raise InfeasibleBudgetError(budget, plan.memory_budget or least_bytes, error.node, error.bound_bytes) from None
+        smallest = plan.memory_budget or least_bytes
+        raise InfeasibleBudgetError(budget, smallest, error.node, error.bound_bytes, error.spent_seconds) from None
 
 
 def _memory_bytes(device: DeviceSpec) -> int:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from graphswap.strategies.auto import Auto
 from graphswap.strategies.base import Strategy
+from graphswap.strategies.checkmate import Checkmate
 from graphswap.strategies.chen import Chen
 from graphswap.strategies.greedy import Greedy
 from graphswap.strategies.joint import Joint
@@ -15,6 +16,7 @@ STRATEGIES: Mapping[str, Strategy] = {
     "joint": Joint(),
     "greedy": Greedy(),
     "karma": Karma(),
+    "checkmate": Checkmate(),
     "chen": Chen(),
     "swap_all": SwapAll(),
 }

@@ -31,18 +31,33 @@ class InfeasibleBudgetError(ValueError):
             it may be needed. `pipeline` replaces it by a budget that a plan was found for.
         node: Name of the node that sets it.
         bound_bytes: The memory bound: no plan of the strategy's class has a peak below; 0 if none is known.
+        spent_seconds: Planning time after which the search was cut off; None if it came to its end.
     """
 
-    def __init__(self, memory_budget: int, smallest_bytes: int, node: str, bound_bytes: int = 0):
+    def __init__(
+        self,
+        memory_budget: int,
+        smallest_bytes: int,
+        node: str,
+        bound_bytes: int = 0,
+        spent_seconds: float | None = None,
+    ):
         self.memory_budget = memory_budget
         self.smallest_bytes = smallest_bytes
         self.node = node
         self.bound_bytes = bound_bytes
+        self.spent_seconds = spent_seconds
         budget, smallest = _mib(memory_budget), _mib(smallest_bytes)
         # Rounded down, so that the message does not say more than what holds.
         proven = f"{bound_bytes * 10 // 2**20 / 10:.1f}MiB"
         bound = f"No plan of its class (docs/limits.md) has a peak below {proven}. " if bound_bytes else ""
-        if smallest_bytes > memory_budget:
+        if spent_seconds is not None:
+            message = (
+                f"memory_budget={budget}: no plan was found before {spent_seconds:g} s of planning were over; the "
+                f"smallest peak found is {smallest}, set by node '{node}'. {bound}"
+                "Raise planning_seconds or memory_budget, or reduce the batch size."
+            )
+        elif smallest_bytes > memory_budget:
             message = (
                 f"memory_budget={budget} is below the smallest reachable peak, {smallest}, set by node '{node}'. "
                 f"{bound}"

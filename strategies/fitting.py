@@ -26,6 +26,7 @@ class Evictions:
         evicted: Gap to "swap" or "recompute".
         anchors: Storages that recomputing may rely on.
         since: Gap to the position after which it is evicted, where that is not the gap's start.
+        reuse: As in `gaps.Gaps.decide`.
         decisions: The same as decisions.
         outline: By the sum of buffers.
     """
@@ -33,6 +34,7 @@ class Evictions:
     evicted: Mapping[int, str]
     anchors: Collection[int]
     since: Mapping[int, int]
+    reuse: int
     decisions: tuple[Decision, ...]
     outline: Outline
 
@@ -42,6 +44,7 @@ def evictions(
     evicted: Mapping[int, str],
     anchors: Collection[int] = (),
     since: Mapping[int, int] | None = None,
+    reuse: int = gaps.REUSE,
 ) -> Evictions:
     """Works out decisions and outline of a set of evictions; over a closed link nothing is swapped.
 
@@ -50,8 +53,8 @@ def evictions(
     """
     if problem.cost_model.link(problem.cost_model.far_tier).is_closed:
         evicted = {gap: way for gap, way in evicted.items() if way != "swap"}
-    decisions = problem.decide(evicted, anchors, since=since)
-    return Evictions(dict(evicted), anchors, since or {}, decisions, problem.outline(decisions))
+    decisions = problem.decide(evicted, anchors, reuse, since)
+    return Evictions(dict(evicted), anchors, since or {}, reuse, decisions, problem.outline(decisions))
 
 
 def at_worst_swapped(
@@ -158,7 +161,7 @@ def _place(
         if not window:
             return None
         try:
-            wider = evictions(problem, {**state.evicted, **window}, state.anchors, state.since)
+            wider = evictions(problem, {**state.evicted, **window}, state.anchors, state.since, state.reuse)
             state = timed(problem, wider, target)
         except gaps.CantRecompute:
             return None

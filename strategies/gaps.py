@@ -30,6 +30,9 @@ AGAIN = "recompute again"
 
 _DEEPEST = 200
 """Nodes in a chain that is recomputed from one value: longer ones cost as much as a checkpoint would have saved."""
+REUSE = 40
+"""For how many positions a repeated value that nobody else needs is kept for the next recompute that reads it."""
+
 _SPARE = 100
 _ROUNDING = 1e-9
 _NEVER_REPEATED = frozenset({"While", "StatelessWhile", "If", "StatelessIf", "Case", "StatelessCase"})
@@ -187,7 +190,7 @@ class Gaps:
         self,
         evicted: Mapping[int, str],
         anchors: Collection[int] = (),
-        reuse: int = 40,
+        reuse: int = REUSE,
         since: Mapping[int, int] | None = None,
     ) -> tuple[Decision, ...]:
         """Turns evictions into decisions. Every swap takes as little memory as it can; `timing` gives it time.

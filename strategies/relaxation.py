@@ -19,7 +19,8 @@ The optimum bounds all plans in this order that run one node at a time and repea
 gap. Chains are followed over `_DEPTH` nodes; what lies before is taken to be there. Storages too small to plan for
 count as absent while idle.
 
-An op that could work in place in some plan is granted its output, and a first run that is left out leaves no bytes.
+An op that would work in place if others did not need its input later is granted its output as far as that input is
+absent afterwards; where no fraction says so, it is granted it. A first run that is left out leaves no bytes.
 
 Known weaknesses: where a repeated chain overflows between two checks is not seen; a fraction of a storage may be
 dropped, which is paid for in full only where the rows of `_all_at_once` see it.
@@ -392,7 +393,6 @@ class Relaxation:
     def _add_flows(self) -> None:
         builder, link, count = self._builder, self._link, len(self.checks)
         needed = (self._problem.live[self.checks] - self._idle_small_bytes()[self.checks]) * _UNIT
-        needed -= np.array([self._granted_bytes(position) for position in self.checks]) * _UNIT
         clock = self._problem.clock[[0, *(self.checks + 1), len(self._problem.order)]]
         horizon = _HORIZON * (float(clock[-1]) or self._copying_seconds())
         repeated: list[list[tuple[int, float]]] = [[] for _ in range(count + 1)]
@@ -442,7 +442,9 @@ class Relaxation:
                 node = self._problem.graph.nodes[self.checks[bucket]]
                 superfluous = self._superfluous.get(node.name)
                 elsewhere = [] if superfluous is None else [(superfluous, self._own_bytes(node) * _UNIT)]
-                builder.row([(absent, 1.0), *early, *elsewhere], lower=float(needed[bucket]), share=_UNIT)
+                granted = [(column, nbytes * _UNIT) for column, nbytes in self._granted(int(self.checks[bucket]))]
+                terms = [(absent, 1.0), *early, *elsewhere, *granted]
+                builder.row(terms, lower=float(needed[bucket]), share=_UNIT)
 
     def _own_bytes(self, node: ir.Node) -> int:
         """What is not there when a node does not run where it stands: what it makes, and what it alone reads there."""
@@ -452,25 +454,49 @@ class Relaxation:
         workspace = itertools.chain(*problem.cost_model.workspace(problem.graph, node))
         return sum(storage.nbytes for storage in moved) + sum(map(allocator.rounded, workspace))
 
-    def _granted_bytes(self, position: int) -> int:
-        """Bytes of outputs that a plan writes over an input which others need later: those get another copy of it."""
+    def _granted(self, position: int) -> list[tuple[int, float]]:
+        """Columns and bytes of outputs that a plan writes over an input which others need later.
+
+        Those get another copy of it, so it is absent after the position.
+        """
         problem = self._problem
         node = problem.graph.nodes[position]
         results = {problem.root_of[reference] for reference in problem.graph.outputs}
-        total = 0
+        granted = []
         for index, nbytes in enumerate(liveness.output_bytes(node)):
             references = [node.inputs[slot] for slot in liveness.overwritten_by(problem.graph, node, index)]
-            roots = [problem.root_of[reference] for reference in references if node.inputs.count(reference) == 1]
+            own = [reference for reference in references if node.inputs.count(reference) == 1]
+            roots = dict.fromkeys(problem.root_of[reference] for reference in own)
             moved = [
-                problem.storages[problem.storage_of[root]]
+                problem.storage_of[root]
                 for root in roots
                 if root in problem.storage_of
                 and root not in results
                 and problem.graph.by_name[ir.producer(root)].op not in ir.RESIDENT_OPS
             ]
-            if moved and all(storage.is_held or storage.uses[-1] > position for storage in moved):
-                total += nbytes
-        return total
+            if moved and all(
+                problem.storages[storage].is_held or problem.storages[storage].uses[-1] > position for storage in moved
+            ):
+                column = self._column()
+                absent = [self._absent_after(storage, position) for storage in moved]
+                if all(terms is not None for terms in absent):
+                    terms = itertools.chain.from_iterable(terms for terms in absent if terms is not None)
+                    self._builder.row([(column, 1.0), *((other, -1.0) for other in terms)], upper=0.0)
+                granted.append((column, float(nbytes)))
+        return granted
+
+    def _absent_after(self, storage: int, position: int) -> list[int] | None:
+        """Columns that say how much of a storage is absent right after a use; None if no column says it."""
+        problem = self._problem
+        if len(problem.graph.by_name[self._producer(storage)].outputs) > 1:
+            return None  # repeated for the sake of another output, it makes this one, too
+        gap = next((gap for gap in problem.by_storage.get(storage, ()) if problem.gaps[gap].start == position), None)
+        if gap is None:
+            return []
+        if gap not in self.stretches or self.stretches[gap][0].first in self._needed.get(storage, ()):
+            return None
+        first = self.stretches[gap][0]
+        return [column for column in (first.swapped, first.dropped) if column is not None]
 
     def _copying_seconds(self) -> float:
         """What a step without compute takes if everything is copied: of a length that the horizon can be made of."""

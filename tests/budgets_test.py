@@ -65,7 +65,7 @@ def test_no_strategy_gets_below_the_memory_bound(graph, is_beside, share):
     least = budgets.least_peak(problem).nbytes
     for name in STRATEGIES.keys() - {"auto"}:  # it returns what one of the others found
         try:
-            plan = STRATEGIES[name].plan(graph, cost_model, int(share * problem.live.max()))
+            plan = testing.brief(STRATEGIES[name]).plan(graph, cost_model, int(share * problem.live.max()))
         except InfeasibleBudgetError as error:
             assert error.bound_bytes == least <= error.smallest_bytes
         else:

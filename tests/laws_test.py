@@ -178,7 +178,7 @@ def test_an_empty_plan_returns_the_same_object(graph):
 def test_a_plan_keeps_the_budget_or_an_error_says_that_none_does(name, graph, cost_model, fraction):
     budget = int(simulate(graph, Plan(), cost_model).peak_bytes * fraction)
     try:
-        plan = STRATEGIES[name].plan(graph, cost_model, budget)
+        plan = testing.brief(STRATEGIES[name]).plan(graph, cost_model, budget)
     except InfeasibleBudgetError as error:
         assert error.memory_budget == budget
         assert error.node in graph.by_name

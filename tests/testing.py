@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import random
 from typing import Any
@@ -10,6 +11,8 @@ from hypothesis import strategies as st
 
 from graphswap import ir, parser
 from graphswap.cost_model import CostModel, DeviceSpec, Link, Profile
+from graphswap.strategies.base import Strategy
+from graphswap.strategies.checkmate import Checkmate
 
 _WIDTHS = (8, 40, 64)
 _MEBIBYTE = ir.Value("float32", (512, 512))
@@ -38,6 +41,11 @@ def seconds_per_node(seconds: float, link: Link, **device: Any) -> CostModel:
     """A cost model under which all nodes take the same time."""
     spec = DeviceSpec(launch_seconds=seconds, links={"host": link, "disk": link}, **device)
     return CostModel(spec, Profile("", {}, {}))
+
+
+def brief(strategy: Strategy) -> Strategy:
+    """The strategy; `checkmate`, which could go on for long on each of many graphs, stops after a while."""
+    return dataclasses.replace(strategy, planning_seconds=0.5) if isinstance(strategy, Checkmate) else strategy
 
 
 def random_graphs(max_layers: int = 8, batch: int = 8) -> st.SearchStrategy[ir.Graph]:
