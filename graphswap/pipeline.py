@@ -392,7 +392,7 @@ class Session:
                 with clock("rewrite"):
                     rewritten = rewrites.rewrite(graph, planned.plan)
                     graphdef.export_function(func_graph, rewritten, self._tiers)
-            step = _step_report(planned, share, share / self._scale, clock.seconds, rounds, self.options.memory_budget)
+            step = _step_report(planned, share / self._scale, clock.seconds, rounds, self.options.memory_budget)
             self._add_report(func_graph, shapes, step)
             if not (planned.plan.is_empty or planned.is_settled) and profiler.times_nodes():
                 self._watched[shapes] = _Watched(
@@ -472,7 +472,6 @@ def _optimize(func_graph: graphdef.FuncGraph, mark: Any) -> None:
 def _step_report(
     planned: planning.Planned,
     share: float,
-    unscaled_share: float,
     breakdown: dict[str, float],
     rounds: Sequence[replanning.Round],
     asked: int | str,
@@ -497,7 +496,7 @@ def _step_report(
         notes=[*planned.notes],
         budget_word=asked if isinstance(asked, str) else "",
         memory_bound_bytes=planned.memory_bound_bytes,
-        free_bound_bytes=None if free_bound_bytes is None else int(free_bound_bytes / unscaled_share),
+        free_bound_bytes=None if free_bound_bytes is None else int(free_bound_bytes / share),
     )
 
 
