@@ -89,15 +89,6 @@ class _Step:
     follows: dict[int, set[int]]
 
 
-class _Differs(Exception):
-    """A buffer that is not followed lives differently, too."""
-
-    def __init__(self, cause: int, buffer: int):
-        super().__init__()
-        self.cause = cause
-        self.buffer = buffer
-
-
 class Incremental:
     """One graph in its own order, ready for many plans."""
 
@@ -137,10 +128,11 @@ class Incremental:
         while True:
             followed = self._closure(start)
             names = [self._names[p] for p in sorted(places.union(*(self._step.touching[b] for b in followed)))]
-            try:
-                return self._outline(plan, repeated, followed, names)
-            except _Differs as found:
-                self._step.follows.setdefault(found.cause, set()).add(found.buffer)
+            outline, differences = self._outline(plan, repeated, followed, names)
+            if not differences:
+                return outline
+            for cause, buffer in differences:
+                self._step.follows.setdefault(cause, set()).add(buffer)
 
     def _closure(self, start: Iterable[int]) -> set[int]:
         found = set(start)
@@ -161,7 +153,10 @@ class Incremental:
         gone = np.cumsum(np.bincount(last + 1, nbytes, count + 2))
         return made[1:-1] - gone[:-2], made[:-1] - gone[:-1]
 
-    def _outline(self, plan: Plan, repeated: set[str], followed: set[int], names: Sequence[str]) -> Outline:
+    def _outline(
+        self, plan: Plan, repeated: set[str], followed: set[int], names: Sequence[str]
+    ) -> tuple[Outline, set[tuple[int, int]]]:
+        """The outline, which is right if there are no differences: see `_Walk`."""
         position = self._graph.position
         entries, versions = actions.expand(self._graph, plan, self._plain, names)
         pruned = [position[name] for name in repeated.difference(_runs(entries))] if repeated else []
@@ -209,13 +204,20 @@ class Incremental:
                 live[place] = max(live[place], nbytes)
                 busy[place] += seconds
         recomputed = sum(seconds for _, _, seconds in inserted)
-        return Outline(
-            live, busy, int(peak), float(max(now, *walk.lanes.values(), 0.0)), walk.swapped_bytes, recomputed
-        )
+        end = float(max(now, *walk.lanes.values(), 0.0))
+        return Outline(live, busy, int(peak), end, walk.swapped_bytes, recomputed), walk.differences
 
 
 class _Walk:
-    """Runs entries as `simulator` does, but follows only some buffers; the others are None."""
+    """Runs entries as `simulator` does, but follows only some buffers; the others are None.
+
+    Attributes:
+        live: Bytes of what is followed.
+        lanes: When each lane is free.
+        swapped_bytes: Copied off the device so far.
+        differences: (buffer that is followed, buffer that is not): as the first lives differently than in the plain
+            step, so does the second.
+    """
 
     def __init__(
         self,
@@ -243,6 +245,7 @@ class _Walk:
         self.live = 0.0
         self.lanes: dict[tuple[str, str], float] = {}
         self.swapped_bytes = 0
+        self.differences: set[tuple[int, int]] = set()
         for value, number in step.held.items():
             if number in followed:
                 self._held[value] = self._new(step.nbytes[number])
@@ -322,9 +325,9 @@ class _Walk:
                     return buffer
                 if place < self._step.choices[version].place:
                     first = self._plain.actions[action.facts.name].inputs[slot]
-                    raise _Differs(cause=buffer_of[first], buffer=own)
+                    self.differences.add((buffer_of[first], own))
             elif buffer is None and is_followed and own >= 0 and self._step.choices[version].was_free[place]:
-                raise _Differs(cause=own, buffer=buffer_of[action.inputs[slot]])
+                self.differences.add((own, buffer_of[action.inputs[slot]]))
         return self._new(nbytes) if is_followed else None
 
     def _assign(self, action: actions.Action, inputs: Sequence[_Buffer | None]) -> _Buffer | None:
