@@ -145,7 +145,7 @@ class Session:
                 raise
             else:
                 self._record(shapes, time.perf_counter() - start - (self._planning_seconds() - planned_seconds))
-                self._arguments = []
+                self._arguments.clear()  # frames of planning that an error's traceback keeps alive hold this list
                 return self._released(result)
 
     def trace(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
