@@ -2,7 +2,8 @@
 
 A move gives a gap another way to be evicted, or the gaps of one kind next to each other, as blocks of a network are
 alike; where memory overflows, it takes something off the device there. Plans that overflow are passed through at a
-price. It is as warm as the best plan so far lies above the bound, and cools down a few times.
+price. It is as warm as the best plan so far lies above the bound, and cools down a few times; at last the best plan is
+changed gap by gap.
 
 Known weaknesses: what it finds depends on the time it has; it changes no order.
 """
@@ -10,10 +11,11 @@ Known weaknesses: what it finds depends on the time it has; it changes no order.
 from __future__ import annotations
 
 import collections
+import functools
 import math
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -32,7 +34,11 @@ _PENALTY = 2.0
 """Steps that exceeding the target by all of itself counts for."""
 _WARMTH = 0.1
 """Of the distance to the bound."""
-_COOLINGS = 3
+_WARMEST = 0.01
+"""Of the plain step's seconds."""
+_COOLINGS = 2
+_WARM = 0.7
+"""Of the time; in the rest the best plan is changed gap by gap."""
 _TRIALS = 20
 """For each gap and cooling, at most."""
 _ENOUGH = 0.0005
@@ -75,15 +81,20 @@ def improved(
     best = min(judged, key=lambda pair: pair[1])
     rng = random.Random(0)
     moves = _Moves(problem, target, rng)
+    enough = least_seconds * (1.0 + _ENOUGH)
     begin = time.monotonic()
+
+    def passed() -> float:
+        """The share of the time; 1 if there is nothing left to gain."""
+        is_best = best[1][0] == 0.0 and best[1][1] <= enough
+        return 1.0 if is_best else min(1.0, (time.monotonic() - begin) / max(seconds, 1e-9))
+
     for cooling in range(_COOLINGS):
         state, now = min([*judged, best], key=lambda pair: price(pair[1]))
-        warmth = _WARMTH * max(price(now) - least_seconds, _ENOUGH * plain)
+        warmth = min(_WARMTH * max(price(now) - least_seconds, _ENOUGH * plain), _WARMEST * plain)
         for trial in range(_TRIALS * moves.count):
-            passed = (time.monotonic() - begin) / max(seconds, 1e-9) * _COOLINGS - cooling
-            done = max(passed, trial / (_TRIALS * moves.count))
-            is_best = best[1][0] == 0.0 and best[1][1] <= least_seconds * (1.0 + _ENOUGH)
-            if passed >= 1.0 or is_best:
+            done = max(passed() * _COOLINGS / _WARM - cooling, trial / (_TRIALS * moves.count))
+            if done >= 1.0:
                 break
             try:
                 neighbour = moves.neighbour(state)
@@ -96,6 +107,18 @@ def improved(
             if found < best[1]:
                 best = neighbour, found
         judged = [best]
+    is_better = True
+    while is_better:
+        is_better = False
+        for change in moves.single():
+            if passed() >= 1.0:
+                return best[0]
+            try:
+                neighbour = change(best[0])
+            except gaps.CantRecompute:
+                continue
+            if neighbour is not None and (found := judge(neighbour)) < best[1]:
+                best, is_better = (neighbour, found), True
     return best[0]
 
 
@@ -142,6 +165,20 @@ class _Moves:
             anchors = frozenset(anchors) - {rng.choice(sorted(anchors))}
         return fitting.evictions(self._problem, evicted, anchors, since)
 
+    def single(self) -> Iterator[Callable[[fitting.Evictions], fitting.Evictions | None]]:
+        """All changes of one gap, the largest and longest first; None where it is so already."""
+        problem = self._problem
+        for gap in sorted(self._gaps, key=lambda gap: -problem.gaps[gap].nbytes * _length(problem.gaps[gap])):
+            for way in _WAYS:
+                yield functools.partial(self._with, gap, way)
+
+    def _with(self, gap: int, way: str, state: fitting.Evictions) -> fitting.Evictions | None:
+        if state.evicted.get(gap, "") == way:
+            return None
+        evicted = dict(state.evicted)
+        _set(evicted, gap, way)
+        return fitting.evictions(self._problem, evicted, state.anchors, state.since)
+
     def _change(self, evicted: dict[int, str], since: dict[int, int], among: Sequence[int]) -> int:
         """Gives one of the gaps another way; every second time one that is evicted."""
         rng = self._rng
@@ -180,6 +217,10 @@ class _Moves:
             choices.append(lambda: _set(evicted, due, "swap"))
         if choices:
             rng.choice(choices)()
+
+
+def _length(gap: gaps.Gap) -> int:
+    return gap.end - gap.start
 
 
 def _set(evicted: dict[int, str], gap: int, way: str) -> None:

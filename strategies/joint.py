@@ -31,7 +31,7 @@ _AT_ONCE = 0.8
 """Of the time that is left, for annealing."""
 _EACH_TIME = 0.3
 """Likewise, where the allocator may turn the result down, so that more than one is needed."""
-_SOLVING = 0.4
+_SOLVING = 0.7
 """Of the planning time, for the first solution of the program."""
 
 
@@ -117,6 +117,8 @@ class _Search:
         problem = self._problem
         states = [fitting.evictions(problem, dict.fromkeys(range(len(problem.gaps)), "swap"))]
         for segments in _SEGMENTS:
+            if time.monotonic() > self._deadline:
+                break
             anchors = problem.anchors(segments)
             states.append(greedy.evict(problem, anchors, target))
             for way in ("recompute", gaps.AGAIN):
