@@ -23,7 +23,8 @@ from graphswap.cost_model import CostModel
 from graphswap.plan import Plan
 from graphswap.strategies import annealing, fitting, gaps, greedy, relaxation, solver
 
-_TIGHTENINGS = (1.0, 0.94, 0.88, 0.8)
+_TIGHTENINGS = (1.0, 0.94, 0.88, 0.8, 0.7, 0.6, 0.5)
+"""Of the budget. What is rounded overflows where much is repeated at once, and much less budget costs little time."""
 _ROUNDS = 16
 _HALF = 0.5
 _SEGMENTS = (6, 12, 24, 48)
@@ -97,7 +98,7 @@ class _Search:
         """Evicts after the program's solution at a share of the target."""
         solution = self._solve(int(share * target))
         if solution is None:
-            return self.unsolved(target)
+            return self._seen[0] if self._seen else self.unsolved(target)
         state = self._repaired(*self._rounded(solution), target)
         self._seen.append(state)
         return state

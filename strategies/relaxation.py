@@ -16,8 +16,8 @@ What is absent at a check must have been copied out by then or be recomputed, an
 Bytes on links that do not run beside compute cost their seconds instead.
 
 The optimum bounds all plans in this order that run one node at a time and repeat nodes right before a use that ends a
-gap. Chains are followed over `_DEPTH` nodes; what lies before is taken to be there. Storages too small to plan for
-count as absent while idle.
+gap. Chains are followed over `_DEPTH` nodes; what lies before is taken to be there, and nothing comes back early for a
+longer one. Storages too small to plan for count as absent while idle.
 
 An op that would work in place if others did not need its input later is granted its output as far as that input is
 absent afterwards; where no fraction says so, it is granted it. A first run that is left out leaves no bytes.
@@ -38,7 +38,7 @@ import numpy as np
 from graphswap import allocator, bound, ir, liveness
 from graphswap.strategies import gaps
 
-_CHECKS = 200
+_CHECKS = 100
 _DEPTH = 6
 _UNIT = 1e-9
 """Bytes are counted in GB, so that all coefficients are of similar size."""

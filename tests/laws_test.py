@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from graphswap import ir, liveness, rewrites
 from graphswap.allocator import Allocator
 from graphswap.cost_model import CostModel, DeviceSpec, Link
-from graphswap.plan import Plan, Recompute, SideBySide, Swap
+from graphswap.plan import Plan, SideBySide
 from graphswap.simulator import NoRoom, simulate
 from graphswap.strategies import STRATEGIES, budgets, gaps
 from graphswap.strategies.base import InfeasibleBudgetError
@@ -45,25 +45,10 @@ def random_plan(rng: random.Random, graph: ir.Graph) -> Plan:
     """Any valid plan, however useless."""
     order = rng.choice([(), random_order(rng, graph)])
     names = order or tuple(graph.position)
-    decisions = [rng.choice([random_swap, random_recompute])(rng, graph, names) for _ in range(rng.randint(1, 6))]
+    decisions = [
+        rng.choice([testing.random_swap, testing.random_recompute])(rng, graph, names) for _ in range(rng.randint(1, 6))
+    ]
     return Plan(order=order, decisions=(*decisions, *random_pairs(rng, graph, names))).check(graph)
-
-
-def random_swap(rng: random.Random, graph: ir.Graph, names: tuple[str, ...]) -> Swap:
-    early = [(at, graph.by_name[name]) for at, name in enumerate(names[:-1])]
-    values = [(at, ref) for at, node in early for ref, v in zip(node.refs(), node.outputs, strict=True) if v.nbytes]
-    born, value = rng.choice(values)
-    out, use = sorted(rng.sample(range(born, len(names)), 2))
-    freed, start = rng.randint(out + 1, use), rng.randint(out, use - 1)
-    tier = rng.choice(["host", "disk"])
-    return Swap(value, names[out], names[freed], names[start], names[use], tier)
-
-
-def random_recompute(rng: random.Random, graph: ir.Graph, names: tuple[str, ...]) -> Recompute:
-    before = rng.randrange(len(names))
-    nodes = [graph.by_name[name] for name in names[:before]]
-    pure = [node.name for node in nodes if not node.stateful and node.op not in ir.RESIDENT_OPS]
-    return Recompute(tuple(name for name in pure if rng.random() < 0.3), names[before])
 
 
 def random_pairs(rng: random.Random, graph: ir.Graph, names: tuple[str, ...]) -> list[SideBySide]:

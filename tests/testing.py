@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from graphswap import ir, parser
 from graphswap.cost_model import CostModel, DeviceSpec, Link, Profile
+from graphswap.plan import Recompute, Swap
 from graphswap.strategies.base import Strategy
 from graphswap.strategies.checkmate import Checkmate
 
@@ -60,6 +61,25 @@ def random_graph(rng: random.Random, layers: int = 8, batch: int = 8) -> ir.Grap
     normalisations (several outputs, and workspace) and ops that alias. The shapes agree.
     """
     return _Step(rng).build(layers, batch)
+
+
+def random_swap(rng: random.Random, graph: ir.Graph, names: tuple[str, ...]) -> Swap:
+    """Any valid swap, however useless, of a graph in this order."""
+    early = [(at, graph.by_name[name]) for at, name in enumerate(names[:-1])]
+    values = [(at, ref) for at, node in early for ref, v in zip(node.refs(), node.outputs, strict=True) if v.nbytes]
+    born, value = rng.choice(values)
+    out, use = sorted(rng.sample(range(born, len(names)), 2))
+    freed, start = rng.randint(out + 1, use), rng.randint(out, use - 1)
+    tier = rng.choice(["host", "disk"])
+    return Swap(value, names[out], names[freed], names[start], names[use], tier)
+
+
+def random_recompute(rng: random.Random, graph: ir.Graph, names: tuple[str, ...]) -> Recompute:
+    """Any valid recompute, likewise."""
+    before = rng.randrange(len(names))
+    nodes = [graph.by_name[name] for name in names[:before]]
+    pure = [node.name for node in nodes if not node.stateful and node.op not in ir.RESIDENT_OPS]
+    return Recompute(tuple(name for name in pure if rng.random() < 0.3), names[before])
 
 
 class _Step:
