@@ -2,12 +2,12 @@
 
 The first plan is what `greedy` would choose, so that there is one early, however large the step is. Then the program
 of `relaxation` is solved for the budget and for tighter ones. Each time its fractions are rounded to evictions; what
-overflows then, as repeated chains may, is evicted as `greedy` would; and copies are given their times. The fastest is
-improved by changing one gap at a time as long as there is time. What the allocator model accepts is kept. The
-program's duals at the budget are the certified bound.
+overflows then, as repeated chains may, is evicted as `greedy` would; and copies are given their times. All of these,
+and what other strategies would evict, are where `annealing` starts from, for most of the time. What the allocator model
+accepts is kept. The program's duals at the budget are the certified bound.
 
 Known weaknesses: the order is that of the other strategies; where few large storages share a small budget, fractions
-say little, and changing one gap at a time may end in a local optimum.
+say little, and annealing may end far from the optimum; what it finds by the sum of buffers, the allocator may turn down.
 """
 
 from __future__ import annotations
