@@ -7,7 +7,7 @@ and what other strategies would evict, are where `annealing` starts from, for mo
 accepts is kept. The program's duals at the budget are the certified bound.
 
 Known weaknesses: the order is that of the other strategies; where few large storages share a small budget, fractions
-say little, and annealing may end far from the optimum; what it finds by the sum of buffers, the allocator may turn down.
+say little, and annealing may end far from the optimum; the allocator may turn down what it finds by the sum of buffers.
 """
 
 from __future__ import annotations
