@@ -205,18 +205,17 @@ class _Moves:
         idle = [gap for gap in over if gap not in evicted or gap in since]
         early = [gap for gap in over if evicted.get(gap) == "recompute" and gap not in since]  # may be back already
         repeated = [gap for gap, way in evicted.items() if way != "swap" and self._problem.gaps[gap].end == position]
-        choices: list[Callable[[], None]] = []
+        options: list[tuple[int, str]] = []
         if idle:
-            gap, way = rng.choice(idle), rng.choice(_WAYS[1:])
-            choices.append(lambda: (since.pop(gap, None), _set(evicted, gap, way))[1])
+            options.append((rng.choice(idle), rng.choice(_WAYS[1:])))
         if early:
-            returned = rng.choice(early)
-            choices.append(lambda: _set(evicted, returned, rng.choice((gaps.AGAIN, "swap"))))
+            options.append((rng.choice(early), rng.choice((gaps.AGAIN, "swap"))))
         if repeated:
-            due = rng.choice(repeated)
-            choices.append(lambda: _set(evicted, due, "swap"))
-        if choices:
-            rng.choice(choices)()
+            options.append((rng.choice(repeated), "swap"))
+        if options:
+            gap, way = rng.choice(options)
+            since.pop(gap, None)
+            _set(evicted, gap, way)
 
 
 def _length(gap: gaps.Gap) -> int:

@@ -117,7 +117,7 @@ def fit(
             if state.outline.peak_bytes > target or state.evicted == tried:
                 break
             tried = state.evicted
-            paced = timed(problem, state, target)
+            paced = _timed(problem, state, target)
             if paced.outline.seconds >= limit:
                 break
             placed = _place(problem, paced, memory_budget, limit, actions, target)
@@ -133,7 +133,7 @@ def fit(
     return problem.plan(best.decisions, strategy, memory_budget)
 
 
-def timed(problem: gaps.Gaps, state: Evictions, target: float | None) -> Evictions:
+def _timed(problem: gaps.Gaps, state: Evictions, target: float | None) -> Evictions:
     """The same evictions, their copies beside compute where the link allows it."""
     if target is None or not problem.cost_model.link(problem.cost_model.far_tier).overlaps:
         return state
@@ -162,7 +162,7 @@ def _place(
             return None
         try:
             wider = evictions(problem, {**state.evicted, **window}, state.anchors, state.since, state.reuse)
-            state = timed(problem, wider, target)
+            state = _timed(problem, wider, target)
         except gaps.CantRecompute:
             return None
     return None

@@ -398,12 +398,10 @@ class _Restorer:
         details = self.gaps.storages[storage]
         if self._is_kept(storage, position):
             self.kept_until[storage] = position
-        elif (
-            storage in self.absent
-            or storage not in self.anchors
-            and not (details.uses and details.uses[-1] >= position)
-        ):
-            self._bring_back(storage, position, nodes, visiting)
+        else:
+            is_dead = details.uses[-1:] < (position,)
+            if storage in self.absent or (is_dead and storage not in self.anchors):
+                self._bring_back(storage, position, nodes, visiting)
         # An alias that was made before its storage went away still names the first buffer.
         if reference != root and storage in self.restored:
             self._repeat(ir.producer(reference), position, nodes, visiting)

@@ -52,7 +52,7 @@ class Joint:
         search = _Search(problem, relaxation.Relaxation(problem), memory_budget, self.planning_seconds)
         shares = [functools.partial(search.attempt, share) for share in _TIGHTENINGS]
         # The tighter programs help where nothing limits the allocator; elsewhere what fits it is searched for sooner.
-        late = shares[1:] if cost_model.device.memory_bytes else []
+        late = [] if cost_model.device.memory_bytes is None else shares[1:]
         early = shares[: len(shares) - len(late)]
         attempts = [search.unsolved, *early, search.improved, *late]
         plan = fitting.fit(problem, attempts, memory_budget, "joint", planning_seconds=self.planning_seconds)
