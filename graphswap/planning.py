@@ -266,7 +266,8 @@ class Planner:
                 else:
                     plan = budgets.smallest(self._strategy(), graph, cost_model)
                 rewritten = rewrites.rewrite(graph, plan.one_by_one())
-                profile = profiler.measure_step(func_graph, rewritten, arguments, self._tiers, graph.fingerprint)
+                fingerprint = graph.fingerprint
+                profile = profiler.measure_step(func_graph, rewritten, arguments, self._tiers, cost_model, fingerprint)
             except (InfeasibleBudgetError, profiler.CantMeasure, tf.errors.OpError) as failure:
                 error = failure
                 if not (isinstance(failure, InfeasibleBudgetError) or is_out_of_memory(failure)):

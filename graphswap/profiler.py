@@ -1,7 +1,7 @@
 """Measures: the device, the links to the far tiers, and every node of a step.
 
-Private TensorFlow used here (2.21): the profiler's XSpace protobuf, `ConcreteFunction._call_flat` and the eager
-context's initialisation.
+Private TensorFlow used here (2.21): the profiler's XSpace protobuf, `ConcreteFunction._call_flat`, the list of local
+devices and the eager context's initialisation.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from typing import Any, NamedTuple
 
 import tensorflow as tf
+from tensorflow.python.client import device_lib
 from tensorflow.python.eager import context
 from tensorflow.tsl.profiler.protobuf import xplane_pb2
 
-from graphswap import allocator, graphdef, ir, liveness, tiers
+from graphswap import allocator, devices, graphdef, ir, liveness, tiers
 from graphswap.cost_model import CostModel, DeviceSpec, Link, Profile, Workspace
 
 _PROFILE_VERSION = 3
@@ -32,6 +33,9 @@ _PROFILE_VERSION = 3
 _LINK_BYTES = 8 << 20
 _LEAST_LINK_BYTES = 64 << 10
 _LINK_COPIES = 7
+_PINNED_BYTES = 64 << 20
+_LAUNCH_PICOSECONDS = 20_000_000
+"""How long a GPU may wait for the next kernel because the host is late, rather than because of a copy."""
 _MOST_HOLES = 128
 _HOLES_FROM_BYTES = 32 << 20
 
@@ -85,11 +89,13 @@ def device_spec(emulated_bytes: int | None, swap_directory: str | os.PathLike[st
         emulated_bytes: Memory of the emulated accelerator; None if there is none.
         swap_directory: Where the disk tier would go.
     """
+    if device_name() != "CPU:0":
+        return _gpu_spec(swap_directory)
     limit = os.environ.get("TF_CPU_BFC_MEM_LIMIT_IN_MB")
     counts = memory_in_use() is not None
     if emulated_bytes is not None:
         memory = emulated_bytes
-    elif counts and limit and device_name() == "CPU:0":
+    elif counts and limit:
         memory = int(limit) << 20
     else:
         memory = None
@@ -101,11 +107,58 @@ def device_spec(emulated_bytes: int | None, swap_directory: str | os.PathLike[st
     return DeviceSpec(
         name=f"{device_name()}/{os.cpu_count()}",
         memory_bytes=memory,
-        reserves_memory=emulated_bytes is not None or device_name() != "CPU:0",
+        reserves_memory=emulated_bytes is not None,
         holes=_holes(memory) if emulated_bytes is not None and memory else 0,
-        runs_pairs=device_name() == "CPU:0" and (os.cpu_count() or 1) > 1,
+        runs_pairs=(os.cpu_count() or 1) > 1,
         links={**DeviceSpec().links, **links},
     )
+
+
+def _gpu_spec(swap_directory: str | os.PathLike[str] | None) -> DeviceSpec:
+    """The GPU's memory as TensorFlow has been given it, links as measured, rates of a device of its kind."""
+    (gpu,) = (one for one in device_lib.list_local_devices() if one.name.endswith(device_name()))
+    physical = tf.config.list_physical_devices("GPU")[0]
+    kind = tf.config.experimental.get_device_details(physical).get("device_name", "")
+    known = max((name for name in devices.DEVICES if name in kind.lower()), key=len, default="a100")
+    links = {"host": _measure_pinned_link()}
+    if swap_directory is not None:
+        links["disk"] = measure_link("disk", os.fspath(swap_directory))
+    return dataclasses.replace(
+        devices.DEVICES[known],
+        name=kind,
+        memory_bytes=gpu.memory_limit,
+        reserves_memory=os.environ.get("TF_FORCE_GPU_ALLOW_GROWTH") != "true",
+        links={**devices.DEVICES[known].links, **links},
+    )
+
+
+@functools.cache
+def _measure_pinned_link() -> Link:
+    """Times copies to pinned memory and back, as swaps do them; both ways are taken to be equally fast.
+
+    Pinned memory can't leave a graph, so that a graph with many copies is compared with one that has few. No two copies
+    are of the same value, and all come back: TensorFlow would merge or drop them.
+    """
+    far = tiers.Tiers()
+
+    def seconds(count: int) -> float:
+        @tf.function(autograph=False)
+        def copies() -> tf.Tensor:
+            values = [tf.fill((_PINNED_BYTES // 4,), tf.random.uniform(())) for _ in range(_LINK_COPIES)]
+            ends = [value[0] for value in values]
+            for value in values[:count]:
+                with tf.control_dependencies([end.op for end in ends]):
+                    copy = far.swap_out(value, "host")
+                    ends.append(far.swap_in(copy, "float32", (_PINNED_BYTES // 4,))[0])
+            return tf.add_n(ends)
+
+        copies().numpy()  # pins memory
+        return min(_seconds(lambda: copies().numpy()) for _ in range(5))
+
+    with tf.init_scope():
+        copied_seconds = (seconds(_LINK_COPIES) - seconds(1)) / (_LINK_COPIES - 1) / 2
+    speed = _PINNED_BYTES / max(copied_seconds, 1e-9)
+    return Link(speed, speed, 20e-6, overlaps=True)
 
 
 def _holes(memory_bytes: int) -> int:
@@ -160,6 +213,7 @@ def measure_step(
     graph: ir.Graph,
     arguments: Sequence[Any],
     far_tiers: tiers.Tiers,
+    known: CostModel,
     fingerprint: str,
 ) -> Profile:
     """Runs the step twice without its updates of variables, and measures every node in the second run.
@@ -169,6 +223,7 @@ def measure_step(
         graph: What to run: the step's graph, usually rewritten under a frugal plan.
         arguments: Tensors or arrays to run it on, in the order of the function's inputs.
         far_tiers: Where its swaps go.
+        known: Has the seconds of nodes if TensorFlow can't tell them: on a GPU without CUDA's profiling library.
         fingerprint: Of the graph that the profile is for.
 
     Raises:
@@ -189,7 +244,14 @@ def measure_step(
             function._call_flat([*tensors, *captures], [])  # makes kernels, and touches memory for the first time
             with recording() as events:
                 function._call_flat([*tensors, *captures], [])
-    return Profile(fingerprint, _node_seconds(harmless, _spent(events, harmless)), _node_workspace(events, harmless))
+    if device_name() == "CPU:0":
+        seconds = _node_seconds(harmless, _spent(events, harmless))
+    elif any(_KERNEL in stats for _, _, _, stats in events):
+        seconds = _node_seconds(harmless, _spent_on_gpu(events, harmless))
+    else:
+        seconds = {node.name: known.seconds(graph, node) for node in graph.nodes if not node.like}
+    host = [event for event in events if _KERNEL not in event[3]]
+    return Profile(fingerprint, seconds, _node_workspace(host, harmless))
 
 
 def step_costs(events: Sequence[Event], graph: ir.Graph, seconds: float, known: CostModel, fingerprint: str) -> Profile:
@@ -243,6 +305,22 @@ def _spent(events: Sequence[Event], graph: ir.Graph) -> Mapping[str, float]:
     spent = _shares([interval for interval in intervals if interval[2]])
     if not spent:
         raise CantMeasure("the profiler recorded none of the step's ops")
+    return spent
+
+
+def _spent_on_gpu(events: Sequence[Event], graph: ir.Graph) -> Mapping[str, float]:
+    """Seconds of a GPU's step by node: those of its kernels, and of waits for the host that launches them."""
+    owner_of = _owners(graph, {node.name for node in graph.nodes if node.op in graphdef.OPAQUE})
+    spent: dict[str, float] = collections.defaultdict(float)
+    end = 0
+    for start, duration, name, stats in events:
+        owner = owner_of(name) if _KERNEL in stats else ""
+        if not owner:
+            continue
+        waited = max(0, start - end) if end else 0
+        busy = max(0, start + duration - max(start, end))
+        spent[owner] += (busy + min(waited, _LAUNCH_PICOSECONDS)) / 1e12
+        end = max(end, start + duration)
     return spent
 
 
@@ -325,7 +403,7 @@ def recording() -> Iterator[list[Event]]:
         CantMeasure: If TensorFlow's profiler is busy; nothing has run then.
     """
     options = tf.profiler.experimental.ProfilerOptions(
-        host_tracer_level=1, python_tracer_level=0, device_tracer_level=0
+        host_tracer_level=1, python_tracer_level=0, device_tracer_level=int(device_name() != "CPU:0")
     )
     events: list[Event] = []
     with tempfile.TemporaryDirectory(prefix="graphswap-profile-") as directory:
@@ -335,6 +413,8 @@ def recording() -> Iterator[list[Event]]:
             raise CantMeasure(f"TensorFlow's profiler is busy: {error.message}") from error
         try:
             yield events
+            if device_name() != "CPU:0":
+                tf.test.experimental.sync_devices()
         finally:
             tf.profiler.experimental.stop()
         (path,) = pathlib.Path(directory).rglob("*.xplane.pb")
@@ -412,6 +492,8 @@ def _buffers(events: Sequence[Event]) -> list[_Buffer]:
     open_at: dict[int, _Buffer] = {}  # by address
     closed = []
     for start, _, name, stats in events:
+        if device_name() != "CPU:0" and not str(stats.get("allocator_name")).startswith("GPU"):
+            continue  # of the host's memory
         if name == "MemoryAllocation":
             nbytes = allocator.rounded(int(stats["requested_bytes"]))
             is_temporary = stats.get("region_type") == "temp"
@@ -439,10 +521,14 @@ def _slashes(name: str) -> list[int]:
     return [end for end, letter in enumerate(name) if letter == "/"]
 
 
+_KERNEL = "graphswap_kernel"
+"""Marks the events that ran on the GPU."""
+
+
 def _events(space: xplane_pb2.XSpace) -> list[Event]:
-    """The host's events by start."""
+    """The host's events and the GPU's kernels by start."""
     events = []
-    for plane in (plane for plane in space.planes if plane.name == "/host:CPU"):
+    for plane in (plane for plane in space.planes if plane.name in ("/host:CPU", "/device:GPU:0")):
         stat_names = {key: entry.name for key, entry in plane.stat_metadata.items()}
         for line in plane.lines:
             for event in line.events:
@@ -452,6 +538,8 @@ def _events(space: xplane_pb2.XSpace) -> list[Event]:
                     value = getattr(stat, kind)
                     stats[stat_names[stat.metadata_id]] = stat_names.get(value) if kind == "ref_value" else value
                 name = plane.event_metadata[event.metadata_id].name
+                if plane.name != "/host:CPU":
+                    name, stats[_KERNEL] = str(stats.get("tf_op", "")), name
                 events.append((line.timestamp_ns * 1000 + event.offset_ps, event.duration_ps, name, stats))
     return sorted(events, key=lambda event: event[0])
 
@@ -488,7 +576,7 @@ def store_profile(profile: Profile, device: str, question: str = "") -> None:
 def _cache_file(fingerprint: str, device: str, question: str) -> pathlib.Path:
     root = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
     onednn = os.environ.get("TF_ENABLE_ONEDNN_OPTS", "1")
-    kind = f"{device.replace('/', '-').replace(':', '')}-{tf.__version__}-{onednn}"
+    kind = f"{device.translate(str.maketrans('/ ', '--', ':'))}-{tf.__version__}-{onednn}"
     refined = f"-{hashlib.sha256(question.encode()).hexdigest()[:16]}" if question else ""
     name = f"{fingerprint}-{kind}-v{_PROFILE_VERSION}{refined}.json"
     return pathlib.Path(root) / "graphswap" / "profiles" / name

@@ -1,10 +1,12 @@
 """The far tiers: how a swapped value leaves the device and comes back, as stock TensorFlow ops.
 
-* host: a string tensor per piece. Strings live outside the device allocator.
+* host: on a GPU a tensor in pinned memory, copied on a stream of its own while the device computes; on a CPU a string
+  tensor per piece. Strings live outside the device allocator.
 * disk: a file per piece in a private directory, removed at exit, or by the next process after a crash.
 
-A value above 16 MiB travels in pieces of about 4 MiB: glibc then serves the strings from memory it already
-has, and neither protobuf's 2 GiB limit nor a second full copy gets in the way. The bits do not change.
+On its way to a string or a file a value above 16 MiB travels in pieces of about 4 MiB: glibc then serves the strings
+from memory it already has, and neither protobuf's 2 GiB limit nor a second full copy gets in the way. The bits do not
+change.
 """
 
 from __future__ import annotations
@@ -37,14 +39,18 @@ class FarCopy:
     """A value in a far tier.
 
     Attributes:
-        pieces: String tensors: the bytes (host) or the names of the files that hold them (disk).
+        pieces: String tensors: the bytes (host) or the names of the files that hold them (disk). Or the one tensor in
+            pinned memory.
         operations: Whoever waits for these may rely on the copy.
         is_file: Whether the pieces are names of files.
+        is_pinned: Whether the piece is in pinned memory. Only a swap back may read it: TensorFlow takes it for one in
+            the GPU's memory.
     """
 
     pieces: list[Any]
     operations: list[Any]
-    is_file: bool
+    is_file: bool = False
+    is_pinned: bool = False
 
 
 class Tiers:
@@ -61,11 +67,14 @@ class Tiers:
 
     def swap_out(self, tensor: tf.Tensor, tier: str) -> FarCopy:
         """Adds the ops that copy `tensor` (static shape) to the tier."""
+        if tier == "host" and tf.config.list_logical_devices("GPU"):
+            pinned = _copy(tensor, "_CopyFromGpuToHost")
+            return FarCopy([pinned], [pinned.op], is_pinned=True)
         count = ir.swap_pieces(ir.Value(tensor.dtype.name, tuple(tensor.shape.as_list())))
         parts = [tensor] if count == 1 else _split(tensor, count)
         strings = [tf.io.serialize_tensor(part) for part in parts]
         if tier == "host":
-            return FarCopy(strings, [string.op for string in strings], is_file=False)
+            return FarCopy(strings, [string.op for string in strings])
         names, writes = [], []
         for string in strings:
             path = self.directory() / str(next(self._numbers))
@@ -78,6 +87,8 @@ class Tiers:
 
     def swap_in(self, copy: FarCopy, dtype: str, shape: tuple[int | None, ...] | None) -> tf.Tensor:
         """Adds the ops that bring the copy back to the device, under the current control dependencies."""
+        if copy.is_pinned:
+            return _copy(copy.pieces[0], "_CopyFromHostToGpu")
         element = tf.dtypes.as_dtype(dtype)
         if len(copy.pieces) == 1:
             tensor = _parse(copy.pieces[0], element, copy.is_file)
@@ -130,6 +141,14 @@ def remove_stale(parent: pathlib.Path) -> None:
         with contextlib.suppress(OSError), open(path / "lock") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(path, ignore_errors=True)
+
+
+def _copy(tensor: tf.Tensor, op: str) -> tf.Tensor:
+    """Adds one of TensorFlow's own swaps between a GPU's memory and pinned memory."""
+    # TensorFlow refuses the name that it would make itself, as it would begin with an underscore.
+    copied = tensor.graph.create_op(op, [tensor], [tensor.dtype], name="copy").outputs[0]
+    copied.set_shape(tensor.shape)
+    return copied
 
 
 def _split(tensor: tf.Tensor, count: int) -> list[tf.Tensor]:

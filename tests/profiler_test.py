@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import testing
+from tensorflow.tsl.profiler.protobuf import xplane_pb2
 
 from graphswap import graphdef, ir, parser, profiler, tiers
 from graphswap.cost_model import CostModel, Link, Profile, Workspace
@@ -93,7 +94,7 @@ def test_every_heavy_node_gets_its_seconds_and_variables_stay():
     func_graph = step_of(weight)
     graph = graphdef.import_function(func_graph)
     x = np.ones((512, 256), np.float32)
-    profile = profiler.measure_step(func_graph, graph, [x], tiers.Tiers(), graph.fingerprint)
+    profile = profiler.measure_step(func_graph, graph, [x], tiers.Tiers(), CostModel(), graph.fingerprint)
     np.testing.assert_array_equal(weight, np.ones((256, 256)))
     assert profile.fingerprint == graph.fingerprint
     products = [node.name for node in graph.nodes if node.op == "MatMul"]
@@ -147,6 +148,59 @@ def test_a_steps_costs_add_up_to_its_length():
     assert profile.workspace == {"a": Workspace((256,))}
 
 
+def recorded_on_gpu():
+    """A profile of the host, which asks for memory and launches, and of a GPU's compute and copy streams."""
+    space = xplane_pb2.XSpace()
+    for plane_name, rows in (
+        (
+            "/host:CPU",
+            [
+                ("a:Neg", 0, 1, {}),
+                ("MemoryAllocation", 0, 0, {"allocator_name": "GPU_0_bfc", "addr": 1, "requested_bytes": 512}),
+                ("MemoryAllocation", 0, 0, {"allocator_name": "gpu_host_bfc", "addr": 2, "requested_bytes": 512}),
+            ],
+        ),
+        (
+            "/device:GPU:0",
+            [
+                ("kernel", 10, 20, {"tf_op": "a:Neg"}),
+                ("kernel", 15, 25, {"tf_op": "pair:Neg"}),
+                ("Memset", 26, 27, {}),
+                ("kernel", 100, 130, {"tf_op": "loss:Add"}),
+            ],
+        ),
+        ("/host:metadata", [("nothing", 0, 9, {})]),
+    ):
+        plane = space.planes.add(name=plane_name)
+        line = plane.lines.add()
+        for name, start, end, stats in rows:
+            number = len(plane.event_metadata) + 1
+            plane.event_metadata[number].name = name
+            event = line.events.add(metadata_id=number, offset_ps=start * 10**6, duration_ps=(end - start) * 10**6)
+            for key, value in stats.items():
+                number = len(plane.stat_metadata) + 1
+                plane.stat_metadata[number].name = key
+                stat = event.stats.add(metadata_id=number)
+                if isinstance(value, str):
+                    stat.str_value = value
+                else:
+                    stat.uint64_value = value
+    return profiler._events(space)
+
+
+def test_a_gpus_nodes_cost_what_their_kernels_take_and_little_waiting():
+    spent = profiler._spent_on_gpu(recorded_on_gpu(), parser.parse(STEP))
+    # "pair" began while "a" ran; "loss" came 75 us later, of which at most 20 are the host's.
+    assert spent == pytest.approx({"a": 10e-6, "pair": 5e-6, "loss": 50e-6}, rel=1e-12)  # sums of floats
+
+
+def test_on_a_gpu_only_its_own_memory_counts(monkeypatch):
+    recorded = recorded_on_gpu()
+    assert [buffer.nbytes for buffer in profiler._buffers(recorded)] == [512, 512]
+    monkeypatch.setattr(profiler, "device_name", lambda: "GPU:0")
+    assert [buffer.nbytes for buffer in profiler._buffers(recorded)] == [512]
+
+
 def test_a_step_of_which_nothing_was_recorded_has_no_costs():
     with pytest.raises(profiler.CantMeasure, match="recorded none of the step's ops"):
         profiler.step_costs(events(("other:Add", 0, 1)), parser.parse(STEP), 1.0, CostModel(), "f")
@@ -175,7 +229,7 @@ def test_a_busy_profiler_is_no_error_of_the_step(tmp_path):
     tf.profiler.experimental.start(str(tmp_path))
     try:
         with pytest.raises(profiler.CantMeasure, match="profiler is busy"):
-            profiler.measure_step(func_graph, graph, [np.ones((512, 256), np.float32)], tiers.Tiers(), "")
+            profiler.measure_step(func_graph, graph, [np.ones((512, 256), np.float32)], tiers.Tiers(), CostModel(), "")
     finally:
         tf.profiler.experimental.stop()
 

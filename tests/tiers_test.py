@@ -42,6 +42,18 @@ def random_bits(dtype, shape):
     return tf.constant(np.frombuffer(text, dtype.as_numpy_dtype).reshape(shape))
 
 
+def test_a_gpus_swaps_are_copies_to_pinned_memory(monkeypatch):
+    """No GPU is at hand here, so the ops themselves can't be made."""
+    copied = []
+    monkeypatch.setattr(tf.config, "list_logical_devices", lambda kind: ["a GPU"] if kind == "GPU" else [])
+    monkeypatch.setattr(tiers, "_copy", lambda tensor, op: copied.append(op) or tf.identity(tensor))
+    there_and_back(tf.ones((5, 1 << 20)), "host")
+    assert copied == ["_CopyFromGpuToHost", "_CopyFromHostToGpu"]
+    copied.clear()
+    there_and_back(tf.ones((5,)), "disk")
+    assert not copied
+
+
 @pytest.mark.parametrize("tier", ["host", "disk"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_type_comes_back_unchanged(dtype, tier, tmp_path):

@@ -6,6 +6,7 @@ import argparse
 import ast
 import collections
 import dataclasses
+import functools
 import importlib.resources
 import inspect
 import itertools
@@ -51,10 +52,10 @@ def mlp() -> Training:
     return Training(model, keras.optimizers.SGD(0.1), loss, _batches(images[..., 0].reshape(-1, 64), digits, 1024))
 
 
-def resnet50() -> Training:
-    """ResNet-50 on scikit-learn's digits, scaled to 96x96x3: batch 32, SGD."""
-    model = keras.applications.ResNet50(weights=None, input_shape=(96, 96, 3), classes=10)
-    return Training(model, keras.optimizers.SGD(0.001), "sparse_categorical_crossentropy", _large_digits(32))
+def resnet50(size: int = 96, batch: int = 32) -> Training:
+    """ResNet-50 on scikit-learn's digits, enlarged to size x size x 3: SGD."""
+    model = keras.applications.ResNet50(weights=None, input_shape=(size, size, 3), classes=10)
+    return Training(model, keras.optimizers.SGD(0.001), "sparse_categorical_crossentropy", _large_digits(batch, size))
 
 
 def efficientnet() -> Training:
@@ -125,6 +126,13 @@ MODELS: Mapping[str, Callable[[], Training]] = {
 }
 
 
+GPU_MODELS: Mapping[str, Callable[[], Training]] = {
+    "resnet50_gpu": functools.partial(resnet50, size=224, batch=128),
+    "gpt_gpu": functools.partial(gpt, blocks=12, width=1024, heads=16, length=1024, batch=8),
+}
+"""Large enough to keep a GPU busy."""
+
+
 def _batches(inputs: np.ndarray, targets: np.ndarray, size: int) -> Iterator[Batch]:
     """Whole batches, over and over."""
     for start in itertools.cycle(range(0, len(inputs) - size + 1, size)):
@@ -137,10 +145,10 @@ def _digits() -> Batch:
     return (digits.images[..., None] / 16).astype("float32"), digits.target.astype("int32")
 
 
-def _large_digits(batch: int) -> Iterator[Batch]:
+def _large_digits(batch: int, size: int = 96) -> Iterator[Batch]:
     images, digits = _digits()
     for image, digit in _batches(images, digits, batch):
-        yield image.repeat(12, axis=1).repeat(12, axis=2).repeat(3, axis=3), digit
+        yield image.repeat(size // 8, axis=1).repeat(size // 8, axis=2).repeat(3, axis=3), digit
 
 
 def _text(length: int, batch: int) -> Iterator[Batch]:

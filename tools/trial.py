@@ -1,4 +1,4 @@
-"""One training run on an emulated accelerator, in a process of its own.
+"""One training run on an emulated accelerator or a GPU, in a process of its own.
 
 The script that is run, plain or inside a memory budget:
 
@@ -38,13 +38,15 @@ class Trial:
 
     Attributes:
         model: A name of `models.MODELS`.
-        memory_bytes: Memory of the emulated accelerator, in whole MiB.
+        memory_bytes: Memory of the device, in whole MiB.
         graphswap: The memory budget of the compile option; empty for plain Keras.
         steps: How many steps to train.
         memory_optimizer: Whether plain Keras runs with TensorFlow's memory optimiser, as it does by default. Where
             that takes memory to be short it sums gradients in the order of their arrival, so that runs differ.
         strategy: As in `Options`.
         planning_seconds: As in `Options`.
+        on_gpu: Whether the device is the first GPU rather than an emulated one.
+        jit: Whether the step is compiled by XLA.
     """
 
     model: str
@@ -54,6 +56,8 @@ class Trial:
     memory_optimizer: bool = True
     strategy: str = str(Options.strategy)
     planning_seconds: float = Options.planning_seconds
+    on_gpu: bool = False
+    jit: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,11 +105,14 @@ class Process:
         self._say = say
         self._folder = tempfile.TemporaryDirectory()
         self._result, self._errors = (pathlib.Path(self._folder.name) / name for name in ("result.json", "errors"))
-        command = [sys.executable, "-m", "graphswap.emulate", __file__, f"--model={trial.model}"]
+        command = [sys.executable, *([] if trial.on_gpu else ["-m", "graphswap.emulate"]), __file__]
+        command += [f"--model={trial.model}", "--jit" if trial.jit else "--nojit"]
+        command += [f"--gpu_memory={trial.memory_bytes}"] if trial.on_gpu else []
         command += [f"--graphswap={trial.graphswap}", f"--steps={trial.steps}", f"--result={self._result}"]
         command += [f"--strategy={trial.strategy}", f"--planning_seconds={trial.planning_seconds}", "--in_turns"]
         command += [] if trial.memory_optimizer else ["--nomemory_optimizer"]
-        variables = {**os.environ, **emulate.environment(trial.memory_bytes), **(environment or {})}
+        emulated = {} if trial.on_gpu else emulate.environment(trial.memory_bytes)
+        variables = {**os.environ, **emulated, **(environment or {})}
         with self._errors.open("w") as stderr:
             pipe = subprocess.PIPE
             self._child = subprocess.Popen(command, env=variables, stdin=pipe, stdout=pipe, stderr=stderr, text=True)
@@ -154,9 +161,14 @@ def telling_lines(errors: str) -> str:
 
 
 def train(
-    model: str, option: Options | None, steps: int, memory_optimizer: bool = True, in_turns: bool = False
+    model: str,
+    option: Options | None,
+    steps: int,
+    memory_optimizer: bool = True,
+    in_turns: bool = False,
+    jit: bool = False,
 ) -> Result:
-    """Trains a model of `models` in this process, which must be emulated, and tells each step.
+    """Trains a model of `models` in this process, on a device that counts its bytes, and tells each step.
 
     Args:
         model: A name of `models.MODELS`.
@@ -164,19 +176,22 @@ def train(
         steps: How many steps to train.
         memory_optimizer: As in `Trial`.
         in_turns: Whether to wait for a line of input before each step.
+        jit: Whether the step is compiled by XLA.
     """
     import keras
     import tensorflow as tf
 
     import graphswap
-    from graphswap import graphdef
+    from graphswap import graphdef, profiler
     from graphswap.tools import models
 
     # Otherwise TensorFlow rearranges arithmetic by what stands nearby, and the last bits change with the graph.
     tf.config.optimizer.set_experimental_options({"arithmetic_optimization": False})
     keras.utils.set_random_seed(0)
-    training = models.MODELS[model]()
-    training.model.compile(training.optimizer, training.loss, **({"graphswap": option} if option else {}))
+    training = {**models.MODELS, **models.GPU_MODELS}[model]()
+    compile_options = {"graphswap": option} if option else {}
+    training.model.compile(training.optimizer, training.loss, jit_compile=jit, **compile_options)
+    device = profiler.device_name()
     losses, seconds, peaks = [], [], []
     print("tracing, measuring and planning the step" if option else "tracing the step", flush=True)
     for step, (inputs, targets) in zip(range(1, steps + 1), training.batches, strict=False):
@@ -187,9 +202,9 @@ def train(
         with contextlib.nullcontext() if memory_optimizer else graphdef.without_memory_optimizer():
             losses.append(float(training.model.train_on_batch(inputs, targets)))
         seconds.append(time.perf_counter() - start)
-        peaks.append(tf.config.experimental.get_memory_info("CPU:0")["peak"])
+        peaks.append(tf.config.experimental.get_memory_info(device)["peak"])
         if step == 1:
-            tf.config.experimental.reset_memory_stats("CPU:0")
+            tf.config.experimental.reset_memory_stats(device)
         print(f"{_STEP}{step}/{steps}: loss {losses[-1]:.4f}, {seconds[-1]:.2f} s", flush=True)
     print(f"peak {format_bytes(max(peaks))}", flush=True)
     report = _fields(graphswap.report(training.model)) if option else {}
@@ -199,6 +214,22 @@ def train(
         print(f"note: {note}", flush=True)
     variables = [*training.model.variables, *training.optimizer.variables]
     return Result("", losses, seconds, max(peaks), _digest(variables), report, peaks[-1])
+
+
+def _use_gpu(memory_bytes: int) -> None:
+    """Gives TensorFlow so much of the first GPU's memory, and makes its kernels repeatable."""
+    import tensorflow as tf
+
+    gpus = tf.config.list_physical_devices("GPU")
+    if not gpus:
+        sys.exit(
+            "--gpu_memory: expected a GPU, TensorFlow finds none. Install graphswap[gpu] on a machine that has one."
+        )
+    gpu = gpus[0]
+    tf.config.set_visible_devices([gpu], "GPU")
+    limit = tf.config.LogicalDeviceConfiguration(memory_limit=memory_bytes >> 20)
+    tf.config.set_logical_device_configuration(gpu, [limit])
+    tf.config.experimental.enable_op_determinism()
 
 
 def _fields(report: Any) -> dict[str, Any]:
@@ -240,13 +271,19 @@ def _main(argv: Sequence[str]) -> None:
     in_turns = flags.DEFINE_bool(
         "in_turns", False, "Whether to wait for a line of input before each step.", flag_values=values
     )
+    gpu_memory = flags.DEFINE_integer(
+        "gpu_memory", 0, "Bytes of the first GPU's memory to use; 0 for an emulated device.", flag_values=values
+    )
+    jit = flags.DEFINE_bool("jit", False, "Whether XLA compiles the step.", flag_values=values)
     path = flags.DEFINE_string("result", None, "File to write the result to, as JSON.", flag_values=values)
     if values(argv)[1:]:
         raise app.UsageError(f"expected flags, received {values(argv)[1:]}.")
     option = None
     if graphswap.value:
         option = Options(graphswap.value, strategy=strategy.value, planning_seconds=planning_seconds.value)
-    result = train(model.value, option, steps.value, memory_optimizer.value, in_turns.value)
+    if gpu_memory.value:
+        _use_gpu(gpu_memory.value)
+    result = train(model.value, option, steps.value, memory_optimizer.value, in_turns.value, jit.value)
     if path.value is not None:
         pathlib.Path(path.value).write_text(json.dumps(dataclasses.asdict(result)))
 

@@ -1,0 +1,59 @@
+"""What is run on a GPU, in which order, and what people see of it. No GPU is at hand here: the runs are made up."""
+
+import json
+
+import pytest
+
+from graphswap.tools import gpu_bench, trial
+from graphswap.tools.trial import Result
+
+MIB = 1 << 20
+PLAIN = Result("", [2.5, 1.5], [9.0, 1.0], 100 * MIB, "abc")
+PLANNED = Result(
+    "", [2.5, 1.5], [9.0, 1.25], 59 * MIB, "abc", {"predicted_peak_bytes": 58 * MIB, "predicted_seconds": 1.2}
+)
+
+
+@pytest.fixture
+def trials(monkeypatch):
+    """The trials that were run. One under Chen's plan runs out of memory."""
+    ran = []
+
+    def run(one, say):
+        ran.append(one)
+        if one.strategy == "chen":
+            return Result("ResourceExhaustedError: too much")
+        return PLANNED if one.graphswap else PLAIN
+
+    monkeypatch.setattr(trial, "run", run)
+    return ran
+
+
+def test_every_strategy_gets_every_budget_of_the_plain_peak(trials, tmp_path, capsys):
+    out = tmp_path / "gpu.json"
+    gpu_bench.main(["", "--models=gpt_gpu", "--percents=60,40", "--strategies=auto,chen", f"--out={out}"])
+    assert [(one.strategy, one.memory_bytes, one.graphswap) for one in trials] == [
+        ("auto", 60 << 30, ""),
+        ("auto", 60 * MIB, "60MiB"),
+        ("chen", 60 * MIB, "60MiB"),
+        ("auto", 40 * MIB, "40MiB"),
+        ("chen", 40 * MIB, "40MiB"),
+    ]
+    assert all(one.on_gpu for one in trials)
+    assert [run["percent"] for run in json.loads(out.read_text())] == [0, 60, 60, 40, 40]
+    shown = capsys.readouterr()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in shown.out.splitlines()]
+    assert rows[2] == ["gpt_gpu", "60.0GiB", "plain", "100.0MiB", "", "100.0MiB", "1000.0 ms, 1.00x", "", "equal"]
+    assert rows[3][1:] == ["60MiB", "auto", "100.0MiB", "58.0MiB", "59.0MiB", "1250.0 ms, 1.25x", "1200.0 ms", "equal"]
+    assert rows[4][1:6] == ["60MiB", "chen", "100.0MiB", "", "ResourceExhaustedError: too much"]
+    assert "gpt_gpu, chen in 60MiB: ResourceExhaustedError" in shown.err
+
+
+def test_a_device_with_room_shows_by_how_much_a_plan_misses(trials, tmp_path):
+    gpu_bench.main(["", "--models=gpt_gpu", "--percents=60", "--nocapped", f"--out={tmp_path / 'gpu.json'}"])
+    assert [(one.memory_bytes, one.graphswap) for one in trials] == [(60 << 30, ""), (60 << 30, "60MiB")]
+
+
+def test_without_a_gpu_it_says_so(tmp_path):
+    with pytest.raises(RuntimeError, match=r"expected gpt_gpu to train in 1.0GiB, received .*TensorFlow finds none"):
+        gpu_bench.main(["", "--models=gpt_gpu", "--ample=1GiB", f"--out={tmp_path / 'gpu.json'}"])

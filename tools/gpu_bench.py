@@ -1,0 +1,158 @@
+"""Measures graphswap on a GPU beside plain Keras and other strategies: memory, time, bits.
+
+    python -m graphswap.tools.gpu_bench --models=gpt_gpu,resnet50_gpu --percents=60,40 --out=gpu.json
+
+Every run is a process of its own whose TensorFlow is given so much of the GPU's memory: plenty for the plain step, the
+budget for the others; with --nocapped plenty for all, which shows by how much a plan misses its budget. The file is
+written anew after each run, so that what was measured survives what goes wrong. Kernels are deterministic ones.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+from absl import app, flags
+
+from graphswap.options import format_bytes, parse_bytes
+from graphswap.tools import benchmark, trial
+from graphswap.tools.trial import Result, Trial
+
+COLUMNS = ("model", "memory", "strategy", "plain peak", "predicted", "measured", "step", "predicted step", "bits")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A trial and what came of it.
+
+    Attributes:
+        percent: Of the plain step's peak that the device was given; 0 if it was given plenty.
+        trial: What ran.
+        result: What came of it.
+        took_seconds: From the start of the process to its end.
+    """
+
+    percent: int
+    trial: Trial
+    result: Result
+    took_seconds: float
+
+
+def measure(
+    model: str,
+    percents: Sequence[int],
+    strategies: Sequence[str],
+    steps: int,
+    planning_seconds: float,
+    ample_bytes: int,
+    is_capped: bool,
+    say: Callable[[str], None],
+) -> Iterator[Run]:
+    """Runs a model plainly, and under every strategy in every share of what the plain step needs.
+
+    Args:
+        model: A name of `models.MODELS` or `models.GPU_MODELS`.
+        percents: Budgets, of the plain step's peak.
+        strategies: Names of strategies.
+        steps: How many a run trains.
+        planning_seconds: As in `Options`.
+        ample_bytes: Memory of the plain run.
+        is_capped: Whether the others have no more memory than their budget.
+        say: Gets lines of progress.
+
+    Raises:
+        RuntimeError: If the plain step fails in plenty of memory.
+    """
+
+    def run(percent: int, one: Trial) -> Run:
+        title = f"{model}, {' in '.join(_what(one))}"
+        start = time.perf_counter()
+        result = trial.run(one, lambda line: say(f"{title}: {line}"))
+        if result.error:
+            say(f"{title}: {result.error}")
+        return Run(percent, one, result, time.perf_counter() - start)
+
+    plain = run(0, Trial(model, ample_bytes, steps=steps, on_gpu=True))
+    yield plain
+    if plain.result.error:
+        raise RuntimeError(f"expected {model} to train in {format_bytes(ample_bytes)}, received {plain.result.error}")
+    for percent in percents:
+        nbytes = plain.result.peak_bytes * percent // 100 >> 20 << 20
+        within = Trial(
+            model,
+            nbytes if is_capped else ample_bytes,
+            f"{nbytes >> 20}MiB",
+            steps,
+            planning_seconds=planning_seconds,
+            on_gpu=True,
+        )
+        for strategy in strategies:
+            yield run(percent, dataclasses.replace(within, strategy=strategy))
+
+
+def row(run: Run, plain: Result) -> tuple[str, ...]:
+    """A run for people."""
+    result, report = run.result, run.result.report
+    start = (run.trial.model, *reversed(_what(run.trial)))
+    if result.error:
+        return (*start, format_bytes(plain.peak_bytes), "", result.error.splitlines()[0][:60], "", "", "")
+    seconds = statistics.median(result.steady_seconds)
+    return (
+        *start,
+        format_bytes(plain.peak_bytes),
+        format_bytes(report["predicted_peak_bytes"]) if report else "",
+        format_bytes(result.peak_bytes),
+        f"{1000 * seconds:.1f} ms, {seconds / statistics.median(plain.steady_seconds):.2f}x",
+        f"{1000 * report['predicted_seconds']:.1f} ms" if report else "",
+        "equal" if result.equals(plain) else "different",
+    )
+
+
+def _what(one: Trial) -> tuple[str, str]:
+    """Strategy and budget."""
+    return (one.strategy, one.graphswap) if one.graphswap else ("plain", format_bytes(one.memory_bytes))
+
+
+def main(argv: Sequence[str]) -> None:
+    """Parses the flags, measures, prints the table and writes the JSON."""
+    values = flags.FlagValues()
+    models = flags.DEFINE_list("models", ["gpt_gpu", "resnet50_gpu"], "Of models.GPU_MODELS.", flag_values=values)
+    percents = flags.DEFINE_list("percents", ["100", "60", "40"], "Of the plain peak.", flag_values=values)
+    strategies = flags.DEFINE_list("strategies", ["auto"], "Names of strategies.", flag_values=values)
+    steps = flags.DEFINE_integer("steps", 12, "Steps of a run.", flag_values=values)
+    planning_seconds = flags.DEFINE_float("planning_seconds", 30.0, "As in Options.", flag_values=values)
+    ample = flags.DEFINE_string("ample", "60GiB", "Memory of the plain runs.", flag_values=values)
+    is_capped = flags.DEFINE_bool(
+        "capped", True, "Whether the device has no more memory than the budget.", flag_values=values
+    )
+    out = flags.DEFINE_string("out", "gpu.json", "File for the results.", flag_values=values)
+    if values(argv)[1:]:
+        raise app.UsageError(f"expected flags, received {values(argv)[1:]}.")
+    runs: list[Run] = []
+    rows: list[tuple[str, ...]] = []
+    for model in models.value:
+        plain: Result | None = None
+        for run in measure(
+            model,
+            [int(percent) for percent in percents.value],
+            strategies.value,
+            steps.value,
+            planning_seconds.value,
+            parse_bytes(ample.value),
+            is_capped.value,
+            say=lambda line: print(line, file=sys.stderr, flush=True),
+        ):
+            plain = plain or run.result
+            runs.append(run)
+            rows.append(row(run, plain))
+            pathlib.Path(out.value).write_text(json.dumps([dataclasses.asdict(one) for one in runs]))
+    print(benchmark.markdown_table(COLUMNS, rows))
+
+
+if __name__ == "__main__":
+    main(sys.argv)
