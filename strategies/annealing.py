@@ -1,35 +1,43 @@
 """Simulated annealing over what is evicted and how: makes good plans better (Kirkpatrick et al., Science 1983).
 
 A move gives a gap another way to be evicted, or the gaps of one kind next to each other, as blocks of a network are
-alike; where memory overflows, it takes something off the device there. Plans that overflow are passed through at a
-price. It is as warm as the best plan so far lies above the bound, and cools down a few times; at last the best plan is
-changed gap by gap.
+alike; where memory overflows, it takes something off the device there. What the program of `relaxation` does not care
+about is changed most. Plans that overflow are passed through at a price. It is as warm as the best plan so far lies
+above the bound, and cools down a few times; at last the best plan is changed gap by gap.
 
-Known weaknesses: what it finds depends on the time it has; it changes no order.
+What would be the fastest plan so far is shown to the device's allocator; each time that refuses, the sum of the buffers
+has to get a little smaller.
+
+Known weaknesses: what it finds depends on the time it has; it changes no order; the allocator refuses most plans, and
+all that is known then is that it did.
 """
 
 from __future__ import annotations
 
 import collections
 import functools
+import itertools
 import math
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
 from graphswap import ir
 from graphswap.strategies import fitting, gaps, timing
 
-_LEAST_SHARE = 0.002
-"""Of the target: smaller storages are left as they are."""
+_LEAST_SHARE = 0.001
+"""Of the plain step's peak: smaller storages are left as they are."""
 _WAYS = ("", "swap", "recompute", gaps.AGAIN)
 _WHERE_FULL = 0.7
 _OF_A_KIND = 0.25
 _TWICE = 0.4
 _ANCHORS = 0.1
 _HALF = 0.5
+_OFTEN_AGAIN = 0.3
+_FIRST = 10.0
+"""How much less often the first change is tried than if the second were tried half as often, and so on."""
 _PENALTY = 2.0
 """Steps that exceeding the target by all of itself counts for."""
 _WARMTH = 0.1
@@ -43,6 +51,11 @@ _TRIALS = 20
 """For each gap and cooling, at most."""
 _ENOUGH = 0.0005
 """Above the bound: then nothing is left to gain."""
+_ASKING = 0.5
+"""Of the time, for the allocator."""
+_TIGHTENING = 0.99
+"""Of what the sum of the buffers may be, each time that the allocator refuses; and once it has taken something:"""
+_SLIGHTLY = 0.997
 
 Worth = tuple[float, float]
 """Bytes above the target, and about the seconds when copies have their times: less is better."""
@@ -57,69 +70,156 @@ def worth(problem: gaps.Gaps, state: fitting.Evictions, target: float) -> Worth:
 
 
 def improved(
-    problem: gaps.Gaps, states: Sequence[fitting.Evictions], target: float, seconds: float, least_seconds: float
-) -> fitting.Evictions:
-    """The best that is found, starting from the most promising of the states.
+    problem: gaps.Gaps,
+    states: Sequence[fitting.Evictions],
+    memory_budget: int,
+    seconds: float,
+    least_seconds: float,
+    placed: fitting.Evictions | None = None,
+    indifference: Mapping[tuple[int, str], float] | None = None,
+) -> fitting.Evictions | None:
+    """The fastest state that is found and that the device's allocator takes; None if it takes none.
 
     Args:
         problem: The gaps.
-        states: At least one.
-        target: Bytes.
+        states: At least one, to start from.
+        memory_budget: Bytes.
         seconds: Time to search.
         least_seconds: No plan takes less.
+        placed: What the allocator has taken before.
+        indifference: As `relaxation` has it; changes of little are tried most.
+    """
+    moves = _Moves(problem, random.Random(0), indifference or {})
+    search = _Search(problem, states, moves, memory_budget, seconds, least_seconds, placed)
+    for cooling in range(_COOLINGS):
+        search.cool(cooling)
+    search.descend()
+    return search.finished()
+
+
+class _Search:
+    """The state of one call of `improved`.
+
+    The allocator is asked about what would be the fastest so far, as long as that takes no more than its share of the
+    time. Each time it refuses, the sum of the buffers has to get a little smaller.
     """
 
-    def judge(state: fitting.Evictions) -> Worth:
-        return worth(problem, state, target)
+    def __init__(
+        self,
+        problem: gaps.Gaps,
+        states: Sequence[fitting.Evictions],
+        moves: _Moves,
+        memory_budget: int,
+        seconds: float,
+        least_seconds: float,
+        placed: fitting.Evictions | None,
+    ):
+        self._problem = problem
+        self._memory_budget = memory_budget
+        self._target = float(memory_budget)
+        self._seconds = max(seconds, 1e-9)
+        self._least_seconds = least_seconds
+        self._limit_seconds = math.inf if placed is None else placed.outline.seconds
+        self._plain = float(problem.clock[-1])
+        self._rng = moves.rng
+        self._moves = moves
+        self._begin = time.monotonic()
+        self._asking = 0.0  # seconds spent with the allocator
+        self._placed = placed
+        self._has_taken = False  # in this search
+        judged = sorted(((state, self._judge(state)) for state in states), key=lambda pair: self._price(pair[1]))
+        self._starts = [state for state, _ in judged]
+        self._best = judged[0]
+        for state, found in judged:
+            self._offer(state, found)
 
-    plain = float(problem.clock[-1])
-
-    def price(found: Worth) -> float:
-        return found[1] + found[0] / target * _PENALTY * plain
-
-    judged = [(state, judge(state)) for state in states]
-    best = min(judged, key=lambda pair: pair[1])
-    rng = random.Random(0)
-    moves = _Moves(problem, target, rng)
-    enough = least_seconds * (1.0 + _ENOUGH)
-    begin = time.monotonic()
-
-    def passed() -> float:
-        """The share of the time; 1 if there is nothing left to gain."""
-        is_best = best[1][0] == 0.0 and best[1][1] <= enough
-        return 1.0 if is_best else min(1.0, (time.monotonic() - begin) / max(seconds, 1e-9))
-
-    for cooling in range(_COOLINGS):
-        state, now = min([*judged, best], key=lambda pair: price(pair[1]))
-        warmth = min(_WARMTH * max(price(now) - least_seconds, _ENOUGH * plain), _WARMEST * plain)
-        for trial in range(_TRIALS * moves.count):
-            done = max(passed() * _COOLINGS / _WARM - cooling, trial / (_TRIALS * moves.count))
+    def cool(self, cooling: int) -> None:
+        """Anneals once, from the most promising state."""
+        rng, count = self._rng, _TRIALS * self._moves.count
+        start = min([*self._starts, self._best[0]], key=lambda state: self._price(self._judge(state)))
+        state, now, target = start, self._judge(start), self._target
+        distance = max(self._price(now) - self._least_seconds, _ENOUGH * self._plain)
+        warmth = min(_WARMTH * distance, _WARMEST * self._plain)
+        for trial in range(count):
+            done = max(self._passed() * _COOLINGS / _WARM - cooling, trial / count)
             if done >= 1.0:
                 break
             try:
-                neighbour = moves.neighbour(state)
+                neighbour = self._moves.neighbour(state, self._target)
             except gaps.CantRecompute:
                 continue
-            found = judge(neighbour)
-            rise = price(found) - price(now)
+            found = self._judge(neighbour)
+            rise = self._price(found) - self._price(now)
             if rise <= 0.0 or rng.random() < math.exp(-rise / (warmth * (1.0 - done) ** 2 + 1e-30)):
                 state, now = neighbour, found
-            if found < best[1]:
-                best = neighbour, found
-        judged = [best]
-    is_better = True
-    while is_better:
-        is_better = False
-        for change in moves.single():
-            if passed() >= 1.0:
-                return best[0]
-            try:
-                neighbour = change(best[0])
-            except gaps.CantRecompute:
-                continue
-            if neighbour is not None and (found := judge(neighbour)) < best[1]:
-                best, is_better = (neighbour, found), True
-    return best[0]
+            self._note(neighbour, found)
+            if target != self._target:
+                now, target = self._judge(state), self._target
+        self._starts = []
+
+    def descend(self) -> None:
+        """Changes the best state that the allocator has taken, else the best, gap by gap, until nothing is better.
+
+        What differs little from a state that it has taken has the best prospects.
+        """
+        if self._placed is not None:
+            self._target, self._asking = float(self._memory_budget), -math.inf
+            self._best = self._placed, (0.0, self._limit_seconds)
+        is_better = True
+        while is_better:
+            is_better = False
+            for change in self._moves.single():
+                if self._passed() >= 1.0:
+                    return
+                base = self._placed or self._best[0]
+                try:
+                    neighbour = change(base)
+                except gaps.CantRecompute:
+                    continue
+                if neighbour is not None:
+                    is_better |= self._note(neighbour, self._judge(neighbour))
+
+    def finished(self) -> fitting.Evictions | None:
+        """What the allocator took; at last it is asked about the best, if it has not been."""
+        self._asking = -math.inf
+        self._offer(*self._best)
+        return self._placed
+
+    def _judge(self, state: fitting.Evictions) -> Worth:
+        return worth(self._problem, state, self._target)
+
+    def _price(self, found: Worth) -> float:
+        return found[1] + found[0] / self._target * _PENALTY * self._plain
+
+    def _passed(self) -> float:
+        """The share of the time; 1 if there is nothing left to gain."""
+        if self._limit_seconds <= self._least_seconds * (1.0 + _ENOUGH):
+            return 1.0
+        return min(1.0, (time.monotonic() - self._begin) / self._seconds)
+
+    def _note(self, state: fitting.Evictions, found: Worth) -> bool:
+        """Takes note of a state; whether it is the best so far, of those that the allocator takes if there are any."""
+        limit = self._limit_seconds
+        is_best = found < self._best[1]
+        if is_best:
+            self._best = state, found
+        self._offer(state, found)
+        return self._limit_seconds < limit if self._placed is not None else is_best
+
+    def _offer(self, state: fitting.Evictions, found: Worth) -> None:
+        """Asks the allocator about what would be the fastest."""
+        if found[0] or found[1] >= self._limit_seconds:
+            return
+        start = time.monotonic()
+        if self._asking > _ASKING * (start - self._begin):
+            return
+        placed = fitting.placed(self._problem, state, self._memory_budget, self._target, self._limit_seconds)
+        if placed is not None:
+            self._placed, self._limit_seconds, self._has_taken = placed, placed.outline.seconds, True
+        elif self._problem.cost_model.device.memory_bytes is not None and self._asking >= 0.0:
+            self._target *= _SLIGHTLY if self._has_taken else _TIGHTENING
+            self._best = self._best[0], self._judge(self._best[0])
+        self._asking += time.monotonic() - start
 
 
 class _Moves:
@@ -127,13 +227,14 @@ class _Moves:
 
     Attributes:
         count: How many gaps there are to change.
+        rng: Chooses.
     """
 
-    def __init__(self, problem: gaps.Gaps, target: float, rng: random.Random):
+    def __init__(self, problem: gaps.Gaps, rng: random.Random, indifference: Mapping[tuple[int, str], float]):
         self._problem = problem
-        self._target = target
-        self._rng = rng
-        self._gaps = [gap for gap, item in enumerate(problem.gaps) if item.nbytes >= _LEAST_SHARE * target]
+        self.rng = rng
+        least = _LEAST_SHARE * problem.live.max()
+        self._gaps = [gap for gap, item in enumerate(problem.gaps) if item.nbytes >= least]
         self._starts = np.array([problem.gaps[gap].start for gap in self._gaps], int)
         self._ends = np.array([problem.gaps[gap].end for gap in self._gaps], int)
         self._kinds = collections.defaultdict[object, list[int]](list)
@@ -141,26 +242,37 @@ class _Moves:
         for gap in sorted(self._gaps, key=lambda gap: problem.gaps[gap].start):
             self._kinds[self._kind_of[gap]].append(gap)
         self.count = len(self._gaps)
+        size = {gap: -problem.gaps[gap].nbytes * _length(problem.gaps[gap]) for gap in self._gaps}
+        self._changes = sorted(
+            itertools.product(self._gaps, ("swap", "recompute")),
+            key=lambda change: (indifference.get(change, math.inf), size[change[0]]),
+        )
+        weights = [1.0 / (_FIRST + rank) for rank in range(len(self._changes))]
+        self._cumulative = list(itertools.accumulate(weights))
+        self._weight = dict.fromkeys(self._gaps, 0.0)
+        for (gap, _), weight in zip(self._changes, weights, strict=True):
+            self._weight[gap] = max(self._weight[gap], weight)
 
-    def neighbour(self, state: fitting.Evictions) -> fitting.Evictions:
+    def neighbour(self, state: fitting.Evictions, target: float) -> fitting.Evictions:
         """The evictions with a gap or a few changed, where memory overflows rather than elsewhere.
 
         Raises:
             gaps.CantRecompute: If a value can't be recomputed.
         """
-        rng, live = self._rng, state.outline.live
+        rng, live = self.rng, state.outline.live
         evicted, since, anchors = dict(state.evicted), dict(state.since), state.anchors
         fullest = int(live.argmax())
-        if live[fullest] > self._target and rng.random() < _WHERE_FULL:
+        if live[fullest] > target and rng.random() < _WHERE_FULL:
             self._relieve(evicted, since, fullest)
         else:
-            gap = self._change(evicted, since, self._gaps)
+            gap = self._change(evicted, since)
             if rng.random() < _OF_A_KIND:
                 self._change_alike(evicted, since, gap)
             elif rng.random() < _TWICE:
                 item = self._problem.gaps[gap]
                 beside = np.flatnonzero((self._starts < item.end) & (self._ends > item.start))
-                self._change(evicted, since, [self._gaps[number] for number in beside])
+                other = self._pick([self._gaps[number] for number in beside])
+                _set(evicted, other, rng.choice([way for way in _WAYS if way != evicted.get(other, "")]))
         if anchors and rng.random() < _ANCHORS:
             anchors = frozenset(anchors) - {rng.choice(sorted(anchors))}
         return fitting.evictions(self._problem, evicted, anchors, since)
@@ -179,20 +291,27 @@ class _Moves:
         _set(evicted, gap, way)
         return fitting.evictions(self._problem, evicted, state.anchors, state.since)
 
-    def _change(self, evicted: dict[int, str], since: dict[int, int], among: Sequence[int]) -> int:
-        """Gives one of the gaps another way; every second time one that is evicted."""
-        rng = self._rng
-        present = [gap for gap in among if gap in evicted]
-        gap = rng.choice(present if present and rng.random() < _HALF else among)
+    def _change(self, evicted: dict[int, str], since: dict[int, int]) -> int:
+        """Gives a gap another way, or keeps what went that way."""
+        rng = self.rng
+        ((gap, way),) = rng.choices(self._changes, cum_weights=self._cumulative)
+        now = evicted.get(gap, "")
         if gap in since and rng.random() < _HALF:
             del since[gap]
+        elif now == way or (now and rng.random() < _HALF):
+            _set(evicted, gap, rng.choice([other for other in _WAYS if other != now]))
         else:
-            _set(evicted, gap, rng.choice([way for way in _WAYS if way != evicted.get(gap, "")]))
+            _set(evicted, gap, gaps.AGAIN if way == "recompute" and rng.random() < _OFTEN_AGAIN else way)
+        return gap
+
+    def _pick(self, among: Sequence[int]) -> int:
+        """One of the gaps, the more likely the less the program cares."""
+        (gap,) = self.rng.choices(among, [self._weight[gap] for gap in among])
         return gap
 
     def _change_alike(self, evicted: dict[int, str], since: dict[int, int], gap: int) -> None:
         """Gives the next gaps of its kind, before or after it, the way of a gap."""
-        rng, alike = self._rng, self._kinds[self._kind_of[gap]]
+        rng, alike = self.rng, self._kinds[self._kind_of[gap]]
         place, count = alike.index(gap), rng.randint(1, len(alike))
         for other in alike[place : place + count] if rng.random() < _HALF else alike[max(0, place - count) : place]:
             since.pop(other, None)
@@ -200,16 +319,16 @@ class _Moves:
 
     def _relieve(self, evicted: dict[int, str], since: dict[int, int], position: int) -> None:
         """Takes something off the device at a position, or has less repeated there."""
-        rng = self._rng
+        rng = self.rng
         over = [self._gaps[number] for number in np.flatnonzero((self._starts < position) & (self._ends > position))]
         idle = [gap for gap in over if gap not in evicted or gap in since]
         early = [gap for gap in over if evicted.get(gap) == "recompute" and gap not in since]  # may be back already
         repeated = [gap for gap, way in evicted.items() if way != "swap" and self._problem.gaps[gap].end == position]
         options: list[tuple[int, str]] = []
         if idle:
-            options.append((rng.choice(idle), rng.choice(_WAYS[1:])))
+            options.append((self._pick(idle), rng.choice(_WAYS[1:])))
         if early:
-            options.append((rng.choice(early), rng.choice((gaps.AGAIN, "swap"))))
+            options.append((self._pick(early), rng.choice((gaps.AGAIN, "swap"))))
         if repeated:
             options.append((rng.choice(repeated), "swap"))
         if options:

@@ -16,6 +16,7 @@ BOTH = ("swap", "recompute")
 _TIGHTENING = 0.98
 _TARGETS = 16
 _REPAIRS = 40
+_FEW_REPAIRS = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +83,18 @@ def fit(
     actions: Collection[str] = BOTH,
     planning_seconds: float = math.inf,
 ) -> Plan:
+    """A plan of the `fastest` of the attempts. Arguments and errors are its own, and a name for the plan's record."""
+    state = fastest(problem, attempts, memory_budget, actions, planning_seconds)
+    return problem.plan(state.decisions, strategy, memory_budget)
+
+
+def fastest(
+    problem: gaps.Gaps,
+    attempts: Sequence[Attempt],
+    memory_budget: int,
+    actions: Collection[str] = BOTH,
+    planning_seconds: float = math.inf,
+) -> Evictions:
     """The fastest of the attempts that the allocator model accepts at the budget.
 
     The allocator loses bytes to slack and holes. Where a request finds no chunk though the sum fits, the
@@ -92,7 +105,6 @@ def fit(
         problem: The gaps.
         attempts: Ways to evict, the most promising first.
         memory_budget: Bytes.
-        strategy: For the plan's record.
         actions: What clearing a window may use.
         planning_seconds: No further attempt is started after this time once a plan is found.
 
@@ -107,7 +119,7 @@ def fit(
         tried: Mapping[int, str] | None = None
         for _ in range(_TARGETS):
             if best is not None and time.monotonic() > deadline:
-                return problem.plan(best.decisions, strategy, memory_budget)
+                return best
             try:
                 state = attempt(target)
             except gaps.CantRecompute:
@@ -120,17 +132,33 @@ def fit(
             paced = _timed(problem, state, target)
             if paced.outline.seconds >= limit:
                 break
-            placed = _place(problem, paced, memory_budget, limit, actions, target)
-            if placed is None and paced is not state:
-                placed = _place(problem, state, memory_budget, limit, actions, None)
-            if placed is not None:
-                best = placed
+            found = _place(problem, paced, memory_budget, limit, actions, target)
+            if found is None and paced is not state:
+                found = _place(problem, state, memory_budget, limit, actions, None)
+            if found is not None:
+                best = found
                 break
             target *= _TIGHTENING
     if best is None:
         node, bound_bytes = problem.order[int(lowest.live.argmax())], budgets.least_peak(problem).nbytes
         raise base.InfeasibleBudgetError(memory_budget, lowest.peak_bytes, node, bound_bytes)
-    return problem.plan(best.decisions, strategy, memory_budget)
+    return best
+
+
+def placed(problem: gaps.Gaps, state: Evictions, memory_budget: int, target: float, limit: float) -> Evictions | None:
+    """The state with its copies in time, as the device's allocator takes it; None if it does not.
+
+    Args:
+        problem: The gaps.
+        state: By the sum of its buffers.
+        memory_budget: Bytes for the allocator.
+        target: Bytes that copies in flight may fill.
+        limit: Seconds that it must not take.
+    """
+    paced = _timed(problem, state, target)
+    if problem.cost_model.device.memory_bytes is None:  # the sum of the buffers is all that counts
+        return paced if paced.outline.peak_bytes <= memory_budget and paced.outline.seconds < limit else None
+    return _place(problem, paced, memory_budget, limit, BOTH, target, _FEW_REPAIRS)
 
 
 def _timed(problem: gaps.Gaps, state: Evictions, target: float | None) -> Evictions:
@@ -148,9 +176,10 @@ def _place(
     limit_seconds: float,
     actions: Collection[str],
     target: float | None,
+    repairs: int = _REPAIRS,
 ) -> Evictions | None:
     """Clears windows until the allocator takes the step; None if it won't or if it gets too slow."""
-    for _ in range(_REPAIRS):
+    for _ in range(repairs):
         if state.outline.seconds >= limit_seconds:
             return None
         try:

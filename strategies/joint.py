@@ -3,11 +3,11 @@
 The first plan is what `greedy` would choose, so that there is one early, however large the step is. Then the program
 of `relaxation` is solved for the budget and for tighter ones. Each time its fractions are rounded to evictions; what
 overflows then, as repeated chains may, is evicted as `greedy` would; and copies are given their times. All of these,
-and what other strategies would evict, are where `annealing` starts from, for most of the time. What the allocator model
-accepts is kept. The program's duals at the budget are the certified bound.
+and what other strategies would evict, are where `annealing` starts from, for most of the time. The program's duals at
+the budget are the certified bound.
 
 Known weaknesses: the order is that of the other strategies; where few large storages share a small budget, fractions
-say little, and annealing may end far from the optimum; the allocator may turn down what it finds by the sum of buffers.
+say little, and annealing may end far from the optimum.
 """
 
 from __future__ import annotations
@@ -21,17 +21,15 @@ import numpy as np
 from graphswap import bound, ir
 from graphswap.cost_model import CostModel
 from graphswap.plan import Plan
-from graphswap.strategies import annealing, fitting, gaps, greedy, relaxation, solver
+from graphswap.strategies import annealing, base, fitting, gaps, greedy, relaxation, solver
 
-_TIGHTENINGS = (1.0, 0.94, 0.88, 0.8, 0.7, 0.6, 0.5)
+_TIGHTENINGS = (0.94, 0.88, 0.8, 0.7, 0.6, 0.5)
 """Of the budget. What is rounded overflows where much is repeated at once, and much less budget costs little time."""
 _ROUNDS = 16
 _HALF = 0.5
 _SEGMENTS = (6, 12, 24, 48)
-_AT_ONCE = 0.8
-"""Of the time that is left, for annealing."""
-_EACH_TIME = 0.3
-"""Likewise, where the allocator may turn the result down, so that more than one is needed."""
+_STARTING = 0.3
+"""Of the planning time, for states to anneal from."""
 _SOLVING = 0.7
 """Of the planning time, for the first solution of the program."""
 
@@ -50,13 +48,17 @@ class Joint:
         """Implements `Strategy.plan`."""
         problem = gaps.problem(graph, cost_model)
         search = _Search(problem, relaxation.Relaxation(problem), memory_budget, self.planning_seconds)
-        shares = [functools.partial(search.attempt, share) for share in _TIGHTENINGS]
-        # The tighter programs help where nothing limits the allocator; elsewhere what fits it is searched for sooner.
-        late = [] if cost_model.device.memory_bytes is None else shares[1:]
-        early = shares[: len(shares) - len(late)]
-        attempts = [search.unsolved, *early, search.improved, *late]
-        plan = fitting.fit(problem, attempts, memory_budget, "joint", planning_seconds=self.planning_seconds)
-        return plan.replace(certificate=search.certificate)
+        attempts = [search.unsolved, functools.partial(search.attempt, 1.0)]
+        found, failure = None, None
+        try:
+            found = fitting.fastest(problem, attempts, memory_budget, planning_seconds=self.planning_seconds)
+        except base.InfeasibleBudgetError as error:
+            failure = error
+        found = search.improved(found)
+        if found is None:
+            assert failure is not None
+            raise failure
+        return problem.plan(found.decisions, "joint", memory_budget).replace(certificate=search.certificate)
 
 
 def certificate(graph: ir.Graph, cost_model: CostModel, memory_budget: int, seconds: float = 60.0) -> bound.Certificate:
@@ -103,15 +105,24 @@ class _Search:
         self._seen.append(state)
         return state
 
-    def improved(self, target: float) -> fitting.Evictions:
-        """What annealing makes of all attempts so far and of other strategies' ways to evict."""
+    def improved(self, placed: fitting.Evictions | None) -> fitting.Evictions | None:
+        """What annealing makes of all attempts, of programs for less, and of other strategies' ways to evict.
+
+        Args:
+            placed: What the allocator has taken so far.
+        """
+        target = float(self._memory_budget)
+        for share in _TIGHTENINGS:
+            if time.monotonic() > self._start + _STARTING * (self._deadline - self._start):
+                break
+            self.attempt(share, target)
         least = 0.0 if self.certificate is None else self.certificate.seconds(target)
-        states = [*self._seen, *self._others(target)]
         left = self._deadline - time.monotonic()
-        share = _AT_ONCE if self._problem.cost_model.device.memory_bytes is None else _EACH_TIME
-        found = annealing.improved(self._problem, states, target, share * left, least)
-        self._seen.append(found)
-        return found
+        states = [*self._seen, *(self._others(target) if left > 0 else ())]
+        left = self._deadline - time.monotonic()
+        solution = self._solved.get(self._memory_budget)
+        indifference = None if solution is None else self._relaxed.indifference(solution)
+        return annealing.improved(self._problem, states, self._memory_budget, left, least, placed, indifference)
 
     def _others(self, target: float) -> list[fitting.Evictions]:
         """Evictions that need no program: greedy ones, checkpoints of which some are swapped, and all that can be."""

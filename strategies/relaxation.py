@@ -37,6 +37,7 @@ import numpy as np
 
 from graphswap import allocator, bound, ir, liveness
 from graphswap.strategies import gaps
+from graphswap.strategies.solver import Solution
 
 _CHECKS = 100
 _DEPTH = 6
@@ -143,6 +144,22 @@ class Relaxation:
         return self._inputs[node]
 
     # --- time ----------------------------------------------------------------------------------------------------
+
+    def indifference(self, solution: Solution) -> dict[tuple[int, str], float]:
+        """What it would cost, at an optimum's prices, to treat a gap the other way: (gap, way) to seconds >= 0.
+
+        Little where the optimum is undecided; much where it is sure to evict the gap so, or not to.
+        """
+        program = self.program
+        priced = np.bincount(program.columns, program.values * solution.duals[program.rows], len(program.cost))
+        reduced = program.cost + self.prices - priced
+        found = {}
+        for gap, stretches in self.stretches.items():
+            found[gap, "swap"] = abs(float(sum(reduced[stretch.swapped] for stretch in stretches)))
+            dropped = [stretch.dropped for stretch in stretches if stretch.dropped is not None]
+            if dropped:
+                found[gap, "recompute"] = abs(float(reduced[dropped].sum()))
+        return found
 
     def _find_checks(self) -> np.ndarray:
         """Cuts the step by a mix of time and number of nodes, and takes the fullest position of every part."""

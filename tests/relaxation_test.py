@@ -38,6 +38,16 @@ def test_less_memory_never_takes_less_time():
     assert bounds == sorted(bounds)
 
 
+def test_what_a_change_costs_at_an_optimums_prices():
+    """Where copies take no time, it does not matter which gaps are swapped; a node takes its second anywhere."""
+    relaxed = relaxation.Relaxation(gaps.problem(CHAIN, testing.seconds_per_node(1.0, QUICK)))
+    prices = relaxed.indifference(solver.solve(relaxed.program, 5 * MIB, relaxed.prices, 60.0))
+    swaps, repeats = ([seconds for (_, how), seconds in prices.items() if how == way] for way in ("swap", "recompute"))
+    assert len(swaps) == len(relaxed.stretches)
+    assert swaps == pytest.approx([0.0] * len(swaps), abs=NEARLY)
+    assert all(-NEARLY <= seconds <= 1.0 + NEARLY for seconds in repeats) and max(repeats) > 0.5
+
+
 def test_every_gap_that_matters_has_columns():
     problem = gaps.problem(CHAIN, testing.seconds_per_node(1.0, QUICK))
     relaxed = relaxation.Relaxation(problem)
