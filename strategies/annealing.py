@@ -37,7 +37,7 @@ _ANCHORS = 0.1
 _HALF = 0.5
 _OFTEN_AGAIN = 0.3
 _FIRST = 10.0
-"""How much less often the first change is tried than if the second were tried half as often, and so on."""
+"""The change that the program cares about least but for r others is tried in proportion to 1 / (_FIRST + r)."""
 _PENALTY = 2.0
 """Steps that exceeding the target by all of itself counts for."""
 _WARMTH = 0.1
@@ -124,7 +124,8 @@ class _Search:
         self._rng = moves.rng
         self._moves = moves
         self._begin = time.monotonic()
-        self._asking = 0.0  # seconds spent with the allocator
+        self._asked_seconds = 0.0  # spent with the allocator
+        self._share = _ASKING  # of the time, for it
         self._placed = placed
         self._has_taken = False  # in this search
         judged = sorted(((state, self._judge(state)) for state in states), key=lambda pair: self._price(pair[1]))
@@ -163,7 +164,7 @@ class _Search:
         What differs little from a state that it has taken has the best prospects.
         """
         if self._placed is not None:
-            self._target, self._asking = float(self._memory_budget), -math.inf
+            self._target, self._share = float(self._memory_budget), 1.0
             self._best = self._placed, (0.0, self._limit_seconds)
         is_better = True
         while is_better:
@@ -181,7 +182,7 @@ class _Search:
 
     def finished(self) -> fitting.Evictions | None:
         """What the allocator took; at last it is asked about the best, if it has not been."""
-        self._asking = -math.inf
+        self._share = 1.0
         self._offer(*self._best)
         return self._placed
 
@@ -211,15 +212,15 @@ class _Search:
         if found[0] or found[1] >= self._limit_seconds:
             return
         start = time.monotonic()
-        if self._asking > _ASKING * (start - self._begin):
+        if self._asked_seconds > self._share * (start - self._begin):
             return
         placed = fitting.placed(self._problem, state, self._memory_budget, self._target, self._limit_seconds)
         if placed is not None:
             self._placed, self._limit_seconds, self._has_taken = placed, placed.outline.seconds, True
-        elif self._problem.cost_model.device.memory_bytes is not None and self._asking >= 0.0:
+        elif self._problem.cost_model.device.memory_bytes is not None and self._share < 1.0:
             self._target *= _SLIGHTLY if self._has_taken else _TIGHTENING
             self._best = self._best[0], self._judge(self._best[0])
-        self._asking += time.monotonic() - start
+        self._asked_seconds += time.monotonic() - start
 
 
 class _Moves:

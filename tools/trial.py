@@ -236,6 +236,9 @@ def _fields(report: Any) -> dict[str, Any]:
     """The step that ran last, in numbers; the rounds in words; the notes are those of all steps."""
     step = report.steps[-1]
     certificate, budget = step.plan.certificate, step.plan.memory_budget
+    bound_seconds = None
+    if certificate is not None and budget is not None:
+        bound_seconds = certificate.seconds(budget) * step.time_scale  # as the prediction is
     fields = {field.name: getattr(step, field.name) for field in dataclasses.fields(step) if field.name != "plan"}
     return {
         **fields,
@@ -243,7 +246,7 @@ def _fields(report: Any) -> dict[str, Any]:
         "notes": [note for planned in report.steps for note in planned.notes],
         "plans": len(report.steps),
         "strategy": step.plan.strategy,
-        "bound_seconds": None if certificate is None or budget is None else certificate.seconds(budget),
+        "bound_seconds": bound_seconds,
         "swaps": len(step.plan.swaps),
         "repeated_nodes": sum(len(decision.nodes) for decision in step.plan.recomputes),
     }
