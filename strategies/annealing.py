@@ -47,7 +47,7 @@ _WARMEST = 0.01
 _COOLINGS = 2
 _WARM = 0.7
 """Of the time; in the rest the best plan is changed gap by gap."""
-_TRIALS = 20
+_TRIALS = 60
 """For each gap and cooling, at most."""
 _ENOUGH = 0.0005
 """Above the bound: then nothing is left to gain."""
