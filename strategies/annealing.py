@@ -51,8 +51,9 @@ _TRIALS = 60
 """For each gap and cooling, at most."""
 _ENOUGH = 0.0005
 """Above the bound: then nothing is left to gain."""
-_ASKING = 0.5
-"""Of the time, for the allocator."""
+_ASKING = 10
+"""States to judge for each question to the allocator, which takes about as long as they do. No clock: a search that has
+the time to end finds the same plan again."""
 _TIGHTENING = 0.99
 """Of what the sum of the buffers may be, each time that the allocator refuses; and once it has taken something:"""
 _SLIGHTLY = 0.997
@@ -100,8 +101,8 @@ def improved(
 class _Search:
     """The state of one call of `improved`.
 
-    The allocator is asked about what would be the fastest so far, as long as that takes no more than its share of the
-    time. Each time it refuses, the sum of the buffers has to get a little smaller.
+    The allocator is asked about what would be the fastest so far, though not too often. Each time it refuses, the sum
+    of the buffers has to get a little smaller.
     """
 
     def __init__(
@@ -124,8 +125,8 @@ class _Search:
         self._rng = moves.rng
         self._moves = moves
         self._begin = time.monotonic()
-        self._asked_seconds = 0.0  # spent with the allocator
-        self._share = _ASKING  # of the time, for it
+        self._judged = self._asked = 0  # how many states, and how many of them by the allocator
+        self._asks_always = False
         self._placed = placed
         self._has_taken = False  # in this search
         judged = sorted(((state, self._judge(state)) for state in states), key=lambda pair: self._price(pair[1]))
@@ -164,7 +165,7 @@ class _Search:
         What differs little from a state that it has taken has the best prospects.
         """
         if self._placed is not None:
-            self._target, self._share = float(self._memory_budget), 1.0
+            self._target, self._asks_always = float(self._memory_budget), True
             self._best = self._placed, (0.0, self._limit_seconds)
         is_better = True
         while is_better:
@@ -182,11 +183,12 @@ class _Search:
 
     def finished(self) -> fitting.Evictions | None:
         """What the allocator took; at last it is asked about the best, if it has not been."""
-        self._share = 1.0
+        self._asks_always = True
         self._offer(*self._best)
         return self._placed
 
     def _judge(self, state: fitting.Evictions) -> Worth:
+        self._judged += 1
         return worth(self._problem, state, self._target)
 
     def _price(self, found: Worth) -> float:
@@ -211,16 +213,15 @@ class _Search:
         """Asks the allocator about what would be the fastest."""
         if found[0] or found[1] >= self._limit_seconds:
             return
-        start = time.monotonic()
-        if self._asked_seconds > self._share * (start - self._begin):
+        if self._asked * _ASKING > self._judged and not self._asks_always:
             return
+        self._asked += 1
         placed = fitting.placed(self._problem, state, self._memory_budget, self._target, self._limit_seconds)
         if placed is not None:
             self._placed, self._limit_seconds, self._has_taken = placed, placed.outline.seconds, True
-        elif self._problem.cost_model.device.memory_bytes is not None and self._share < 1.0:
+        elif self._problem.cost_model.device.memory_bytes is not None and not self._asks_always:
             self._target *= _SLIGHTLY if self._has_taken else _TIGHTENING
             self._best = self._best[0], self._judge(self._best[0])
-        self._asked_seconds += time.monotonic() - start
 
 
 class _Moves:
