@@ -294,13 +294,18 @@ class _Moves:
         return fitting.evictions(self._problem, evicted, state.anchors, state.since)
 
     def _change(self, evicted: dict[int, str], since: dict[int, int]) -> int:
-        """Gives a gap another way, or keeps what went that way."""
+        """Gives a gap another way: often one that the program cares little about, else any, rather an evicted one."""
         rng = self.rng
-        ((gap, way),) = rng.choices(self._changes, cum_weights=self._cumulative)
+        way = ""
+        if rng.random() < _HALF:
+            ((gap, way),) = rng.choices(self._changes, cum_weights=self._cumulative)
+        else:
+            present = [gap for gap in self._gaps if gap in evicted]
+            gap = rng.choice(present if present and rng.random() < _HALF else self._gaps)
         now = evicted.get(gap, "")
         if gap in since and rng.random() < _HALF:
             del since[gap]
-        elif now == way or (now and rng.random() < _HALF):
+        elif way in ("", now):
             _set(evicted, gap, rng.choice([other for other in _WAYS if other != now]))
         else:
             _set(evicted, gap, gaps.AGAIN if way == "recompute" and rng.random() < _OFTEN_AGAIN else way)
