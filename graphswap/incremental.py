@@ -24,8 +24,8 @@ from graphswap import actions, allocator, ir
 from graphswap.cost_model import CostModel
 from graphswap.plan import Decision, Plan, Recompute, Swap
 
-_MOST_PARTS = 50_000
-"""That are kept."""
+_MOST_KEPT = 5_000
+"""Parts, and likewise decisions: a plan of a search needs those of the one before."""
 
 
 class Outline(NamedTuple):
@@ -209,6 +209,7 @@ class Incremental:
         moved = {buffer_of[version] for version in changed} - {-1}
         buffers = self._closure(moved.union(buffer_of[version] for version in read)) - self._step.untouched | moved
         names = {place for place in places if place <= last}.union(beside, *(self._step.touching[b] for b in buffers))
+        _make_room(self._reaches)
         found = self._reaches[decision] = _Reach(
             frozenset(buffers), frozenset(places), frozenset(names), frozenset(changed), frozenset(read)
         )
@@ -236,8 +237,7 @@ class Incremental:
         """What a group of decisions changes."""
         found = self._parts.get(decisions)
         if found is None:
-            if len(self._parts) >= _MOST_PARTS:
-                self._parts.clear()
+            _make_room(self._parts)
             found = self._parts[decisions] = self._walked(decisions)
         return found
 
@@ -677,6 +677,12 @@ class _Part(NamedTuple):
     pruned: Sequence[int]
     differences: set[tuple[int, int]]
     altered: set[int]
+
+
+def _make_room(kept: dict[Any, Any]) -> None:
+    """Forgets all when it is much."""
+    if len(kept) >= _MOST_KEPT:
+        kept.clear()
 
 
 def _runs(entries: Sequence[actions.Entry]) -> list[str]:

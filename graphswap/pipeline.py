@@ -394,7 +394,7 @@ class Session:
                     graphdef.export_function(func_graph, rewritten, self._tiers)
             step = _step_report(planned, share / self._scale, clock.seconds, rounds, self.options.memory_budget)
             self._add_report(func_graph, shapes, step)
-            if not (planned.plan.is_empty or planned.is_settled) and profiler.times_nodes():
+            if not (planned.plan.is_empty or planned.is_settled) and profiler.is_synchronous():
                 self._watched[shapes] = _Watched(
                     planned, rewritten, step, int(budget / share), profiler.memory_in_use("peak")
                 )

@@ -52,8 +52,8 @@ def device_name() -> str:
     return "GPU:0" if tf.config.list_logical_devices("GPU") else "CPU:0"
 
 
-def times_nodes() -> bool:
-    """Whether an op's seconds in the profiler are those of its work: a GPU's kernels run later, by themselves."""
+def is_synchronous() -> bool:
+    """Whether a step has taken its time when its call returns: a GPU's kernels run later, by themselves."""
     return device_name() == "CPU:0"
 
 
@@ -115,12 +115,12 @@ def device_spec(emulated_bytes: int | None, swap_directory: str | os.PathLike[st
 
 
 def _gpu_spec(swap_directory: str | os.PathLike[str] | None) -> DeviceSpec:
-    """The GPU's memory as TensorFlow has been given it, links as measured, rates of a device of its kind."""
+    """The GPU's memory as TensorFlow has been given it, links as measured, rates of its kind, else those of an A100."""
     (gpu,) = (one for one in device_lib.list_local_devices() if one.name.endswith(device_name()))
     physical = tf.config.list_physical_devices("GPU")[0]
     kind = tf.config.experimental.get_device_details(physical).get("device_name", "")
     known = max((name for name in devices.DEVICES if name in kind.lower()), key=len, default="a100")
-    links = {"host": _measure_pinned_link()}
+    links = {"host": _measure_pinned_link() or devices.DEVICES[known].links["host"]}
     if swap_directory is not None:
         links["disk"] = measure_link("disk", os.fspath(swap_directory))
     return dataclasses.replace(
@@ -133,8 +133,10 @@ def _gpu_spec(swap_directory: str | os.PathLike[str] | None) -> DeviceSpec:
 
 
 @functools.cache
-def _measure_pinned_link() -> Link:
+def _measure_pinned_link() -> Link | None:
     """Times copies to pinned memory and back, as swaps do them; both ways are taken to be equally fast.
+
+    None if many copies take no longer than few: then something else was measured.
 
     Pinned memory can't leave a graph, so that a graph with many copies is compared with one that has few. No two copies
     are of the same value, and all come back: TensorFlow would merge or drop them.
@@ -157,7 +159,9 @@ def _measure_pinned_link() -> Link:
 
     with tf.init_scope():
         copied_seconds = (seconds(_LINK_COPIES) - seconds(1)) / (_LINK_COPIES - 1) / 2
-    speed = _PINNED_BYTES / max(copied_seconds, 1e-9)
+    if copied_seconds <= 0.0:
+        return None
+    speed = _PINNED_BYTES / copied_seconds
     return Link(speed, speed, 20e-6, overlaps=True)
 
 

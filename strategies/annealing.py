@@ -120,15 +120,13 @@ class _Search:
         self._target = float(memory_budget)
         self._seconds = max(seconds, 1e-9)
         self._least_seconds = least_seconds
-        self._limit_seconds = math.inf if placed is None else placed.outline.seconds
         self._plain = float(problem.clock[-1])
         self._rng = moves.rng
         self._moves = moves
         self._begin = time.monotonic()
         self._judged = self._asked = 0  # how many states, and how many of them by the allocator
         self._asks_always = False
-        self._placed = placed
-        self._has_taken = False  # in this search
+        self._given = self._placed = placed
         judged = sorted(((state, self._judge(state)) for state in states), key=lambda pair: self._price(pair[1]))
         self._starts = [state for state, _ in judged]
         self._best = judged[0]
@@ -187,6 +185,11 @@ class _Search:
         self._offer(*self._best)
         return self._placed
 
+    @property
+    def _limit_seconds(self) -> float:
+        """What takes as long is of no use any more."""
+        return math.inf if self._placed is None else self._placed.outline.seconds
+
     def _judge(self, state: fitting.Evictions) -> Worth:
         self._judged += 1
         return worth(self._problem, state, self._target)
@@ -218,9 +221,9 @@ class _Search:
         self._asked += 1
         placed = fitting.placed(self._problem, state, self._memory_budget, self._target, self._limit_seconds)
         if placed is not None:
-            self._placed, self._limit_seconds, self._has_taken = placed, placed.outline.seconds, True
+            self._placed = placed
         elif self._problem.cost_model.device.memory_bytes is not None and not self._asks_always:
-            self._target *= _SLIGHTLY if self._has_taken else _TIGHTENING
+            self._target *= _TIGHTENING if self._placed is self._given else _SLIGHTLY
             self._best = self._best[0], self._judge(self._best[0])
 
 

@@ -49,15 +49,14 @@ class Joint:
         problem = gaps.problem(graph, cost_model)
         search = _Search(problem, relaxation.Relaxation(problem), memory_budget, self.planning_seconds)
         attempts = [search.unsolved, functools.partial(search.attempt, 1.0)]
-        found, failure = None, None
         try:
-            found = fitting.fastest(problem, attempts, memory_budget, planning_seconds=self.planning_seconds)
-        except base.InfeasibleBudgetError as error:
-            failure = error
-        found = search.improved(found)
-        if found is None:
-            assert failure is not None
-            raise failure
+            placed = fitting.fastest(problem, attempts, memory_budget, planning_seconds=self.planning_seconds)
+        except base.InfeasibleBudgetError:
+            found = search.improved(None)
+            if found is None:
+                raise
+        else:
+            found = search.improved(placed) or placed
         return problem.plan(found.decisions, "joint", memory_budget).replace(certificate=search.certificate)
 
 

@@ -31,7 +31,7 @@ def trials(monkeypatch):
 
 def test_every_strategy_gets_every_budget_of_the_plain_peak(trials, tmp_path, capsys):
     out = tmp_path / "gpu.json"
-    gpu_bench.main(["", "--models=gpt_gpu", "--percents=60,40", "--strategies=auto,chen", f"--out={out}"])
+    gpu_bench.main(["", "--models=gpt_gpu", "--budgets=60%,40MiB", "--strategies=auto,chen", f"--out={out}"])
     assert [(one.strategy, one.memory_bytes, one.graphswap) for one in trials] == [
         ("auto", 60 << 30, ""),
         ("auto", 60 * MIB, "60MiB"),
@@ -40,9 +40,11 @@ def test_every_strategy_gets_every_budget_of_the_plain_peak(trials, tmp_path, ca
         ("chen", 40 * MIB, "40MiB"),
     ]
     assert all(one.on_gpu for one in trials)
-    assert [run["percent"] for run in json.loads(out.read_text())] == [0, 60, 60, 40, 40]
+    found = json.loads(out.read_text())
+    assert [run["trial"]["graphswap"] for run in found["runs"]] == ["", "60MiB", "60MiB", "40MiB", "40MiB"]
+    assert found["machine"]["python"]
     shown = capsys.readouterr()
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in shown.out.splitlines()]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in shown.out.splitlines()[1:]]
     assert rows[2] == ["gpt_gpu", "60.0GiB", "plain", "100.0MiB", "", "100.0MiB", "1000.0 ms, 1.00x", "", "equal"]
     assert rows[3][1:] == ["60MiB", "auto", "100.0MiB", "58.0MiB", "59.0MiB", "1250.0 ms, 1.25x", "1200.0 ms", "equal"]
     assert rows[4][1:6] == ["60MiB", "chen", "100.0MiB", "", "ResourceExhaustedError: too much"]
@@ -50,7 +52,7 @@ def test_every_strategy_gets_every_budget_of_the_plain_peak(trials, tmp_path, ca
 
 
 def test_a_device_with_room_shows_by_how_much_a_plan_misses(trials, tmp_path):
-    gpu_bench.main(["", "--models=gpt_gpu", "--percents=60", "--nocapped", f"--out={tmp_path / 'gpu.json'}"])
+    gpu_bench.main(["", "--models=gpt_gpu", "--budgets=60%", "--nocapped", f"--out={tmp_path / 'gpu.json'}"])
     assert [(one.memory_bytes, one.graphswap) for one in trials] == [(60 << 30, ""), (60 << 30, "60MiB")]
 
 

@@ -1,10 +1,11 @@
 """Measures graphswap on a GPU beside plain Keras and other strategies: memory, time, bits.
 
-    python -m graphswap.tools.gpu_bench --models=gpt_gpu,resnet50_gpu --percents=60,40 --out=gpu.json
+    python -m graphswap.tools.gpu_bench --models=gpt_gpu,resnet50_gpu --budgets=60%,40% --out=gpu.json
 
 Every run is a process of its own whose TensorFlow is given so much of the GPU's memory: plenty for the plain step, the
 budget for the others; with --nocapped plenty for all, which shows by how much a plan misses its budget. The file is
-written anew after each run, so that what was measured survives what goes wrong. Kernels are deterministic ones.
+written anew after each run, so that what was measured survives what goes wrong. Kernels are deterministic ones, and
+XLA, which Keras would use for the plain step, is off.
 """
 
 from __future__ import annotations
@@ -31,13 +32,11 @@ class Run:
     """A trial and what came of it.
 
     Attributes:
-        percent: Of the plain step's peak that the device was given; 0 if it was given plenty.
         trial: What ran.
         result: What came of it.
         took_seconds: From the start of the process to its end.
     """
 
-    percent: int
     trial: Trial
     result: Result
     took_seconds: float
@@ -45,7 +44,7 @@ class Run:
 
 def measure(
     model: str,
-    percents: Sequence[int],
+    budgets: Sequence[str],
     strategies: Sequence[str],
     steps: int,
     planning_seconds: float,
@@ -53,11 +52,11 @@ def measure(
     is_capped: bool,
     say: Callable[[str], None],
 ) -> Iterator[Run]:
-    """Runs a model plainly, and under every strategy in every share of what the plain step needs.
+    """Runs a model plainly, and under every strategy in every budget.
 
     Args:
         model: A name of `models.MODELS` or `models.GPU_MODELS`.
-        percents: Budgets, of the plain step's peak.
+        budgets: As `benchmark.budget_bytes` takes them.
         strategies: Names of strategies.
         steps: How many a run trains.
         planning_seconds: As in `Options`.
@@ -69,20 +68,20 @@ def measure(
         RuntimeError: If the plain step fails in plenty of memory.
     """
 
-    def run(percent: int, one: Trial) -> Run:
+    def run(one: Trial) -> Run:
         title = f"{model}, {' in '.join(_what(one))}"
         start = time.perf_counter()
         result = trial.run(one, lambda line: say(f"{title}: {line}"))
         if result.error:
             say(f"{title}: {result.error}")
-        return Run(percent, one, result, time.perf_counter() - start)
+        return Run(one, result, time.perf_counter() - start)
 
-    plain = run(0, Trial(model, ample_bytes, steps=steps, on_gpu=True))
+    plain = run(Trial(model, ample_bytes, steps=steps, on_gpu=True))
     yield plain
     if plain.result.error:
         raise RuntimeError(f"expected {model} to train in {format_bytes(ample_bytes)}, received {plain.result.error}")
-    for percent in percents:
-        nbytes = plain.result.peak_bytes * percent // 100 >> 20 << 20
+    for budget in budgets:
+        nbytes = benchmark.budget_bytes(budget, plain.result.peak_bytes)
         within = Trial(
             model,
             nbytes if is_capped else ample_bytes,
@@ -92,7 +91,7 @@ def measure(
             on_gpu=True,
         )
         for strategy in strategies:
-            yield run(percent, dataclasses.replace(within, strategy=strategy))
+            yield run(dataclasses.replace(within, strategy=strategy))
 
 
 def row(run: Run, plain: Result) -> tuple[str, ...]:
@@ -122,7 +121,9 @@ def main(argv: Sequence[str]) -> None:
     """Parses the flags, measures, prints the table and writes the JSON."""
     values = flags.FlagValues()
     models = flags.DEFINE_list("models", ["gpt_gpu", "resnet50_gpu"], "Of models.GPU_MODELS.", flag_values=values)
-    percents = flags.DEFINE_list("percents", ["100", "60", "40"], "Of the plain peak.", flag_values=values)
+    budgets = flags.DEFINE_list(
+        "budgets", ["100%", "60%", "40%"], "2GiB, or 40% of the plain peak.", flag_values=values
+    )
     strategies = flags.DEFINE_list("strategies", ["auto"], "Names of strategies.", flag_values=values)
     steps = flags.DEFINE_integer("steps", 12, "Steps of a run.", flag_values=values)
     planning_seconds = flags.DEFINE_float("planning_seconds", 30.0, "As in Options.", flag_values=values)
@@ -133,13 +134,14 @@ def main(argv: Sequence[str]) -> None:
     out = flags.DEFINE_string("out", "gpu.json", "File for the results.", flag_values=values)
     if values(argv)[1:]:
         raise app.UsageError(f"expected flags, received {values(argv)[1:]}.")
+    machine, command = benchmark.machine(), ["python", "-m", "graphswap.tools.gpu_bench", *argv[1:]]
     runs: list[Run] = []
     rows: list[tuple[str, ...]] = []
     for model in models.value:
         plain: Result | None = None
         for run in measure(
             model,
-            [int(percent) for percent in percents.value],
+            budgets.value,
             strategies.value,
             steps.value,
             planning_seconds.value,
@@ -150,7 +152,9 @@ def main(argv: Sequence[str]) -> None:
             plain = plain or run.result
             runs.append(run)
             rows.append(row(run, plain))
-            pathlib.Path(out.value).write_text(json.dumps([dataclasses.asdict(one) for one in runs]))
+            found = {"machine": machine, "command": command, "runs": [dataclasses.asdict(one) for one in runs]}
+            pathlib.Path(out.value).write_text(json.dumps(found))
+    print(", ".join(f"{key} {value}" for key, value in machine.items()))
     print(benchmark.markdown_table(COLUMNS, rows))
 
 
