@@ -59,3 +59,21 @@ def test_a_device_with_room_shows_by_how_much_a_plan_misses(trials, tmp_path):
 def test_without_a_gpu_it_says_so(tmp_path):
     with pytest.raises(RuntimeError, match=r"expected gpt_gpu to train in 1.0GiB, received .*TensorFlow finds none"):
         gpu_bench.main(["", "--models=gpt_gpu", "--ample=1GiB", f"--out={tmp_path / 'gpu.json'}"])
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--models=resnet", "--models: expected names out of mlp, .*, gpt_gpu, received 'resnet'"),
+        ("--budgets=half", "'half'"),
+        ("--strategies=best", "'best'"),
+        ("--ample=much", "'much'"),
+        ("--out=/nowhere/gpu.json", "expected a file in a folder that exists, received '/nowhere/gpu.json'"),
+        ("--jit", "Unknown command line flag 'jit'"),
+        ("gpt_gpu", "expected flags, received gpt_gpu"),
+    ],
+)
+def test_bad_flags_are_named_before_anything_runs(flag, message, trials):
+    with pytest.raises(SystemExit, match=f"gpu_bench: .*{message}"):
+        gpu_bench.main(["", flag])
+    assert not trials

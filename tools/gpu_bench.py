@@ -20,8 +20,9 @@ from collections.abc import Callable, Iterator, Sequence
 
 from absl import app, flags
 
-from graphswap.options import format_bytes, parse_bytes
+from graphswap.options import Options, format_bytes, parse_bytes
 from graphswap.tools import benchmark, trial
+from graphswap.tools.models import GPU_MODELS, MODELS
 from graphswap.tools.trial import Result, Trial
 
 COLUMNS = ("model", "memory", "strategy", "plain peak", "predicted", "measured", "step", "predicted step", "bits")
@@ -132,8 +133,21 @@ def main(argv: Sequence[str]) -> None:
         "capped", True, "Whether the device has no more memory than the budget.", flag_values=values
     )
     out = flags.DEFINE_string("out", "gpu.json", "File for the results.", flag_values=values)
-    if values(argv)[1:]:
-        raise app.UsageError(f"expected flags, received {values(argv)[1:]}.")
+    try:
+        if values(argv)[1:]:
+            raise app.UsageError(f"expected flags, received {', '.join(values(argv)[1:])}.")
+        for model in models.value:
+            if model not in (names := (*MODELS, *GPU_MODELS)):
+                raise app.UsageError(f"--models: expected names out of {', '.join(names)}, received '{model}'.")
+        for budget in budgets.value:
+            benchmark.budget_bytes(budget, 0)
+        for strategy in strategies.value:
+            Options("auto", strategy=strategy, planning_seconds=planning_seconds.value)
+        ample_bytes = parse_bytes(ample.value)
+        if not pathlib.Path(out.value).resolve().parent.is_dir():
+            raise app.UsageError(f"--out: expected a file in a folder that exists, received '{out.value}'.")
+    except (flags.Error, app.UsageError, ValueError) as error:
+        sys.exit(f"gpu_bench: {error}")
     machine, command = benchmark.machine(), ["python", "-m", "graphswap.tools.gpu_bench", *argv[1:]]
     runs: list[Run] = []
     rows: list[tuple[str, ...]] = []
@@ -145,7 +159,7 @@ def main(argv: Sequence[str]) -> None:
             strategies.value,
             steps.value,
             planning_seconds.value,
-            parse_bytes(ample.value),
+            ample_bytes,
             is_capped.value,
             say=lambda line: print(line, file=sys.stderr, flush=True),
         ):
