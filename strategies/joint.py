@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
+from collections.abc import Callable, Collection, Iterator
 
 import numpy as np
 
@@ -28,7 +29,7 @@ _TIGHTENINGS = (0.94, 0.88, 0.8, 0.7, 0.6, 0.5)
 _ROUNDS = 16
 _HALF = 0.5
 _SEGMENTS = (6, 12, 24, 48)
-_STARTING = 0.3
+_STARTING = 0.4
 """Of the planning time, for states to anneal from."""
 _SOLVING = 0.7
 """Of the planning time, for the first solution of the program."""
@@ -111,34 +112,41 @@ class _Search:
             placed: What the allocator has taken so far.
         """
         target = float(self._memory_budget)
-        for share in _TIGHTENINGS:
+        for start in self._starts(target):
             if time.monotonic() > self._start + _STARTING * (self._deadline - self._start):
                 break
-            self.attempt(share, target)
+            self._seen.append(start())
+        states = list({id(state): state for state in self._seen}.values())
         least = 0.0 if self.certificate is None else self.certificate.seconds(target)
-        left = self._deadline - time.monotonic()
-        states = [*self._seen, *(self._others(target) if left > 0 else ())]
-        left = self._deadline - time.monotonic()
         solution = self._solved.get(self._memory_budget)
         indifference = None if solution is None else self._relaxed.indifference(solution)
+        left = self._deadline - time.monotonic()
         return annealing.improved(self._problem, states, self._memory_budget, left, least, placed, indifference)
 
-    def _others(self, target: float) -> list[fitting.Evictions]:
-        """Evictions that need no program: greedy ones, checkpoints of which some are swapped, and all that can be."""
+    def _starts(self, target: float) -> Iterator[Callable[[], fitting.Evictions]]:
+        """What makes states to anneal from.
+
+        After programs for less come evictions that need none: all that can be swapped, greedy ones, and checkpoints of
+        which some are swapped.
+        """
         problem = self._problem
-        states = [fitting.evictions(problem, dict.fromkeys(range(len(problem.gaps)), "swap"))]
+        for share in _TIGHTENINGS:
+            yield functools.partial(self.attempt, share, target)
+        yield functools.partial(fitting.evictions, problem, dict.fromkeys(range(len(problem.gaps)), "swap"))
         for segments in _SEGMENTS:
-            if time.monotonic() > self._deadline:
-                break
             anchors = problem.anchors(segments)
-            states.append(greedy.evict(problem, anchors, target))
+            yield functools.partial(greedy.evict, problem, anchors, target)
             for way in ("recompute", gaps.AGAIN):
-                evicted = {
-                    gap: way if storage not in anchors and problem.is_repeatable(gap) else "swap"
-                    for storage, gap in problem.saved.items()
-                }
-                states.append(fitting.at_worst_swapped(problem, evicted, anchors))
-        return states
+                yield functools.partial(self._checkpointed, anchors, way)
+
+    def _checkpointed(self, anchors: Collection[int], way: str) -> fitting.Evictions:
+        """Evicts all that waits for the backward pass: anchors are swapped, the others if they can't be repeated."""
+        problem = self._problem
+        evicted = {
+            gap: way if storage not in anchors and problem.is_repeatable(gap) else "swap"
+            for storage, gap in problem.saved.items()
+        }
+        return fitting.at_worst_swapped(problem, evicted, anchors)
 
     def _solve(self, memory_budget: int) -> solver.Solution | None:
         if memory_budget not in self._solved:
