@@ -116,7 +116,6 @@ def device_spec(emulated_bytes: int | None, swap_directory: str | os.PathLike[st
 
 def _gpu_spec(swap_directory: str | os.PathLike[str] | None) -> DeviceSpec:
     """The GPU's memory as TensorFlow has been given it, links as measured, rates of its kind, else those of an A100."""
-    (gpu,) = (one for one in device_lib.list_local_devices() if one.name.endswith(device_name()))
     physical = tf.config.list_physical_devices("GPU")[0]
     kind = tf.config.experimental.get_device_details(physical).get("device_name", "")
     known = max((name for name in devices.DEVICES if name in kind.lower()), key=len, default="a100")
@@ -126,10 +125,19 @@ def _gpu_spec(swap_directory: str | os.PathLike[str] | None) -> DeviceSpec:
     return dataclasses.replace(
         devices.DEVICES[known],
         name=kind,
-        memory_bytes=gpu.memory_limit,
+        memory_bytes=_gpu_memory(physical),
         reserves_memory=os.environ.get("TF_FORCE_GPU_ALLOW_GROWTH") != "true",
         links={**devices.DEVICES[known].links, **links},
     )
+
+
+def _gpu_memory(physical: tf.config.PhysicalDevice) -> int:
+    """Bytes that the program has set as the limit, else those that TensorFlow takes."""
+    for logical in tf.config.get_logical_device_configuration(physical) or ():
+        if logical.memory_limit is not None:
+            return int(logical.memory_limit) << 20
+    (gpu,) = (one for one in device_lib.list_local_devices() if one.name.endswith(device_name()))
+    return gpu.memory_limit
 
 
 @functools.cache
@@ -406,8 +414,10 @@ def recording() -> Iterator[list[Event]]:
     Raises:
         CantMeasure: If TensorFlow's profiler is busy; nothing has run then.
     """
+    on_gpu = device_name() != "CPU:0"
+    # What TensorFlow takes for inexpensive, as the launches of a GPU's kernels, is a detail of the third level.
     options = tf.profiler.experimental.ProfilerOptions(
-        host_tracer_level=1, python_tracer_level=0, device_tracer_level=int(device_name() != "CPU:0")
+        host_tracer_level=3 if on_gpu else 1, python_tracer_level=0, device_tracer_level=int(on_gpu)
     )
     events: list[Event] = []
     with tempfile.TemporaryDirectory(prefix="graphswap-profile-") as directory:
@@ -417,7 +427,7 @@ def recording() -> Iterator[list[Event]]:
             raise CantMeasure(f"TensorFlow's profiler is busy: {error.message}") from error
         try:
             yield events
-            if device_name() != "CPU:0":
+            if on_gpu:
                 tf.test.experimental.sync_devices()
         finally:
             tf.profiler.experimental.stop()

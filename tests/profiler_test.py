@@ -1,5 +1,7 @@
 """What is measured: the device, the links, and every node of a step, without a trace in the variables."""
 
+import types
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -8,6 +10,7 @@ from tensorflow.tsl.profiler.protobuf import xplane_pb2
 
 from graphswap import graphdef, ir, parser, profiler, tiers
 from graphswap.cost_model import CostModel, Link, Profile, Workspace
+from graphswap.devices import DEVICES
 
 # --- the device -------------------------------------------------------------------------------------------------
 
@@ -18,6 +21,30 @@ def test_a_plain_cpu_has_no_limit_and_counts_nothing():
     assert spec.memory_bytes is None
     assert not spec.reserves_memory
     assert not spec.links["host"].overlaps
+
+
+@pytest.mark.parametrize(
+    ("kind", "limit", "rates_of", "nbytes"),
+    [
+        ("NVIDIA GH200 480GB", 2048, "gh200", 2 << 30),
+        ("NVIDIA H200", None, "h200", 140 << 30),
+        ("NVIDIA RTX 6000", None, "a100", 140 << 30),
+    ],
+)
+def test_a_gpu_has_the_memory_that_it_was_given_and_rates_of_its_kind(kind, limit, rates_of, nbytes, monkeypatch):
+    """No GPU is at hand here: TensorFlow's answers are made up."""
+    given = [tf.config.LogicalDeviceConfiguration(memory_limit=limit)] if limit else None
+    monkeypatch.setattr(profiler, "device_name", lambda: "GPU:0")
+    monkeypatch.setattr(profiler, "_measure_pinned_link", lambda: None)
+    monkeypatch.setattr(tf.config, "list_physical_devices", lambda _: ["the GPU"])
+    monkeypatch.setattr(tf.config, "get_logical_device_configuration", lambda _: given)
+    monkeypatch.setattr(tf.config.experimental, "get_device_details", lambda _: {"device_name": kind})
+    seen = [types.SimpleNamespace(name=f"/device:{name}", memory_limit=140 << 30) for name in ("CPU:0", "GPU:0")]
+    monkeypatch.setattr(profiler.device_lib, "list_local_devices", lambda: seen)
+    spec, sheet = profiler.device_spec(None), DEVICES[rates_of]
+    assert (spec.name, spec.memory_bytes) == (kind, nbytes)
+    assert spec.flops_per_second == sheet.flops_per_second
+    assert spec.links["host"] == sheet.links["host"]  # as nothing was measured
 
 
 @pytest.mark.parametrize("tier", ["host", "disk"])
