@@ -37,7 +37,8 @@ class Swap:
 
     Attributes:
         value: Reference to the value.
-        out_after: The last node before the gap that uses the value, or its producer.
+        out_after: The node after which the copy to the far tier starts: the last one before the gap that uses the
+            value, or an earlier one, back to its producer.
         freed_before: The node that waits for the copy to the far tier.
         in_after: The node after which the copy back starts.
         in_before: The first node after the gap that uses the value.

@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import numpy as np
 
 from graphswap import ir
+from graphswap.plan import Recompute
 from graphswap.strategies import fitting, gaps, timing
 
 _LEAST_SHARE = 0.001
@@ -278,8 +279,8 @@ class _Moves:
                 beside = np.flatnonzero((self._starts < item.end) & (self._ends > item.start))
                 other = self._pick([self._gaps[number] for number in beside])
                 _set(evicted, other, rng.choice([way for way in _WAYS if way != evicted.get(other, "")]))
-        if anchors and rng.random() < _ANCHORS:
-            anchors = frozenset(anchors) - {rng.choice(sorted(anchors))}
+        if rng.random() < _ANCHORS:
+            anchors = self._other_anchors(state)
         return fitting.evictions(self._problem, evicted, anchors, since)
 
     def single(self) -> Iterator[Callable[[fitting.Evictions], fitting.Evictions | None]]:
@@ -313,6 +314,24 @@ class _Moves:
         else:
             _set(evicted, gap, gaps.AGAIN if way == "recompute" and rng.random() < _OFTEN_AGAIN else way)
         return gap
+
+    def _other_anchors(self, state: fitting.Evictions) -> frozenset[int]:
+        """One anchor less, or something more that would make a chain of repeated nodes shorter."""
+        rng, problem, anchors = self.rng, self._problem, frozenset(state.anchors)
+        repeats = [decision for decision in state.decisions if isinstance(decision, Recompute)]
+        if anchors and (not repeats or rng.random() < _HALF):
+            return anchors - {rng.choice(sorted(anchors))}
+        if not repeats:
+            return anchors
+        repeat = rng.choice(repeats)
+        before = problem.graph.position[repeat.before]
+        made = {problem.root_of[reference] for name in repeat.nodes for reference in problem.graph.by_name[name].refs()}
+        dead = [
+            problem.storage_of[root]
+            for root in made
+            if root in problem.storage_of and problem.storages[problem.storage_of[root]].uses[-1:] < (before,)
+        ]
+        return anchors | {rng.choice(sorted(dead))} if dead else anchors
 
     def _pick(self, among: Sequence[int]) -> int:
         """One of the gaps, the more likely the less the program cares."""

@@ -33,6 +33,8 @@ _DEEPEST = 200
 REUSE = 40
 """For how many positions a repeated value that nobody else needs is kept for the next recompute that reads it."""
 
+_TINY = 1e-4
+"""Of the plain step's peak: what is dead and no larger is kept for recomputes, such as a layer's statistics."""
 _SPARE = 100
 _ROUNDING = 1e-9
 _NEVER_REPEATED = frozenset({"While", "StatelessWhile", "If", "StatelessIf", "Case", "StatelessCase"})
@@ -68,6 +70,7 @@ class Gaps:
         sizes: Bytes, likewise.
         live: Bytes in use at each position, resident ones included, when nothing is evicted.
         seconds: Seconds of each node, by position.
+        tiny_bytes: Dead storages up to this size are kept for the recomputes that read them.
     """
 
     def __init__(self, graph: ir.Graph, order: tuple[str, ...], cost_model: CostModel):
@@ -90,6 +93,7 @@ class Gaps:
         self._incremental = Incremental(self.graph, cost_model)
         self._repeatable: dict[int, bool] = {}
         self.live = self.outline(()).live
+        self.tiny_bytes = _TINY * float(self.live.max())
 
     def _find_gaps(self):
         for index, storage in enumerate(self.storages):
@@ -399,7 +403,7 @@ class _Restorer:
         if self._is_kept(storage, position):
             self.kept_until[storage] = position
         else:
-            is_dead = details.uses[-1:] < (position,)
+            is_dead = details.uses[-1:] < (position,) and details.nbytes > self.gaps.tiny_bytes
             if storage in self.absent or (is_dead and storage not in self.anchors):
                 self._bring_back(storage, position, nodes, visiting)
         # An alias that was made before its storage went away still names the first buffer.
@@ -425,7 +429,7 @@ class _Restorer:
         self.found.append(
             Swap(
                 value=self.gaps.storages[item.storage].root,
-                out_after=order[item.start],
+                out_after=order[self._first_copied(gap)],
                 freed_before=order[freed],
                 in_after=order[position - 1],
                 in_before=order[position],
@@ -433,3 +437,19 @@ class _Restorer:
                 is_synchronous=not self.gaps.cost_model.link(self.tier).overlaps,
             )
         )
+
+    def _first_copied(self, gap: int) -> int:
+        """After which position the copy off the device starts: it may run beside the uses before the gap.
+
+        Not where the last of them would write over the value if the copy happened to be complete, nor where the value
+        has been recomputed since it was made.
+        """
+        item, graph = self.gaps.gaps[gap], self.graph
+        earlier = [g for g in self.gaps.by_storage[item.storage] if self.gaps.gaps[g].start < item.start]
+        was_recomputed = any(self.evicted.get(other, "swap") != "swap" for other in earlier)
+        last = graph.nodes[item.start]
+        slots = (slot for index in range(len(last.outputs)) for slot in liveness.overwritten_by(graph, last, index))
+        details = self.gaps.storages[item.storage]
+        is_overwritten = any(self.gaps.root_of[last.inputs[slot]] == details.root for slot in slots)
+        overlaps = self.gaps.cost_model.link(self.tier).overlaps
+        return details.born if overlaps and not (was_recomputed or is_overwritten) else item.start

@@ -101,7 +101,11 @@ class _Search:
         solution = self._solve(int(share * target))
         if solution is None:
             return self._seen[0] if self._seen else self.unsolved(target)
-        state = self._repaired(*self._rounded(solution), target)
+        rounded = self._rounded(solution)
+        state = self._repaired(*rounded, target, again=True)
+        if state.outline.peak_bytes > target:
+            self._seen.append(state)
+            state = self._repaired(*rounded, target)
         self._seen.append(state)
         return state
 
@@ -126,18 +130,18 @@ class _Search:
     def _starts(self, target: float) -> Iterator[Callable[[], fitting.Evictions]]:
         """What makes states to anneal from.
 
-        After programs for less come evictions that need none: all that can be swapped, greedy ones, and checkpoints of
-        which some are swapped.
+        First checkpoints of which some are swapped, which take little time; then programs for less, all that can be
+        swapped, and greedy evictions.
         """
         problem = self._problem
+        for segments in _SEGMENTS:
+            for way in ("recompute", gaps.AGAIN):
+                yield functools.partial(self._checkpointed, problem.anchors(segments), way)
         for share in _TIGHTENINGS:
             yield functools.partial(self.attempt, share, target)
         yield functools.partial(fitting.evictions, problem, dict.fromkeys(range(len(problem.gaps)), "swap"))
         for segments in _SEGMENTS:
-            anchors = problem.anchors(segments)
-            yield functools.partial(greedy.evict, problem, anchors, target)
-            for way in ("recompute", gaps.AGAIN):
-                yield functools.partial(self._checkpointed, anchors, way)
+            yield functools.partial(greedy.evict, problem, problem.anchors(segments), target)
 
     def _checkpointed(self, anchors: Collection[int], way: str) -> fitting.Evictions:
         """Evicts all that waits for the backward pass: anchors are swapped, the others if they can't be repeated."""
@@ -196,9 +200,14 @@ class _Search:
         return evicted, since, anchors
 
     def _repaired(
-        self, evicted: dict[int, str], since: dict[int, int], anchors: frozenset[int], target: float
+        self,
+        evicted: dict[int, str],
+        since: dict[int, int],
+        anchors: frozenset[int],
+        target: float,
+        again: bool = False,
     ) -> fitting.Evictions:
-        """Evicts what still overflows."""
+        """Evicts what still overflows; if `again`, first of all what has come back early for other recomputes."""
         problem = self._problem
         state = fitting.at_worst_swapped(problem, evicted, anchors, since)
         self._seen.append(state)
@@ -206,10 +215,20 @@ class _Search:
             live = state.outline.live
             if live.max() <= target:
                 break
+            over = np.flatnonzero(live > target)
+            if again:
+                early = [
+                    gap
+                    for gap, way in state.evicted.items()
+                    if way == "recompute" and self._covers(gap, over, problem.gaps[gap].end - 1)
+                ]
+                if early:
+                    ways = {**state.evicted, **dict.fromkeys(early, gaps.AGAIN)}
+                    state = fitting.at_worst_swapped(problem, ways, anchors, state.since)
+                    continue
             chosen = greedy.choose(problem, state.evicted, live, target, anchors)
             chosen = chosen or greedy.swap_instead(problem, state.evicted, live, target)
             late = set()
-            over = np.flatnonzero(live > target)
             if not chosen:
                 late = {gap for gap, start in state.since.items() if self._covers(gap, over, start)}
             if not (chosen or late):

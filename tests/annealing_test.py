@@ -5,7 +5,9 @@ import types
 import pytest
 import testing
 
+from graphswap import parser
 from graphswap.cost_model import Link
+from graphswap.plan import Recompute
 from graphswap.strategies import annealing, fitting, gaps, order
 
 MIB = 1 << 20
@@ -103,6 +105,30 @@ def test_moves_lead_to_all_ways_to_evict():
         state = moves.neighbour(state, 8 * MIB)
         seen.update(state.evicted.values())
     assert seen == {"swap", "recompute", gaps.AGAIN}
+
+
+def test_what_makes_a_chain_shorter_is_kept_and_let_go_again():
+    graph = parser.parse("""
+    graph layer(%x) -> (%out) {
+      %x = Placeholder() : (float32[1024,1024])
+      %stat = Op(%x) : (float32[1024,1024])
+      %a = Mul(%x, %stat) : (float32[1024,1024])
+      %f = Op(%a) : (float32[1024,1024])
+      %g = Op(%f, %stat) : (float32[1024,1024])
+      %h = Op(%g) : (float32[1024,1024])
+      %i = Op(%h) : (float32[1024,1024])
+      %out = Op(%i, %a) : (float32[1024,1024])
+    }
+    """)
+    found = gaps.problem(graph, testing.seconds_per_node(1.0, LINKS["beside compute"]))
+    moves = annealing._Moves(found, random.Random(0), {})
+    of_a, stat = found.long_gap[found.storage_of["a"]], found.storage_of["stat"]
+    state = fitting.evictions(found, {of_a: "recompute"})
+    assert state.decisions == (Recompute(("stat", "a"), before="out"),)
+    assert {moves._other_anchors(state) for _ in range(50)} == {frozenset({stat})}
+    kept = fitting.evictions(found, state.evicted, {stat})
+    assert kept.decisions == (Recompute(("a",), before="out"),)
+    assert {moves._other_anchors(kept) for _ in range(50)} == {frozenset(), frozenset({stat})}
 
 
 def test_what_the_program_does_not_care_about_is_tried_most():

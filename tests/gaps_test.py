@@ -40,6 +40,10 @@ def problem(text=CHAIN, link=FAST):
     return gaps.Gaps(graph, order.traced(graph), model)
 
 
+def swaps(found, evicted):
+    return [decision for decision in found.decide(evicted) if isinstance(decision, Swap)]
+
+
 def gap_of(found, value):
     """The number of the longest gap of a value's storage."""
     return found.long_gap[found.storage_of[value]]
@@ -79,7 +83,7 @@ def test_saved_is_what_waits_at_the_peak():
 
 def test_a_swap_takes_as_little_memory_as_it_can():
     found = problem()
-    assert found.decide({0: "swap"}) == (Swap("f1", out_after="f2", freed_before="f3", in_after="b2", in_before="b1"),)
+    assert found.decide({0: "swap"}) == (Swap("f1", out_after="f1", freed_before="f3", in_after="b2", in_before="b1"),)
     assert found.swap_seconds(0) == 0.0  # hidden behind compute, given time
 
 
@@ -90,7 +94,7 @@ def test_a_gap_that_is_too_short_for_both_copies_costs_the_rest():
 
 def test_a_storage_may_stay_for_a_part_of_its_gap():
     found = problem()
-    late = Swap("f1", out_after="f2", freed_before="b4", in_after="b2", in_before="b1")
+    late = Swap("f1", out_after="f1", freed_before="b4", in_after="b2", in_before="b1")
     assert found.decide({0: "swap"}, since={0: found.graph.position["f4"]}) == (late,)
 
 
@@ -104,6 +108,20 @@ def test_a_swap_that_compute_waits_for_leaves_at_once_and_comes_back_at_the_end(
     swap = Swap("f1", out_after="f2", freed_before="f3", in_after="b2", in_before="b1", is_synchronous=True)
     assert found.decide({0: "swap"}) == (swap,)
     assert found.swap_seconds(0) == 3.0
+
+
+def test_the_copy_runs_beside_uses_that_leave_the_value_as_it_is():
+    assert [swap.out_after for swap in swaps(problem(), {0: "swap"})] == ["f1"]
+    # Relu would write over f1, were the copy complete by then.
+    relu = problem(CHAIN.replace("%f2 = MatMul(%f1, %w)", "%f2 = Relu(%f1)"))
+    assert [swap.out_after for swap in swaps(relu, {0: "swap"})] == ["f2"]
+
+
+def test_what_was_recomputed_is_copied_after_its_last_use():
+    found = problem(CHAIN.replace("%b4 = MatMul(%f4, %w)", "%b4 = MatMul(%f4, %f1)"))
+    first, second = found.by_storage[found.storage_of["f1"]]
+    assert [swap.out_after for swap in swaps(found, {first: "recompute", second: "swap"})] == ["b4"]
+    assert [swap.out_after for swap in swaps(found, {first: "swap", second: "swap"})] == ["f1", "f1"]
 
 
 # --- recompute --------------------------------------------------------------------------------------------------
@@ -123,7 +141,7 @@ def test_recompute_brings_back_what_it_reads():
     assert found.recompute_seconds(1, {0: "recompute"}, (), most=1.9) == math.inf
     # The swapped value comes back one node early.
     assert found.decide({0: "swap", 1: "recompute"}) == (
-        Swap("f1", out_after="f2", freed_before="f3", in_after="b3", in_before="b2"),
+        Swap("f1", out_after="f1", freed_before="f3", in_after="b3", in_before="b2"),
         Recompute(("f2",), before="b2"),
     )
     assert found.recompute_seconds(1, {0: "swap"}, ()) == 1.0
@@ -231,7 +249,7 @@ graph aliased(%x) -> (%end) {
         (
             "swap",
             (
-                Swap("a", out_after="f", freed_before="g", in_after="h", in_before="i"),
+                Swap("a", out_after="a", freed_before="g", in_after="h", in_before="i"),
                 Recompute(("flat",), before="i"),
             ),
         ),
@@ -261,6 +279,31 @@ def test_making_an_alias_ends_a_gap():
     late = late.replace("%i = ", "%flat = Reshape(%a) : (float32[262144])\n  %i = ")
     found = problem(late)
     assert found.decide({gap_of(found, "a"): "recompute"}) == (Recompute(("a",), before="flat"),)
+
+
+@pytest.mark.parametrize(
+    ("size", "is_kept", "nodes"),
+    [("262144", False, ("stat", "a")), ("262144", True, ("a",)), ("25000", False, ("a",))],
+    ids=["large", "kept", "tiny"],
+)
+def test_what_is_dead_is_made_again_unless_it_is_kept_or_tiny(size, is_kept, nodes):
+    # The last use of stat comes before a, which is made of it, is due.
+    text = """
+    graph layer(%x) -> (%out) {
+      %x = Placeholder() : (float32[8192,8192])
+      %stat = Mean(%x) : (float32[SIZE])
+      %a = Mul(%x, %stat) : (float32[8192,8192])
+      %f = Op(%a) : (float32[8192,8192])
+      %g = Op(%f) : (float32[8192,8192])
+      %h = Op(%g) : (float32[8192,8192])
+      %i = Op(%h, %stat) : (float32[8192,8192])
+      %j = Op(%i) : (float32[8192,8192])
+      %out = Op(%j, %a) : (float32[8192,8192])
+    }
+    """
+    found = problem(text.replace("SIZE", size))
+    anchors = [found.storage_of["stat"]] if is_kept else []
+    assert found.decide({gap_of(found, "a"): "recompute"}, anchors) == (Recompute(nodes, before="out"),)
 
 
 # --- segments ---------------------------------------------------------------------------------------------------

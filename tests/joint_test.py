@@ -144,3 +144,19 @@ def test_a_budget_that_nothing_keeps():
     model = testing.seconds_per_node(1.0, LINKS["beside compute"])
     with pytest.raises(InfeasibleBudgetError, match="below the smallest reachable peak"):
         joint.Joint().plan(CHAIN, model, 2 * MIB)
+
+
+def test_what_came_back_early_is_evicted_again_where_it_overflows():
+    model = testing.seconds_per_node(1.0, LINKS["beside compute"])
+    problem = gaps.problem(testing.chain(60), model)
+    search = joint._Search(problem, relaxation.Relaxation(problem), 46 * MIB, seconds=10.0)
+    recomputed = dict.fromkeys(range(len(problem.gaps)), "recompute")
+    early = fitting.evictions(problem, recomputed).outline.peak_bytes
+    least = fitting.evictions(problem, dict.fromkeys(recomputed, gaps.AGAIN)).outline.peak_bytes
+    assert least < early
+    again, swapped = (
+        search._repaired(recomputed, {}, frozenset(), float(least), again=again) for again in (True, False)
+    )
+    assert again.outline.peak_bytes <= least and swapped.outline.peak_bytes <= least
+    assert "swap" not in again.evicted.values()
+    assert "swap" in swapped.evicted.values()

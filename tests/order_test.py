@@ -186,3 +186,30 @@ def test_a_reader_of_an_alias_of_the_old_value_comes_before_the_update():
     for make in (order.breadth_first, order.depth_first):
         found = make(graph)
         assert found.index("out") < found.index("update")
+
+
+def test_of_the_terms_of_a_sum_that_with_most_on_the_way_comes_first():
+    """As in the gradient of BatchNormalization: one term takes two buffers for a while, the others are one each."""
+    graph = parser.parse("""
+    graph terms(%g, %x) -> (%out) {
+      %g = Op() : (float32[6400])
+      %x = Op() : (float32[6400])
+      %scaled = Mul(%g, %g) : (float32[6400])
+      %mean = Sum(%g) : (float32[])
+      %spread = Tile(%mean) : (float32[6400])
+      %variance = Sum(%x) : (float32[])
+      %tiled = Tile(%variance) : (float32[6400])
+      %centred = Sub(%x, %variance) : (float32[6400])
+      %term = Mul(%tiled, %centred) : (float32[6400])
+      %sum = AddN(%scaled, %spread, %term) : (float32[6400])
+      %out = Op!(%sum, %g) : (float32[6400])
+    }
+    """)
+    found = order.depth_first(graph)
+    assert found.index("term") < min(found.index("scaled"), found.index("spread"))
+    assert _peak(graph, found) < _peak(graph, order.traced(graph))
+
+
+def _peak(graph, names):
+    ordered = graph.replace(nodes=tuple(graph.by_name[name] for name in names))
+    return simulate(ordered, Plan(), CostModel()).peak_bytes

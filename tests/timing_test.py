@@ -40,7 +40,8 @@ def test_without_room_the_next_node_waits_for_the_copy():
     (swap,) = decisions
     place = problem.graph.position
     assert isinstance(swap, Swap)
-    assert place[swap.freed_before] == place[swap.out_after] + 1
+    (gap,) = _gaps(problem, {name: "swap"})
+    assert place[swap.freed_before] == problem.gaps[gap].start + 1
     assert slow.seconds > timed({name: "swap"}, budget_mib=100)[2].seconds
 
 
