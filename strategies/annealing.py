@@ -319,19 +319,16 @@ class _Moves:
         """One anchor less, or something more that would make a chain of repeated nodes shorter."""
         rng, problem, anchors = self.rng, self._problem, frozenset(state.anchors)
         repeats = [decision for decision in state.decisions if isinstance(decision, Recompute)]
-        if anchors and (not repeats or rng.random() < _HALF):
-            return anchors - {rng.choice(sorted(anchors))}
-        if not repeats:
-            return anchors
-        repeat = rng.choice(repeats)
-        before = problem.graph.position[repeat.before]
-        made = {problem.root_of[reference] for name in repeat.nodes for reference in problem.graph.by_name[name].refs()}
-        dead = [
-            problem.storage_of[root]
-            for root in made
-            if root in problem.storage_of and problem.storages[problem.storage_of[root]].uses[-1:] < (before,)
-        ]
-        return anchors | {rng.choice(sorted(dead))} if dead else anchors
+        if repeats and not (anchors and rng.random() < _HALF):
+            repeat = rng.choice(repeats)
+            place = problem.graph.position[repeat.before]
+            made = (reference for name in repeat.nodes for reference in problem.graph.by_name[name].refs())
+            roots = dict.fromkeys(problem.root_of[reference] for reference in made)
+            found = [problem.storage_of[root] for root in roots if not problem.stays(root)]
+            dead = [storage for storage in found if problem.storages[storage].uses[-1:] < (place,)]
+            if dead:
+                return anchors | {rng.choice(dead)}
+        return anchors - {rng.choice(sorted(anchors))} if anchors else anchors
 
     def _pick(self, among: Sequence[int]) -> int:
         """One of the gaps, the more likely the less the program cares."""

@@ -33,8 +33,8 @@ _DEEPEST = 200
 REUSE = 40
 """For how many positions a repeated value that nobody else needs is kept for the next recompute that reads it."""
 
-_TINY = 1e-4
-"""Of the plain step's peak: what is dead and no larger is kept for recomputes, such as a layer's statistics."""
+_TINY = 0.01
+"""Of what is recomputed: what is dead and no larger is kept for that, such as a layer's statistics."""
 _SPARE = 100
 _ROUNDING = 1e-9
 _NEVER_REPEATED = frozenset({"While", "StatelessWhile", "If", "StatelessIf", "Case", "StatelessCase"})
@@ -70,7 +70,6 @@ class Gaps:
         sizes: Bytes, likewise.
         live: Bytes in use at each position, resident ones included, when nothing is evicted.
         seconds: Seconds of each node, by position.
-        tiny_bytes: Dead storages up to this size are kept for the recomputes that read them.
     """
 
     def __init__(self, graph: ir.Graph, order: tuple[str, ...], cost_model: CostModel):
@@ -93,7 +92,6 @@ class Gaps:
         self._incremental = Incremental(self.graph, cost_model)
         self._repeatable: dict[int, bool] = {}
         self.live = self.outline(()).live
-        self.tiny_bytes = _TINY * float(self.live.max())
 
     def _find_gaps(self):
         for index, storage in enumerate(self.storages):
@@ -227,7 +225,7 @@ class Gaps:
         return float(sum(self.seconds[position[name]] for name in nodes))
 
     def swap_seconds(self, gap: int) -> float:
-        """Seconds that swapping adds to the step: the copies, less what hides behind compute."""
+        """Seconds that swapping adds to the step at most: the copies, less what hides behind the gap's compute."""
         item, link = self.gaps[gap], self.cost_model.link(self.cost_model.far_tier)
         copies = link.out_seconds(item.nbytes) + link.in_seconds(item.nbytes)
         if not link.overlaps:
@@ -320,6 +318,7 @@ class _Restorer:
         self.kept_until: dict[int, int] = {}  # storage of a repeated value -> last position that reads it
         self.restored: set[int] = set()
         self.depth = 0  # of the chain that is followed
+        self.tiny_bytes = 0.0
         self.found: list[Decision] = []
 
     def decisions(self) -> tuple[Decision, ...]:
@@ -352,6 +351,7 @@ class _Restorer:
     def _restore(self, storage: int, position: int) -> list[str]:
         """Decides how the storage comes back before `position`; returns the nodes to repeat, in order."""
         nodes: list[str] = []
+        self.tiny_bytes = _TINY * self.gaps.storages[storage].nbytes
         self._bring_back(storage, position, nodes, set())
         graph_position = self.graph.position
         return sorted(dict.fromkeys(nodes), key=graph_position.__getitem__)
@@ -403,7 +403,7 @@ class _Restorer:
         if self._is_kept(storage, position):
             self.kept_until[storage] = position
         else:
-            is_dead = details.uses[-1:] < (position,) and details.nbytes > self.gaps.tiny_bytes
+            is_dead = details.uses[-1:] < (position,) and details.nbytes > self.tiny_bytes
             if storage in self.absent or (is_dead and storage not in self.anchors):
                 self._bring_back(storage, position, nodes, visiting)
         # An alias that was made before its storage went away still names the first buffer.
@@ -439,17 +439,22 @@ class _Restorer:
         )
 
     def _first_copied(self, gap: int) -> int:
-        """After which position the copy off the device starts: it may run beside the uses before the gap.
+        """After which position the copy off the device may start: beside the uses before the gap.
 
-        Not where the last of them would write over the value if the copy happened to be complete, nor where the value
-        has been recomputed since it was made.
+        Not where the last of them would write over the value if the copy happened to be complete; nor where the value
+        may have been made anew since, or is out there already.
         """
         item, graph = self.gaps.gaps[gap], self.graph
-        earlier = [g for g in self.gaps.by_storage[item.storage] if self.gaps.gaps[g].start < item.start]
-        was_recomputed = any(self.evicted.get(other, "swap") != "swap" for other in earlier)
-        last = graph.nodes[item.start]
-        slots = (slot for index in range(len(last.outputs)) for slot in liveness.overwritten_by(graph, last, index))
         details = self.gaps.storages[item.storage]
-        is_overwritten = any(self.gaps.root_of[last.inputs[slot]] == details.root for slot in slots)
-        overlaps = self.gaps.cost_model.link(self.tier).overlaps
-        return details.born if overlaps and not (was_recomputed or is_overwritten) else item.start
+        maker, last = graph.by_name[ir.producer(details.root)], graph.nodes[item.start]
+        slots = (slot for index in range(len(last.outputs)) for slot in liveness.overwritten_by(graph, last, index))
+        if (
+            not self.gaps.cost_model.link(self.tier).overlaps
+            or len(maker.outputs) > 1  # repeated for the sake of another output
+            or any(
+                self.gaps.gaps[g].start < item.start for g in self.gaps.by_storage[item.storage] if g in self.evicted
+            )
+            or any(self.gaps.root_of[last.inputs[slot]] == details.root for slot in slots)
+        ):
+            return item.start
+        return details.born

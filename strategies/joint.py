@@ -30,9 +30,9 @@ _ROUNDS = 16
 _HALF = 0.5
 _SEGMENTS = (6, 12, 24, 48)
 _STARTING = 0.4
-"""Of the planning time, for states to anneal from."""
+"""Of the planning time, for states to anneal from that take long."""
 _SOLVING = 0.7
-"""Of the planning time, for the first solution of the program."""
+"""Of the planning time, for the first solution of the program, and for states to anneal from that take little."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,8 +116,8 @@ class _Search:
             placed: What the allocator has taken so far.
         """
         target = float(self._memory_budget)
-        for start in self._starts(target):
-            if time.monotonic() > self._start + _STARTING * (self._deadline - self._start):
+        for share, start in self._starts(target):
+            if time.monotonic() > self._start + share * (self._deadline - self._start):
                 break
             self._seen.append(start())
         states = list({id(state): state for state in self._seen}.values())
@@ -127,21 +127,23 @@ class _Search:
         left = self._deadline - time.monotonic()
         return annealing.improved(self._problem, states, self._memory_budget, left, least, placed, indifference)
 
-    def _starts(self, target: float) -> Iterator[Callable[[], fitting.Evictions]]:
-        """What makes states to anneal from.
+    def _starts(self, target: float) -> Iterator[tuple[float, Callable[[], fitting.Evictions]]]:
+        """What makes states to anneal from, and until what share of the time each may begin.
 
         First checkpoints of which some are swapped, which take little time; then programs for less, all that can be
         swapped, and greedy evictions.
         """
         problem = self._problem
         for segments in _SEGMENTS:
+            anchors = problem.anchors(segments)
             for way in ("recompute", gaps.AGAIN):
-                yield functools.partial(self._checkpointed, problem.anchors(segments), way)
+                yield _SOLVING, functools.partial(self._checkpointed, anchors, way)
         for share in _TIGHTENINGS:
-            yield functools.partial(self.attempt, share, target)
-        yield functools.partial(fitting.evictions, problem, dict.fromkeys(range(len(problem.gaps)), "swap"))
+            yield _STARTING, functools.partial(self.attempt, share, target)
+        all_swapped = dict.fromkeys(range(len(problem.gaps)), "swap")
+        yield _STARTING, functools.partial(fitting.evictions, problem, all_swapped)
         for segments in _SEGMENTS:
-            yield functools.partial(greedy.evict, problem, problem.anchors(segments), target)
+            yield _STARTING, functools.partial(greedy.evict, problem, problem.anchors(segments), target)
 
     def _checkpointed(self, anchors: Collection[int], way: str) -> fitting.Evictions:
         """Evicts all that waits for the backward pass: anchors are swapped, the others if they can't be repeated."""
@@ -207,7 +209,11 @@ class _Search:
         target: float,
         again: bool = False,
     ) -> fitting.Evictions:
-        """Evicts what still overflows; if `again`, first of all what has come back early for other recomputes."""
+        """Evicts what still overflows.
+
+        If `again`, what is recomputed over a place that overflows, and may be back there early, goes again before
+        anything else is evicted.
+        """
         problem = self._problem
         state = fitting.at_worst_swapped(problem, evicted, anchors, since)
         self._seen.append(state)
@@ -235,7 +241,7 @@ class _Search:
                 chosen = {
                     gap: "swap"
                     for gap, way in state.evicted.items()
-                    if way == "recompute" and self._covers(gap, over, problem.gaps[gap].end)
+                    if way != "swap" and self._covers(gap, over, problem.gaps[gap].end)
                 }
             if not (chosen or late):
                 break

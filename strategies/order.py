@@ -149,7 +149,7 @@ def _late(graph: ir.Graph, order: list[str]) -> tuple[str, ...]:
             name = pending[-1]
             # A reader of the old value may itself need the update: then it can't come before it.
             readers = [other for other in readers_before.get(name, ()) if other not in begun]
-            missing = [other for other in (*before[name], *readers) if other not in done]
+            missing = [other for other in dict.fromkeys((*before[name], *readers)) if other not in done]
             begun.add(name)
             if name in done or not missing:
                 pending.pop()
@@ -203,15 +203,20 @@ class _Branches:
         pending = [name]
         while pending and len(branch) <= _LARGEST:
             found = [other for other in self._before[pending.pop()] if other not in self._done and other not in branch]
-            branch.update(found)
-            pending += found
+            branch.update(found[:_LARGEST])
+            pending += found[:_LARGEST]
         level = peak = 0
         read = collections.Counter[str]()
         for other in sorted(branch, key=self._place.__getitem__):
             node = self._graph.by_name[other]
             roots = self._read(node)
             read.update(roots)
-            freed = sum(self._sizes[root] for root in roots if read[root] == self._readers[root])
+            freed = sum(
+                self._sizes[root]
+                for root in roots
+                if read[root] == self._readers[root]
+                and (ir.producer(root) in branch or ir.producer(root) in self._done)
+            )
             made = in_place = 0
             for index, reference in enumerate(node.refs()):
                 if liveness.alias_of(node, index) is None:

@@ -1,7 +1,8 @@
 """When the copies of swaps run, where they run beside compute.
 
 Evictions say what moves over which gap. This says when, so that little has to wait: copies off the device queue in the
-order in which their gaps begin and free their source when they are complete; where memory is short, the next node waits
+order in which their gaps begin, start as late as they can and still be complete by then, or as soon as the value is
+made, and free their source when they are complete; where memory is short, the next node waits
 for the one that is complete first. Copies back start as late as they can and still arrive in time, or, where that is
 too late for what comes together, up to a whole step earlier, as far as there is room; several margins are tried.
 
@@ -40,7 +41,7 @@ class _Move:
     swap: Swap
     nbytes: int
     piece_bytes: int  # beside them on the device while they come back
-    start: int  # out after
+    start: int  # out after, or as soon as it may be
     idle: int  # the first position at which the value may be gone
     end: int  # the use that it must be back for
 
@@ -64,6 +65,7 @@ def timed(
     link = problem.cost_model.link(problem.cost_model.far_tier)
     if not moves or link.is_closed:
         return best
+    moves = _departing(moves, tight, link)
     departures = _out(moves, tight, _repeats(problem, decisions), memory_budget, link)
     others = [decision for decision in decisions if not isinstance(decision, Swap)]
     order = problem.order
@@ -72,7 +74,9 @@ def timed(
             break
         after = _back(moves, departures, margin, share * memory_budget, link)
         swaps = [
-            dataclasses.replace(move.swap, freed_before=order[freed], in_after=order[first])
+            dataclasses.replace(
+                move.swap, out_after=order[move.start], freed_before=order[freed], in_after=order[first]
+            )
             for move, freed, first in zip(moves, departures.freed, after, strict=True)
         ]
         found = (*others, *swaps)
@@ -94,19 +98,21 @@ def estimated(problem: gaps.Gaps, decisions: Sequence[Decision], tight: Outline,
     link = problem.cost_model.link(problem.cost_model.far_tier)
     if not moves or link.is_closed:
         return tight.seconds
+    moves = _departing(moves, tight, link)
     departures = _out(moves, tight, _repeats(problem, decisions), memory_budget, link)
     after = _back(moves, departures, _ESTIMATED_MARGIN, memory_budget, link)
     return min(tight.seconds, _seconds(moves, departures.freed, after, tight.busy, link))
 
 
 def _moves(problem: gaps.Gaps, decisions: Sequence[Decision]) -> list[_Move]:
+    """The swaps in the order in which they are due to be gone."""
     place, value = problem.graph.position, problem.graph.value
     moves = []
     for swap in decisions:
         if isinstance(swap, Swap):
             places = (place[swap.out_after], place[swap.freed_before], place[swap.in_before])
             moves.append(_Move(swap, value(swap.value).nbytes, _piece_bytes(value(swap.value)), *places))
-    return moves
+    return sorted(moves, key=lambda move: move.idle)
 
 
 def _repeats(problem: gaps.Gaps, decisions: Sequence[Decision]) -> set[int]:
@@ -119,6 +125,25 @@ def _piece_bytes(value: ir.Value) -> int:
 
 def _worth(outline: Outline, memory_budget: float) -> tuple[float, float]:
     return max(0.0, outline.peak_bytes - memory_budget), outline.seconds
+
+
+def _departing(moves: Sequence[_Move], tight: Outline, link: Link) -> list[_Move]:
+    """The moves, their copies off the device as late as they are complete when they are due, and in that order."""
+    ran = np.concatenate([[0.0], np.cumsum(tight.busy)])
+    found = list(moves)
+    copies = {move.swap.value: number for number, move in reversed(list(enumerate(moves)))}  # the first of each value
+    queue = sorted(copies.values())
+    lane = np.inf
+    latest = {}
+    for number in reversed(queue):
+        lane = min(lane, float(ran[moves[number].idle])) - link.out_seconds(moves[number].nbytes)
+        latest[number] = int(np.searchsorted(ran, lane, side="right")) - 2
+    before = 0
+    for number in queue:
+        move = moves[number]
+        before = min(max(move.start, latest[number], before), move.idle - 1)
+        found[number] = dataclasses.replace(move, start=before)
+    return found
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

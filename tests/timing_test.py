@@ -3,6 +3,7 @@
 import pytest
 import testing
 
+from graphswap import parser
 from graphswap.cost_model import Link
 from graphswap.plan import Plan, Recompute, Swap
 from graphswap.simulator import simulate
@@ -69,3 +70,34 @@ def _gaps(problem, names):
         for index, gap in enumerate(problem.gaps)
         if problem.storages[gap.storage].root in names
     }
+
+
+def test_a_copy_that_is_due_later_lets_others_go_first():
+    """Of two values the one made first is due last: its copy must not keep the link from the other."""
+    text = """
+    graph g(%x) -> (%z) {
+      %x = Placeholder() : (float32[512,512])
+      %late = MatMul(%x, %x) : (float32[2048,512])
+      %soon = MatMul(%x, %x) : (float32[1024,512])
+      %a = MatMul(%soon, %soon) : (float32[512,512])
+      %b = MatMul(%a, %a) : (float32[512,512])
+      %c = MatMul(%b, %b) : (float32[512,512])
+      %d = MatMul(%c, %c) : (float32[512,512])
+      %e = MatMul(%d, %d) : (float32[3072,512])
+      %f = MatMul(%e, %late) : (float32[512,512])
+      %g = MatMul(%f, %f) : (float32[512,512])
+      %h = MatMul(%g, %g) : (float32[512,512])
+      %i = MatMul(%h, %h) : (float32[512,512])
+      %j = MatMul(%i, %i) : (float32[512,512])
+      %k = MatMul(%j, %j) : (float32[512,512])
+      %l = MatMul(%k, %k) : (float32[512,512])
+      %y = MatMul(%l, %soon) : (float32[512,512])
+      %z = MatMul(%y, %late) : (float32[512,512])
+    }
+    """
+    graph = parser.parse(text)
+    problem = gaps.Gaps(graph, tuple(graph.position), MODEL)
+    evicted = {problem.long_gap[problem.storage_of[name]]: "swap" for name in ("late", "soon")}
+    swaps, _ = timing.timed(problem, problem.decide(evicted), 12 * MIB)
+    starts = [(swap.value, swap.out_after) for swap in swaps if isinstance(swap, Swap)]
+    assert starts == [("soon", "soon"), ("late", "soon")]
