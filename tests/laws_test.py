@@ -68,11 +68,14 @@ def evicting_plan(rng: random.Random, graph: ir.Graph, cost_model: CostModel) ->
     evicted = {}
     anchors = {storage for storage in range(len(problem.storages)) if rng.random() < 0.2}
     for gap in range(len(problem.gaps)):
-        action = rng.choice(["", "swap", "recompute"])
+        action = rng.choice(["", "swap", "recompute", gaps.AGAIN])
         if action == "swap" or problem.recompute_seconds(gap, {}, anchors) < float("inf"):
             evicted[gap] = action
     evicted = {gap: action for gap, action in evicted.items() if action}
-    return problem.plan(problem.decide(evicted, anchors, rng.randrange(60)), "random", 0).check(graph)
+    late = [problem.gaps[gap] for gap in evicted if rng.random() < 0.2]
+    since = {problem.gaps.index(gap): rng.randrange(gap.start, gap.end) for gap in late}
+    decisions = problem.decide(evicted, anchors, rng.randrange(60), since)
+    return problem.plan(decisions, "random", 0).check(graph)
 
 
 # --- what a graph computes --------------------------------------------------------------------------------------
