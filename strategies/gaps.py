@@ -225,7 +225,7 @@ class Gaps:
         return float(sum(self.seconds[position[name]] for name in nodes))
 
     def swap_seconds(self, gap: int) -> float:
-        """Seconds that swapping adds to the step at most: the copies, less what hides behind the gap's compute."""
+        """Seconds that swapping by itself adds to the step: the copies, less what hides behind the gap's compute."""
         item, link = self.gaps[gap], self.cost_model.link(self.cost_model.far_tier)
         copies = link.out_seconds(item.nbytes) + link.in_seconds(item.nbytes)
         if not link.overlaps:

@@ -72,8 +72,8 @@ def evicting_plan(rng: random.Random, graph: ir.Graph, cost_model: CostModel) ->
         if action == "swap" or problem.recompute_seconds(gap, {}, anchors) < float("inf"):
             evicted[gap] = action
     evicted = {gap: action for gap, action in evicted.items() if action}
-    late = [problem.gaps[gap] for gap in evicted if rng.random() < 0.2]
-    since = {problem.gaps.index(gap): rng.randrange(gap.start, gap.end) for gap in late}
+    late = {gap: problem.gaps[gap] for gap in evicted if rng.random() < 0.2}
+    since = {gap: rng.randrange(item.start, item.end) for gap, item in late.items()}
     decisions = problem.decide(evicted, anchors, rng.randrange(60), since)
     return problem.plan(decisions, "random", 0).check(graph)
 
