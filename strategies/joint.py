@@ -3,8 +3,8 @@
 The first plan is what `greedy` would choose, so that there is one early, however large the step is. Then the program
 of `relaxation` is solved for the budget and for tighter ones. Each time its fractions are rounded to evictions; what
 overflows then, as repeated chains may, is dropped again where it came back early, or evicted as `greedy` would; and
-copies are given their times. All of these, and what other strategies would evict, are where `annealing` starts from, for
-most of the time. The program's duals at the budget are the certified bound.
+copies are given their times. All of these, and what other strategies would evict, are where `annealing` starts from,
+for most of the time. The program's duals at the budget are the certified bound.
 
 Known weaknesses: the order is that of the other strategies; where few large storages share a small budget, the program
 does not see what chains of repeats hold, and annealing may end far from the optimum.
