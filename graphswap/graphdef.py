@@ -15,11 +15,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import tensorflow as tf
+from tensorflow.core.protobuf import device_properties_pb2
 from tensorflow.python.eager import context as context_lib
 from tensorflow.python.eager.polymorphic_function import concrete_function as concrete_function_lib
 from tensorflow.python.eager.polymorphic_function import transform
 from tensorflow.python.framework import func_graph as func_graph_lib
 from tensorflow.python.framework import importer, meta_graph
+from tensorflow.python.grappler import cluster as cluster_lib
 from tensorflow.python.grappler import tf_optimizer
 from tensorflow.python.ops import handle_data_util
 
@@ -64,7 +66,7 @@ def import_function(
     Raises:
         UnsupportedGraphError: If the size of a value stays unknown.
     """
-    operations = func_graph.get_operations()
+    operations = _in_trace_order(func_graph)
     shapes = _resolved_shapes(func_graph, operations, argument_shapes)
     source: dict[str, str] = {}  # reference to a copy -> reference to what it copies
     nodes = []
@@ -113,6 +115,18 @@ _SMALL = frozenset(
     "Shape ShapeN Where Unique UniqueV2 BroadcastGradientArgs Range StridedSlice Squeeze Reshape Cast Prod".split()
 )
 """Ops whose unknown outputs are taken for small: index arithmetic on shapes."""
+
+
+def _in_trace_order(func_graph: FuncGraph) -> list[Any]:
+    """The operations, those that were put in the place of others (`transpose_layout`) at their place."""
+    replaced: Mapping[str, str] = getattr(func_graph, _REPLACED, {})
+    operations = func_graph.get_operations()
+    position = {operation.name: index for index, operation in enumerate(operations)}
+    return sorted(operations, key=lambda operation: position[replaced.get(operation.name, operation.name)])
+
+
+_REPLACED = "_graphswap_replaced"
+"""An attribute of a FuncGraph: name of an operation -> that of the traced one in whose place it is."""
 
 
 def _live(nodes: Sequence[ir.Node], func_graph: FuncGraph) -> list[ir.Node]:
@@ -497,9 +511,11 @@ def without_memory_optimizer() -> Iterator[None]:
 
 def constant_folding(func_graph: FuncGraph) -> Folding | None:
     """What TensorFlow's constant folding makes of the function; None if it is switched off or fails."""
-    if not _folds_constants():
-        return None
-    definition = func_graph.as_graph_def()
+    return _optimized(func_graph, func_graph.as_graph_def(), "constfold") if _folds_constants() else None
+
+
+def _optimized(func_graph: FuncGraph, definition: Any, optimizer: str, cluster: Any = None) -> Folding | None:
+    """What one of Grappler's optimizers makes of the function's definition, by name; None if it fails."""
     with tf.Graph().as_default():
         item = meta_graph.create_meta_graph_def(graph_def=definition)
     kept = [tensor.op.name for tensor in (*func_graph.outputs, *func_graph.inputs)]
@@ -507,14 +523,127 @@ def constant_folding(func_graph: FuncGraph) -> Folding | None:
     item.collection_def["train_op"].node_list.value.extend(dict.fromkeys(kept))
     config = tf.compat.v1.ConfigProto()
     rewrites = config.graph_options.rewrite_options
-    rewrites.optimizers.append("constfold")
+    rewrites.optimizers.append(optimizer)
     rewrites.min_graph_nodes = -1
     rewrites.meta_optimizer_iterations = rewrites.ONE
     try:
         with tf.init_scope():
-            return {node.name: node for node in tf_optimizer.OptimizeGraph(config, item).node}
+            return {node.name: node for node in tf_optimizer.OptimizeGraph(config, item, cluster=cluster).node}
     except tf.errors.OpError:
         return None
+
+
+def transpose_layout(func_graph: FuncGraph, architecture: str) -> None:
+    """Gives convolutions and what goes with them the layout that TensorFlow would give them on a GPU, in place.
+
+    It turns NHWC into NCHW and inserts Transposes. What they hold belongs to the plan; and which ops it turns depends
+    on what stands nearby, so that it would turn others, and round otherwise, once the step is rewritten. Done here
+    first, there is nothing left to turn. Where an op with side effects would have to be made anew, or a result would
+    change its layout, the step stays as it is.
+
+    Args:
+        func_graph: The traced step.
+        architecture: The GPU's compute capability: "9.0". It decides on the layout of half-precision values.
+    """
+    if not _optimizes("layout_optimizer"):
+        return
+    gpu = device_properties_pb2.DeviceProperties(type="GPU", environment={"architecture": architecture})
+    where = "/job:localhost/replica:0/task:0/device:GPU:0"
+    live = {node.name for node in _live(list(map(_edges, func_graph.get_operations())), func_graph)}
+    definition = func_graph.as_graph_def()
+    nodes = [node for node in definition.node if node.name in live]
+    del definition.node[:]
+    definition.node.extend(nodes)
+    for node in definition.node:
+        node.device = node.device or where
+    devices = [device_properties_pb2.NamedDevice(name=where, properties=gpu)]
+    after = _optimized(func_graph, definition, "layout", cluster_lib.Cluster(devices=devices))
+    if after is None or len(after) == len(definition.node):
+        return
+    order = _topological(list(map(_defined_edges, after.values())))
+    known = {operation.name: operation for operation in func_graph.get_operations()}
+    results = {tensor.op.name for tensor in func_graph.outputs}
+    made: dict[str, Any] = {}  # name in `after` -> operation that takes its place
+    rewired: dict[str, list[tf.Tensor]] = {}  # operation that stays -> the inputs that it will have
+    for name in (node.name for node in order):
+        node = after[name]
+        inputs = [_result_of(func_graph, made, reference) for reference in node.input if reference[0] != "^"]
+        operation = known.get(name)
+        if operation is not None and _fits(operation, node, inputs):
+            rewired[name] = inputs
+        elif operation is not None and (operation.op_def.is_stateful or name in results):
+            return
+        else:
+            made[name] = _made(func_graph, node, inputs, operation)
+    for name, inputs in rewired.items():
+        operation = func_graph.get_operation_by_name(name)
+        for index, tensor in enumerate(inputs):
+            if tensor is not operation.inputs[index]:
+                operation._update_input(index, tensor)
+    replaced = {operation.name: name for name, operation in made.items() if name in known}
+    setattr(func_graph, _REPLACED, {**getattr(func_graph, _REPLACED, {}), **replaced})
+    for operation in func_graph.get_operations():
+        controls = [made.get(control.name, control) for control in operation.control_inputs]
+        if controls != operation.control_inputs:
+            operation._remove_all_control_inputs()
+            operation._add_control_inputs(controls)
+
+
+def _edges(operation: Any) -> ir.Node:
+    """An operation without its outputs."""
+    return ir.Node(
+        operation.name,
+        operation.type,
+        tuple(map(_ref, operation.inputs)),
+        tuple(control.name for control in operation.control_inputs),
+        stateful=bool(operation.op_def.is_stateful),
+    )
+
+
+def _defined_edges(node: Any) -> ir.Node:
+    """The same of a definition."""
+    controls = tuple(name[1:] for name in node.input if name[0] == "^")
+    return ir.Node(node.name, node.op, tuple(name for name in node.input if name[0] != "^"), controls)
+
+
+def _result_of(func_graph: FuncGraph, made: Mapping[str, Any], reference: str) -> tf.Tensor:
+    """The tensor that a definition calls "node" or "node:1"."""
+    name, _, index = reference.partition(":")
+    return (made.get(name) or func_graph.get_operation_by_name(name)).outputs[int(index or 0)]
+
+
+def _fits(operation: Any, node: Any, inputs: Sequence[tf.Tensor]) -> bool:
+    """Whether the operation computes what the definition says once it reads these inputs."""
+    same_attrs = all(
+        value == operation.node_def.attr[name] for name, value in node.attr.items() if not name.startswith("_")
+    )
+    return same_attrs and all(
+        _shape(new) == _shape(old) for new, old in zip(inputs, operation.inputs, strict=True) if new is not old
+    )
+
+
+def _made(func_graph: FuncGraph, node: Any, inputs: Sequence[tf.Tensor], original: Any) -> Any:
+    """Adds what a definition of Grappler's says.
+
+    Args:
+        func_graph: Gets the operation.
+        node: The definition.
+        inputs: What it reads.
+        original: The operation in whose place it is, if it is in the place of one.
+    """
+    controls = [] if original is None else original.control_inputs
+    with func_graph.as_default(), tf.control_dependencies(None), tf.control_dependencies(controls):
+        operation = func_graph.create_op(
+            node.op,
+            inputs,
+            None,
+            name=f"{node.name.removesuffix('-LayoutOptimizer')}{'' if original is None else '/transposed'}",
+            attrs={name: value for name, value in node.attr.items() if not name.startswith("_")},
+            compute_device=False,
+        )
+    if original is not None and original.device:
+        operation._set_device(original.device)
+    return operation
 
 
 def regroup(func_graph: FuncGraph, folding: Folding) -> None:
@@ -540,8 +669,13 @@ def regroup(func_graph: FuncGraph, folding: Folding) -> None:
 
 
 def _folds_constants() -> bool:
+    return _optimizes("constant_folding")
+
+
+def _optimizes(option: str) -> bool:
+    """Whether an optimiser of TensorFlow's is on."""
     options = tf.config.optimizer.get_experimental_options()
-    return options.get("constant_folding", True) and not options.get("disable_meta_optimizer", False)
+    return options.get(option, True) and not options.get("disable_meta_optimizer", False)
 
 
 _REGROUPED = frozenset({"Mul", "Add", "AddV2", "Sub", "RealDiv", "Div"})
@@ -842,11 +976,7 @@ def _copy_operations(
     }
     for function in body._functions.values():
         outer._add_function_recursive(function)
-    nodes = [
-        ir.Node(o.name, o.type, tuple(map(_ref, o.inputs)), tuple(c.name for c in o.control_inputs))
-        for o in body.get_operations()
-    ]
-    for node in _topological(nodes):
+    for node in _topological(list(map(_edges, body.get_operations()))):
         if node.name in done:
             continue
         operation = body.get_operation_by_name(node.name)

@@ -359,6 +359,8 @@ class Session:
                 self._arrange(device)
             try:
                 with clock("import"):
+                    if (architecture := profiler.gpu_architecture()) is not None:
+                        graphdef.transpose_layout(func_graph, architecture)
                     folding = graphdef.constant_folding(func_graph)
                     if folding is not None:
                         graphdef.regroup(func_graph, folding)

@@ -28,7 +28,7 @@ from tensorflow.tsl.profiler.protobuf import xplane_pb2
 from graphswap import allocator, devices, graphdef, ir, liveness, tiers
 from graphswap.cost_model import CostModel, DeviceSpec, Link, Profile, Workspace
 
-_PROFILE_VERSION = 3
+_PROFILE_VERSION = 4
 """Of what is measured and how: profiles of another version are not read."""
 _LINK_BYTES = 8 << 20
 _LEAST_LINK_BYTES = 64 << 10
@@ -112,6 +112,14 @@ def device_spec(emulated_bytes: int | None, swap_directory: str | os.PathLike[st
         runs_pairs=(os.cpu_count() or 1) > 1,
         links={**DeviceSpec().links, **links},
     )
+
+
+def gpu_architecture() -> str | None:
+    """The GPU's compute capability, as "9.0"; None where the step runs on a CPU."""
+    if device_name() == "CPU:0":
+        return None
+    details = tf.config.experimental.get_device_details(tf.config.list_physical_devices("GPU")[0])
+    return ".".join(map(str, details.get("compute_capability", (8, 0))))
 
 
 def _gpu_spec(swap_directory: str | os.PathLike[str] | None) -> DeviceSpec:
@@ -444,13 +452,8 @@ Event = tuple[int, int, str, Mapping[str, Any]]
 def _node_workspace(events: Sequence[Event], graph: ir.Graph) -> Mapping[str, Workspace]:
     """Workspace by node, from the events of ops and of the allocator."""
     opaque = {node.name for node in graph.nodes if node.op in graphdef.OPAQUE}
-    owner_of = _owners(graph, opaque)
-    runs: dict[str, tuple[int, int]] = {}  # node -> start and end, in picoseconds
-    for start, duration_ps, name, _ in events:
-        op = owner_of(name)
-        if op:
-            runs[op] = (min(start, runs.get(op, (start, 0))[0]), max(start + duration_ps, runs.get(op, (0, 0))[1]))
     buffers = _buffers(events)
+    runs = _runs(events, _owners(graph, opaque)) if device_name() == "CPU:0" else _runs_on_gpu(buffers, graph)
     of_node: dict[str, list[_Buffer]] = collections.defaultdict(list)
     for buffer in buffers:
         of_node[buffer.op].append(buffer)
@@ -466,6 +469,30 @@ def _node_workspace(events: Sequence[Event], graph: ir.Graph) -> Mapping[str, Wo
         if node.like and node.name in runs and node.like not in runs:  # the first run was not needed
             workspace[node.like] = workspace[node.name]
     return workspace
+
+
+def _runs(events: Sequence[Event], owner_of: Callable[[str], str]) -> dict[str, tuple[int, int]]:
+    """Start and end of every node that ran, in picoseconds."""
+    runs: dict[str, tuple[int, int]] = {}
+    for start, duration_ps, name, _ in events:
+        op = owner_of(name)
+        if op:
+            runs[op] = (min(start, runs.get(op, (start, 0))[0]), max(start + duration_ps, runs.get(op, (0, 0))[1]))
+    return runs
+
+
+def _runs_on_gpu(buffers: Sequence[_Buffer], graph: ir.Graph) -> dict[str, tuple[int, int]]:
+    """The same of a GPU's step, whose ops are no events: from a node's first buffer to the next one of another."""
+    names = {node.name for node in graph.nodes}
+    runs: dict[str, tuple[int, int]] = {}
+    latest = ""
+    for buffer in sorted(buffers, key=lambda buffer: buffer.start):
+        if latest and buffer.op != latest:
+            runs[latest] = (runs[latest][0], buffer.start)
+        latest = buffer.op if buffer.op in names else ""
+        if latest:
+            runs[latest] = (runs.get(latest, (buffer.start, 0))[0], _NEVER)
+    return runs
 
 
 def _workspace(buffers: Sequence[_Buffer], end: int) -> Workspace:

@@ -30,7 +30,7 @@ class Auto:
         errors: list[base.InfeasibleBudgetError] = []
         quick = ((chen.Chen(), 0.0), (swap_all.SwapAll(), 0.0))
         if cost_model.link(cost_model.far_tier).overlaps:
-            members = (*self._timed({joint.Joint: 1 / 2, greedy.Greedy: 1 / 8, karma.Karma: 1 / 8}), *quick)
+            members = (*self._timed({joint.Joint: 3 / 4, greedy.Greedy: 1 / 16, karma.Karma: 1 / 16}), *quick)
         else:  # joint is not measured on devices whose copies take the cores that compute: it gets what time is left
             members = (
                 *self._timed({greedy.Greedy: 1 / 2, karma.Karma: 1 / 4}),
@@ -40,6 +40,8 @@ class Auto:
         for member, share in members:
             if plans and time.monotonic() > deadline - share * self.planning_seconds:
                 continue
+            if plans and isinstance(member, greedy.Greedy | karma.Karma):
+                member = dataclasses.replace(member, gives_up=True)
             try:
                 plans.append(member.plan(graph, cost_model, memory_budget))
             except base.InfeasibleBudgetError as error:

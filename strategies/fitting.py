@@ -82,9 +82,10 @@ def fit(
     strategy: str,
     actions: Collection[str] = BOTH,
     planning_seconds: float = math.inf,
+    gives_up: bool = False,
 ) -> Plan:
     """A plan of the `fastest` of the attempts. Arguments and errors are its own, and a name for the plan's record."""
-    state = fastest(problem, attempts, memory_budget, actions, planning_seconds)
+    state = fastest(problem, attempts, memory_budget, actions, planning_seconds, gives_up)
     return problem.plan(state.decisions, strategy, memory_budget)
 
 
@@ -94,6 +95,7 @@ def fastest(
     memory_budget: int,
     actions: Collection[str] = BOTH,
     planning_seconds: float = math.inf,
+    gives_up: bool = False,
 ) -> Evictions:
     """The fastest of the attempts that the allocator model accepts at the budget.
 
@@ -107,6 +109,7 @@ def fastest(
         memory_budget: Bytes.
         actions: What clearing a window may use.
         planning_seconds: No further attempt is started after this time once a plan is found.
+        gives_up: Whether none is started after this time even if no plan is found.
 
     Raises:
         InfeasibleBudgetError: If none fits.
@@ -118,8 +121,8 @@ def fastest(
         target = float(memory_budget)
         tried: Mapping[int, str] | None = None
         for _ in range(_TARGETS):
-            if best is not None and time.monotonic() > deadline:
-                return best
+            if (best is not None or gives_up) and time.monotonic() > deadline:
+                break
             try:
                 state = attempt(target)
             except gaps.CantRecompute:

@@ -47,6 +47,8 @@ def test_no_attempt_is_started_when_the_time_is_up_and_a_plan_is_found():
     assert plan.decisions == (Recompute(("f1", "f2"), before="b2"),)
     # But one plan is looked for however long it takes.
     assert fitting.fit(CHAIN, [attempt(), *attempts], 6 * MIB, "s", planning_seconds=0.0) == plan
+    with pytest.raises(InfeasibleBudgetError):  # unless somebody has one
+        fitting.fit(CHAIN, attempts, 6 * MIB, "s", planning_seconds=0.0, gives_up=True)
 
 
 # When c is made, free chunks of one MiB lie on both sides of b, and c takes two.

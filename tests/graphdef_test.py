@@ -336,6 +336,123 @@ def test_a_sum_over_nothing_is_a_copy():
     assert liveness.roots(graph)["sum"] == "x"
 
 
+def convolutional_step():
+    """A step of a small network of convolutions, and its variables."""
+    random = np.random.default_rng(0)
+    filters = [tf.Variable(random.normal(0, 0.3, (3, 3, *channels)).astype("float32")) for channels in ((3, 8), (8, 8))]
+    bias = tf.Variable(tf.zeros(8))
+
+    def step(images):
+        with tf.GradientTape() as tape:
+            values = tf.nn.bias_add(tf.nn.conv2d(images, filters[0], 1, "SAME"), bias)
+            mean, variance = tf.nn.moments(values, (0, 1, 2))
+            values = tf.nn.relu((values - mean) * tf.math.rsqrt(variance + 1e-3))
+            values = tf.nn.max_pool2d(tf.nn.conv2d(values, filters[1], 2, "SAME"), 2, 2, "VALID")
+            loss = tf.reduce_mean(tf.square(values))
+        weights = [*filters, bias]
+        for weight, gradient in zip(weights, tape.gradient(loss, weights), strict=True):
+            weight.assign_sub(gradient)
+        return loss
+
+    return step, [*filters, bias]
+
+
+class Transposed:
+    """A mark whose step gets the layout of a GPU."""
+
+    def optimize(self, func_graph):
+        graphdef.transpose_layout(func_graph, "9.0")
+
+
+def test_convolutions_get_the_layout_that_they_will_have_on_a_gpu():
+    step, _ = convolutional_step()
+    func_graph = traced(step, floats(4, 16, 16, 3))
+    plain = graphdef.import_function(func_graph)
+    graphdef.transpose_layout(func_graph, "9.0")
+    graph = graphdef.import_function(func_graph)
+    transposes = [node for node in graph.nodes if node.op == "Transpose"]
+    assert transposes
+    assert {node.op for node in graph.nodes} >= {node.op for node in plain.nodes}
+    convolution = next(node for node in graph.nodes if node.op == "Conv2D")
+    assert convolution.name == "Conv2D/transposed"
+    assert convolution.outputs == (ir.Value("float32", (4, 8, 16, 16)),)
+    # In the place of the old one: a Transpose aside, the order stays.
+    names = [node.name.removesuffix("/transposed") for node in graph.nodes if node.op != "Const"]
+    in_both = set(names).intersection(node.name for node in plain.nodes)
+    assert [n for n in names if n in in_both] == [node.name for node in plain.nodes if node.name in in_both]
+    # Just before it is read: a value is in two layouts no longer than it must be.
+    for node in transposes:
+        readers = [reader for reader in graph.nodes if node.name in map(ir.producer, reader.inputs)]
+        between = graph.nodes[graph.position[node.name] + 1 : graph.position[readers[0].name]]
+        assert all(other.op in ("Const", "Transpose", "Reshape", "ReadVariableOp") for other in between)
+
+
+def test_a_transposed_step_computes_the_same():
+    """TensorFlow's kernels for CPUs know NHWC only; XLA's know both."""
+    images = np.random.default_rng(1).normal(size=(4, 16, 16, 3)).astype("float32")
+    outcomes = []
+    graphdef.on_traced(lambda func_graph, mark: mark.optimize(func_graph) if mark is not None else None)
+    try:
+        for mark in (None, Transposed()):
+            step, variables = convolutional_step()
+
+            def marked(images, step=step, mark=mark):
+                graphdef.mark_current_graph(mark)
+                return step(images)
+
+            function = tf.function(marked, jit_compile=True)
+            losses = [function(images).numpy() for _ in range(3)]
+            outcomes.append((losses, [variable.numpy() for variable in variables]))
+    finally:
+        graphdef.off_traced()
+    # XLA may sum in another order where the layout differs: the last bits of a float32.
+    (plain_losses, plain_variables), (losses, variables) = outcomes
+    np.testing.assert_allclose(losses, plain_losses, rtol=1e-5)
+    for variable, plain in zip(variables, plain_variables, strict=True):
+        np.testing.assert_allclose(variable, plain, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("is_planned", [False, True])
+def test_nothing_is_left_for_tensorflow_to_transpose(is_planned):
+    step, _ = convolutional_step()
+    func_graph = traced(step, floats(16, 64, 64, 3))
+    graphdef.transpose_layout(func_graph, "9.0")
+    if is_planned:
+        graph = graphdef.import_function(func_graph)
+        plan = trainings.EvictAll().plan(graph, CostModel(), 0)
+        assert plan.swaps and plan.recomputes
+        graphdef.export_function(func_graph, rewrites.rewrite(graph, plan), tiers.Tiers())
+    before = [operation.name for operation in func_graph.get_operations()]
+    graphdef.transpose_layout(func_graph, "9.0")
+    assert [operation.name for operation in func_graph.get_operations()] == before
+
+
+def test_the_layout_stays_where_tensorflow_would_not_change_it():
+    step, _ = convolutional_step()
+    func_graph = traced(step, floats(4, 16, 16, 3))
+    before = len(func_graph.get_operations())
+    options = tf.config.optimizer.get_experimental_options()
+    tf.config.optimizer.set_experimental_options({"layout_optimizer": False})
+    try:
+        graphdef.transpose_layout(func_graph, "9.0")
+    finally:
+        tf.config.optimizer.set_experimental_options({"layout_optimizer": options.get("layout_optimizer", True)})
+    assert len(func_graph.get_operations()) == before
+    dense = traced(lambda x: tf.nn.relu(x @ x), floats(8, 8))
+    graphdef.transpose_layout(dense, "9.0")
+    assert [operation.type for operation in dense.get_operations()] == ["Placeholder", "MatMul", "Relu", "Identity"]
+
+
+def test_the_layout_of_a_result_stays():
+    def step(images):
+        return tf.nn.relu(tf.nn.conv2d(images, tf.ones((3, 3, 3, 8)), 1, "SAME"))
+
+    func_graph = traced(step, floats(4, 16, 16, 3))
+    graphdef.transpose_layout(func_graph, "9.0")
+    (result,) = func_graph.outputs
+    assert result.shape == (4, 16, 16, 8)
+
+
 # --- trace time -------------------------------------------------------------------------------------------------
 
 

@@ -228,6 +228,43 @@ def test_on_a_gpu_only_its_own_memory_counts(monkeypatch):
     assert [buffer.nbytes for buffer in profiler._buffers(recorded)] == [512]
 
 
+def test_a_gpus_workspace_is_known_from_its_allocator_alone(monkeypatch):
+    """Its ops are no events; what a node asks for next after its outputs, another one's first buffer ends."""
+    monkeypatch.setattr(profiler, "device_name", lambda: "GPU:0")
+
+    def allocation(start, address, nbytes, op, kind):
+        facts = {"allocator_name": "GPU_0_bfc", "addr": address, "requested_bytes": nbytes}
+        return (start, 0, "MemoryAllocation", {**facts, "tf_op": op, "region_type": kind})
+
+    def deallocation(start, address):
+        return (start, 0, "MemoryDeallocation", {"allocator_name": "GPU_0_bfc", "addr": address})
+
+    recorded = [
+        allocation(0, 1, 4096, "_EagerConst", "dynamic"),
+        allocation(1, 2, 1024, "a", "temp"),
+        allocation(2, 3, 512, "a", "output"),
+        allocation(3, 4, 256, "a", "temp"),
+        deallocation(4, 4),
+        deallocation(5, 2),
+        allocation(6, 5, 2048, "pair", "temp"),  # becomes its output
+        allocation(7, 6, 256, "not/of/the/graph", "temp"),
+        deallocation(8, 6),
+        allocation(9, 7, 256, "loss", "temp"),
+        deallocation(10, 7),
+        deallocation(11, 5),
+    ]
+    workspace = profiler._node_workspace(recorded, parser.parse(STEP))
+    assert workspace == {"a": Workspace((1024,), (256,)), "pair": Workspace(), "loss": Workspace(late=(256,))}
+
+
+def test_the_architecture_of_a_gpu(monkeypatch):
+    assert profiler.gpu_architecture() is None
+    monkeypatch.setattr(profiler, "device_name", lambda: "GPU:0")
+    monkeypatch.setattr(tf.config, "list_physical_devices", lambda _: ["the GPU"])
+    monkeypatch.setattr(tf.config.experimental, "get_device_details", lambda _: {"compute_capability": (9, 0)})
+    assert profiler.gpu_architecture() == "9.0"
+
+
 def test_a_step_of_which_nothing_was_recorded_has_no_costs():
     with pytest.raises(profiler.CantMeasure, match="recorded none of the step's ops"):
         profiler.step_costs(events(("other:Add", 0, 1)), parser.parse(STEP), 1.0, CostModel(), "f")
