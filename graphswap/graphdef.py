@@ -24,6 +24,7 @@ from tensorflow.python.framework import importer, meta_graph
 from tensorflow.python.grappler import cluster as cluster_lib
 from tensorflow.python.grappler import tf_optimizer
 from tensorflow.python.ops import handle_data_util
+from tensorflow.python.saved_model import fingerprinting_utils
 
 from graphswap import allocator, ir, placement, tiers
 
@@ -776,6 +777,11 @@ def build_function(
     signature = [tf.TensorSpec.from_tensor(tensor) for tensor in target.inputs]
     target.structured_input_signature = (tuple(signature), {})
     return concrete_function_lib.ConcreteFunction.from_func_graph(target, None, {})
+
+
+def write_fingerprint(directory: str) -> None:
+    """Writes the fingerprint of the SavedModel in a directory, as TensorFlow does when it saves one."""
+    fingerprinting_utils.write_fingerprint(directory)
 
 
 class _Exporter:

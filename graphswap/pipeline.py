@@ -359,12 +359,7 @@ class Session:
                 self._arrange(device)
             try:
                 with clock("import"):
-                    if (architecture := profiler.gpu_architecture()) is not None:
-                        graphdef.transpose_layout(func_graph, architecture)
-                    folding = graphdef.constant_folding(func_graph)
-                    if folding is not None:
-                        graphdef.regroup(func_graph, folding)
-                    graph = graphdef.import_function(func_graph, shapes, folding)
+                    graph = imported(func_graph, shapes)
             except UnsupportedGraphError as error:
                 if self.options.on_unsupported == "raise":
                     raise
@@ -430,6 +425,24 @@ class Session:
             else self._largest.get(index)
             for index, tensor in enumerate(arguments)
         )
+
+
+def imported(func_graph: graphdef.FuncGraph, shapes: Sequence[graphdef.Shape]) -> ir.Graph:
+    """The graph of a traced function, which is brought into the form that TensorFlow would give it, in place.
+
+    Args:
+        func_graph: The traced function.
+        shapes: Of its arguments.
+
+    Raises:
+        UnsupportedGraphError: If it can't be planned.
+    """
+    if (architecture := profiler.gpu_architecture()) is not None:
+        graphdef.transpose_layout(func_graph, architecture)
+    folding = graphdef.constant_folding(func_graph)
+    if folding is not None:
+        graphdef.regroup(func_graph, folding)
+    return graphdef.import_function(func_graph, shapes, folding)
 
 
 def function(step: Callable[..., Any] | None = None, *, memory_budget: int | str, **options: Any) -> Any:

@@ -143,7 +143,7 @@ class Planner:
             settled = question and profiler.cached_profile(graph.fingerprint, cost_model.device.name, question)
             is_free = self._options.memory_budget == "free"
             room = int(_USABLE * _memory_bytes(cost_model.device)) if is_free else budget
-            profile = settled or self._profile(func_graph, graph, arguments, cost_model, room, notes)
+            profile = settled or self.profile(func_graph, graph, arguments, cost_model, room, notes)
         with clock("plan"):
             planned = self._plan(graph, dataclasses.replace(cost_model, profile=profile), budget)
         return dataclasses.replace(planned, notes=tuple(notes), is_settled=bool(settled))
@@ -243,7 +243,7 @@ class Planner:
             return dataclasses.replace(strategy, planning_seconds=planning_seconds or self._options.planning_seconds)
         return strategy
 
-    def _profile(
+    def profile(
         self,
         func_graph: graphdef.FuncGraph,
         graph: ir.Graph,

@@ -1,0 +1,189 @@
+"""What the compile option does, on a step that was saved: trace -> measure -> plan -> rewrite."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import pathlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import tensorflow as tf
+
+from graphswap import graphdef, ir, pipeline, planning, rewrites, saved_model, tiers
+from graphswap.cost_model import CostModel
+from graphswap.options import Options
+from graphswap.saved_model import SavedModelError
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A traced step.
+
+    Attributes:
+        name: For people.
+        func_graph: As TensorFlow traced it.
+        graph: The same, imported.
+        arguments: What it can be run on: zeros.
+        owner: Keeps its variables alive.
+    """
+
+    name: str
+    func_graph: graphdef.FuncGraph
+    graph: ir.Graph
+    arguments: tuple[tf.Tensor, ...]
+    owner: Any
+
+
+def trace(name: str, function: Callable[..., Any], specs: Sequence[tf.TensorSpec], owner: Any = None) -> Step:
+    """Traces a function at fixed sizes, calls of other functions dissolved.
+
+    Args:
+        name: For people.
+        function: What to trace.
+        specs: Of its arguments, with known shapes.
+        owner: Kept in the result.
+
+    Raises:
+        UnsupportedGraphError: If it can't be planned.
+    """
+    traced = tf.function(lambda *arguments: graphdef.call_inline(function, arguments, {}), autograph=False)
+    func_graph = traced.get_concrete_function(*specs).graph
+    graph = pipeline.imported(func_graph, [tuple(spec.shape.as_list()) for spec in specs]).replace(name=name)
+    return Step(name, func_graph, graph, tuple(tf.zeros(spec.shape, spec.dtype) for spec in specs), owner)
+
+
+def from_saved_model(function: saved_model.Function, batch_size: int | None = None) -> Step:
+    """Traces a function of a SavedModel.
+
+    Args:
+        function: The function.
+        batch_size: For first dimensions that the function leaves open.
+
+    Raises:
+        SavedModelError: If a size stays open.
+        UnsupportedGraphError: If it can't be planned.
+    """
+    return trace(function.name, function, _closed(function.arguments, batch_size), function)
+
+
+def from_keras(path: str | os.PathLike[str], batch_size: int) -> Step:
+    """Traces the training step of a model that Keras saved, compiled, as a `.keras` file.
+
+    Args:
+        path: The file.
+        batch_size: Number of examples.
+
+    Raises:
+        SavedModelError: If there is no such file, or if the model was not compiled.
+        UnsupportedGraphError: If the step can't be planned.
+    """
+    if not pathlib.Path(path).is_file():
+        raise SavedModelError(f"expected a .keras file, received '{path}', which is none. Save it with model.save(...).")
+    import keras
+
+    try:
+        model: Any = keras.saving.load_model(path)
+    except Exception as error:  # Keras raises what it likes for what it can't read
+        raise SavedModelError(
+            f"expected a model that Keras can load, received '{path}', of which it says: {str(error).splitlines()[0]}."
+        ) from error
+    if not model.compiled:
+        raise SavedModelError(
+            f"expected a compiled model, received '{path}', which has no optimizer and no loss. "
+            "Call model.compile(...) before model.save(...)."
+        )
+    inputs = [tf.TensorSpec((batch_size, *tensor.shape[1:]), tensor.dtype) for tensor in model.inputs]
+    targets = _targets(model, batch_size)
+    count = len(inputs)
+
+    def step(*arguments: tf.Tensor) -> Any:
+        given, wanted = arguments[:count], arguments[count:]
+        return model.train_step((given[0] if count == 1 else list(given), wanted[0] if len(wanted) == 1 else [*wanted]))
+
+    model._symbolic_build(data_batch=tuple(tf.zeros(spec.shape, spec.dtype) for spec in (*inputs[:1], *targets[:1])))
+    return trace(pathlib.Path(path).stem, step, (*inputs, *targets), model)
+
+
+def _targets(model: Any, batch_size: int) -> list[tf.TensorSpec]:
+    """What the loss compares the outputs with: class numbers where it is sparse, else values like the outputs."""
+    loss = model.loss if isinstance(model.loss, str) else getattr(model.loss, "name", type(model.loss).__name__)
+    is_sparse = "sparse" in str(loss).lower()
+    return [
+        tf.TensorSpec((batch_size, *tensor.shape[1:-1]), tf.int32)
+        if is_sparse
+        else tf.TensorSpec((batch_size, *tensor.shape[1:]), tensor.dtype)
+        for tensor in model.outputs
+    ]
+
+
+def _closed(specs: Sequence[tf.TensorSpec], batch_size: int | None) -> list[tf.TensorSpec]:
+    closed = []
+    for spec in specs:
+        shape = spec.shape.as_list() if spec.shape.rank is not None else [None, None]
+        if shape and shape[0] is None and batch_size is not None:
+            shape[0] = batch_size
+        if None in shape:
+            advice = "Give --batch_size=N." if shape.index(None) == 0 else "Save the step with this size fixed."
+            raise SavedModelError(f"expected arguments of known sizes, received {spec.shape} for '{spec.name}'. {advice}")
+        closed.append(tf.TensorSpec(shape, spec.dtype, spec.name))
+    return closed
+
+
+# --- planning -----------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Planner:
+    """Plans a saved step on this machine.
+
+    Attributes:
+        step: The step.
+        options: What is asked for.
+        say: Gets the name of each phase that begins.
+    """
+
+    step: Step
+    options: Options
+    say: Callable[[str], None] = lambda phase: None
+    _tiers: tiers.Tiers = dataclasses.field(default_factory=tiers.Tiers)
+
+    def _planner(self) -> planning.Planner:
+        return planning.Planner(self.options, self._tiers)
+
+    @contextlib.contextmanager
+    def _clock(self, phase: str) -> Iterator[None]:
+        self.say(phase)
+        yield
+
+    def cost_model(self) -> CostModel:
+        """Costs of the step on this machine: measured if it can be run here."""
+        planner = self._planner()
+        device = planner.device()
+        estimate = planner.cost_model(device, self.step.graph, 0)
+        budget, _ = planner.budget(device, 1.0)
+        notes: list[str] = []
+        with self._clock("measure"):
+            profile = planner.profile(
+                self.step.func_graph, self.step.graph, self.step.arguments, estimate, budget, notes
+            )
+        return dataclasses.replace(estimate, profile=profile)
+
+    def plan(self) -> planning.Planned:
+        """The plan for the options' budget on this machine.
+
+        Raises:
+            InfeasibleBudgetError: If there is none.
+        """
+        planner = self._planner()
+        device = planner.device()
+        estimate = planner.cost_model(device, self.step.graph, 0)
+        budget, _ = planner.budget(device, 1.0)
+        step = self.step
+        return planner.plan(step.func_graph, step.graph, step.arguments, estimate, budget, self._clock)
+
+    def rewritten(self, planned: planning.Planned) -> Any:
+        """A function of the step's arguments and captures, flat, that runs as planned."""
+        graph = rewrites.rewrite(self.step.graph, planned.plan)
+        return graphdef.build_function(self.step.func_graph, graph, self._tiers)

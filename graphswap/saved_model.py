@@ -1,0 +1,234 @@
+"""SavedModels: finds a function in one, and writes a copy in which that function computes another graph.
+
+Only the function's definition changes. Variables, assets, signatures, and the names in checkpoints stay byte for byte
+what they were, so the copy needs TensorFlow only, neither Keras nor graphswap.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import tensorflow as tf
+from tensorflow.core.framework import function_pb2
+from tensorflow.core.protobuf import saved_model_pb2
+
+from graphswap import graphdef
+
+_FILE = "saved_model.pb"
+_FINGERPRINT = "fingerprint.pb"
+
+
+class SavedModelError(ValueError):
+    """A SavedModel that is none, or that does not hold what was asked for. The message says what to do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Function:
+    """A function of a SavedModel.
+
+    Attributes:
+        directory: The SavedModel.
+        name: What it is called there: an attribute of the saved object, or a signature.
+        definition: Name of its definition in the file.
+        concrete: The function as loaded.
+        owner: What was loaded: it keeps the variables alive.
+    """
+
+    directory: pathlib.Path
+    name: str
+    definition: str
+    concrete: Any
+    owner: Any
+
+    @property
+    def arguments(self) -> tuple[tf.TensorSpec, ...]:
+        """What it is called with, flat."""
+        args, kwargs = self.concrete.structured_input_signature
+        return tuple(leaf for leaf in tf.nest.flatten((args, kwargs)) if isinstance(leaf, tf.TensorSpec))
+
+    def __call__(self, *arguments: tf.Tensor) -> Any:
+        args, kwargs = tf.nest.pack_sequence_as(self.concrete.structured_input_signature, arguments)
+        return self.concrete(*args, **kwargs)
+
+    def updates_variables(self) -> bool:
+        """Whether it changes a variable, as a training step does."""
+        return any(
+            node.op.startswith("Assign")
+            for definition in (self.concrete.function_def, *self._library())
+            for node in definition.node_def
+        )
+
+    def _library(self) -> Iterator[Any]:
+        return iter(self.concrete.graph.as_graph_def().library.function)
+
+
+def load(directory: str | os.PathLike[str], function: str) -> Function:
+    """Loads a SavedModel and finds a function in it.
+
+    Args:
+        directory: The SavedModel.
+        function: An attribute of the saved object that is a tf.function with one input signature, or a signature.
+
+    Raises:
+        SavedModelError: If there is no SavedModel, if it can't be read, or if it has no such function.
+    """
+    path = pathlib.Path(directory)
+    model = _read(path)
+    try:
+        owner = tf.saved_model.load(str(path))
+    except Exception as error:  # TensorFlow raises what it likes for what it can't read
+        raise SavedModelError(
+            f"expected a SavedModel that TensorFlow can load, received '{path}', of which it says: "
+            f"{str(error).splitlines()[0] if str(error) else type(error).__name__}. Save it again."
+        ) from error
+    definitions = _definitions(model)
+    if function not in definitions:
+        raise SavedModelError(
+            f"expected a function of '{path}', received '{function}'. It has {', '.join(sorted(definitions)) or 'none'}. "
+            "Name one of these, or save the training step as an attribute: a tf.function with an input_signature."
+        )
+    if len(definitions[function]) != 1:
+        raise SavedModelError(
+            f"expected a function with one input signature, received '{function}' of '{path}', which was traced "
+            f"{len(definitions[function])} times. Save it with tf.function(input_signature=...)."
+        )
+    restored = getattr(owner, function, None)
+    concrete = owner.signatures[function] if restored is None else restored.concrete_functions[0]
+    return Function(path, function, definitions[function][0], concrete, owner)
+
+
+def write(function: Function, new: Any, output: str | os.PathLike[str]) -> None:
+    """Writes the function's SavedModel anew, its definition replaced. Nothing is left behind if that fails.
+
+    Args:
+        function: The function.
+        new: A ConcreteFunction with the same flat inputs, captures last, and the same flat outputs.
+        output: A directory that does not exist yet.
+
+    Raises:
+        SavedModelError: If the directory exists or can't be written.
+    """
+    target = pathlib.Path(output)
+    check_output(target)
+    model = _read(function.directory)
+    library = model.meta_graphs[0].graph_def.library.function
+    definitions = {definition.signature.name: definition for definition in library}
+    body, called = _renamed(new, function.definition, set(definitions))
+    definitions[function.definition].CopyFrom(body)
+    library.extend(called)
+    try:
+        temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    except OSError as error:
+        raise _cant_write(target, error) from error
+    try:
+        shutil.copytree(
+            function.directory, temporary, dirs_exist_ok=True, ignore=shutil.ignore_patterns(_FILE, _FINGERPRINT)
+        )
+        (temporary / _FILE).write_bytes(model.SerializeToString(deterministic=True))
+        temporary.chmod(0o755)
+        graphdef.write_fingerprint(str(temporary))
+        os.rename(temporary, target)
+    except OSError as error:
+        raise _cant_write(target, error) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_output(target: pathlib.Path) -> None:
+    """Raises SavedModelError if a directory can't be made there."""
+    if target.exists():
+        raise SavedModelError(
+            f"expected an output directory that does not exist, received '{target}', which does. "
+            "Remove it, or name another one."
+        )
+    if not (target.parent.is_dir() and os.access(target.parent, os.W_OK | os.X_OK)):
+        raise SavedModelError(
+            f"expected an output directory in a folder that can be written to, received '{target}'. "
+            "Make the folder, or name another one."
+        )
+
+
+def _cant_write(target: pathlib.Path, error: OSError) -> SavedModelError:
+    return SavedModelError(
+        f"writing '{target}' failed: {error.strerror or error}. Nothing was left there. Free space, or name another place."
+    )
+
+
+def _read(path: pathlib.Path) -> Any:
+    if path.is_file():
+        raise SavedModelError(
+            f"expected a directory with a SavedModel, received the file '{path}'. A frozen graph has no variables that "
+            "a step could train: save the model with tf.saved_model.save."
+        )
+    file = path / _FILE
+    if not file.is_file():
+        frozen = sorted(found.name for found in path.glob("*.pb")) if path.is_dir() else []
+        advice = (
+            f"There is {', '.join(frozen)}, which may be a frozen graph: it has no variables that a step could train. "
+            if frozen
+            else ""
+        )
+        raise SavedModelError(
+            f"expected a directory with {_FILE}, received '{path}'. {advice}"
+            "Save the model with tf.saved_model.save, and name that directory."
+        )
+    model = saved_model_pb2.SavedModel()
+    try:
+        model.ParseFromString(file.read_bytes())
+    except Exception as error:  # protobuf's own error type depends on how it was built
+        raise SavedModelError(f"expected a SavedModel, received '{file}', which is damaged: {error}.") from error
+    if not model.meta_graphs or not model.meta_graphs[0].HasField("object_graph_def"):
+        raise SavedModelError(
+            f"expected a SavedModel of TensorFlow 2, received '{file}', which holds none. "
+            "Save the model with tf.saved_model.save."
+        )
+    return model
+
+
+def _definitions(model: Any) -> Mapping[str, Sequence[str]]:
+    """The definitions of each function: of the root's attributes, and of signatures."""
+    nodes = model.meta_graphs[0].object_graph_def.nodes
+    found: dict[str, Sequence[str]] = {}
+    for child in nodes[0].children:
+        node = nodes[child.node_id]
+        if node.WhichOneof("kind") == "function":
+            found[child.local_name] = list(node.function.concrete_functions)
+        elif child.local_name == "signatures":
+            for signature in node.children:
+                wrapped = nodes[signature.node_id]
+                if wrapped.WhichOneof("kind") == "bare_concrete_function":
+                    found.setdefault(signature.local_name, [wrapped.bare_concrete_function.concrete_function_name])
+    return found
+
+
+def _renamed(new: Any, name: str, taken: set[str]) -> tuple[Any, list[Any]]:
+    """The function's definition under another name, and those of what it calls under names that are not taken."""
+    called = {definition.signature.name: definition for definition in new.graph.as_graph_def().library.function}
+    names = {old: _free_name(old, taken) for old in called}
+    definitions = []
+    for definition in (new.function_def, *called.values()):
+        copy = function_pb2.FunctionDef()
+        copy.CopyFrom(definition)
+        copy.signature.name = names.get(definition.signature.name, name)
+        for node in copy.node_def:
+            for attr in node.attr.values():
+                for called_one in (attr.func, *attr.list.func):
+                    if called_one.name in names:
+                        called_one.name = names[called_one.name]
+        definitions.append(copy)
+    return definitions[0], definitions[1:]
+
+
+def _free_name(name: str, taken: set[str]) -> str:
+    number, candidate = 0, name
+    while candidate in taken:
+        number += 1
+        candidate = f"{name}_{number}"
+    taken.add(candidate)
+    return candidate
