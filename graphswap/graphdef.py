@@ -500,14 +500,20 @@ def without_memory_optimizer() -> Iterator[None]:
     """
     context = context_lib.context()
     before = context.function_call_options
-    config = tf.compat.v1.ConfigProto.FromString(before.config_proto_serialized)
-    rewrites = config.graph_options.rewrite_options
-    rewrites.memory_optimization = rewrites.NO_MEM_OPT
+    config = tf.compat.v1.ConfigProto.FromString(planned_config())
     context.function_call_options = context_lib.FunctionCallOptions(before.executor_type, config)
     try:
         yield
     finally:
         context.function_call_options = before
+
+
+def planned_config() -> bytes:
+    """TensorFlow's options as they are, less its memory optimiser, as a serialized ConfigProto."""
+    config = tf.compat.v1.ConfigProto.FromString(context_lib.context().function_call_options.config_proto_serialized)
+    rewrites = config.graph_options.rewrite_options
+    rewrites.memory_optimization = rewrites.NO_MEM_OPT
+    return config.SerializeToString()
 
 
 def constant_folding(func_graph: FuncGraph) -> Folding | None:

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import tensorflow as tf
-from tensorflow.core.framework import function_pb2
+from tensorflow.core.framework import function_pb2, node_def_pb2
 from tensorflow.core.protobuf import saved_model_pb2
 
 from graphswap import graphdef
@@ -119,9 +119,9 @@ def write(function: Function, new: Any, output: str | os.PathLike[str]) -> None:
     model = _read(function.directory)
     library = model.meta_graphs[0].graph_def.library.function
     definitions = {definition.signature.name: definition for definition in library}
-    body, called = _renamed(new, function.definition, set(definitions))
-    definitions[function.definition].CopyFrom(body)
-    library.extend(called)
+    added = _named(new, f"{function.definition}_planned", set(definitions))
+    _call(definitions[function.definition], added[0])
+    library.extend(added)
     try:
         temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     except OSError as error:
@@ -207,22 +207,50 @@ def _definitions(model: Any) -> Mapping[str, Sequence[str]]:
     return found
 
 
-def _renamed(new: Any, name: str, taken: set[str]) -> tuple[Any, list[Any]]:
-    """The function's definition under another name, and those of what it calls under names that are not taken."""
-    called = {definition.signature.name: definition for definition in new.graph.as_graph_def().library.function}
-    names = {old: _free_name(old, taken) for old in called}
-    definitions = []
-    for definition in (new.function_def, *called.values()):
+def _named(new: Any, name: str, taken: set[str]) -> list[Any]:
+    """The function's definition and those of what it calls, under names that are not taken."""
+    definitions = [new.function_def, *new.graph.as_graph_def().library.function]
+    names = {new.function_def.signature.name: _free_name(name, taken)}
+    names |= {d.signature.name: _free_name(d.signature.name, taken) for d in definitions[1:]}
+    copies = []
+    for definition in definitions:
         copy = function_pb2.FunctionDef()
         copy.CopyFrom(definition)
-        copy.signature.name = names.get(definition.signature.name, name)
+        copy.signature.name = names[definition.signature.name]
         for node in copy.node_def:
             for attr in node.attr.values():
-                for called_one in (attr.func, *attr.list.func):
-                    if called_one.name in names:
-                        called_one.name = names[called_one.name]
-        definitions.append(copy)
-    return definitions[0], definitions[1:]
+                for called in (attr.func, *attr.list.func):
+                    if called.name in names:
+                        called.name = names[called.name]
+        copies.append(copy)
+    return copies
+
+
+def _call(definition: Any, planned: Any) -> None:
+    """Makes a definition call the planned one.
+
+    A call that is not dissolved has options of its own for TensorFlow's optimiser: whoever loads the copy need not know
+    that its memory is planned already (`graphdef.without_memory_optimizer`).
+    """
+    planned.attr["_noinline"].b = True
+    signature = definition.signature
+    call = node_def_pb2.NodeDef(name="planned", op="StatefulPartitionedCall")
+    call.input.extend(argument.name for argument in signature.input_arg)
+    call.attr["Tin"].list.type.extend(argument.type for argument in signature.input_arg)
+    call.attr["Tout"].list.type.extend(result.type for result in signature.output_arg)
+    call.attr["f"].func.name = planned.signature.name
+    call.attr["config"].s = b""
+    call.attr["config_proto"].s = graphdef.planned_config()
+    call.attr["executor_type"].s = b""
+    definition.ClearField("node_def")
+    definition.ClearField("ret")
+    definition.ClearField("control_ret")
+    definition.node_def.append(call)
+    for index, result in enumerate(signature.output_arg):
+        definition.ret[result.name] = f"{call.name}:output:{index}"
+    del signature.control_output[:]
+    signature.control_output.append(call.name)
+    definition.control_ret[call.name] = call.name
 
 
 def _free_name(name: str, taken: set[str]) -> str:
