@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from graphswap import _keras_import
 
 if TYPE_CHECKING:
+    from graphswap.callback import ReportCallback
     from graphswap.graphdef import UnsupportedGraphError
     from graphswap.keras_compile import disable, enable
     from graphswap.options import Options
@@ -29,6 +30,7 @@ __all__ = [
     "InfeasibleBudgetError",
     "Options",
     "Plan",
+    "ReportCallback",
     "UnsupportedGraphError",
     "disable",
     "enable",
@@ -40,6 +42,7 @@ _HOMES = {
     "InfeasibleBudgetError": "strategies.base",
     "Options": "options",
     "Plan": "plan",
+    "ReportCallback": "callback",
     "UnsupportedGraphError": "graphdef",
     "disable": "keras_compile",
     "enable": "keras_compile",

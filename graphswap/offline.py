@@ -80,7 +80,9 @@ def from_keras(path: str | os.PathLike[str], batch_size: int) -> Step:
         UnsupportedGraphError: If the step can't be planned.
     """
     if not pathlib.Path(path).is_file():
-        raise SavedModelError(f"expected a .keras file, received '{path}', which is none. Save it with model.save(...).")
+        raise SavedModelError(
+            f"expected a .keras file, received '{path}', which is none. Save it with model.save(...)."
+        )
     import keras
 
     try:
@@ -121,12 +123,14 @@ def _targets(model: Any, batch_size: int) -> list[tf.TensorSpec]:
 def _closed(specs: Sequence[tf.TensorSpec], batch_size: int | None) -> list[tf.TensorSpec]:
     closed = []
     for spec in specs:
-        shape = spec.shape.as_list() if spec.shape.rank is not None else [None, None]
+        shape: list[int | None] = [None, None] if spec.shape.rank is None else spec.shape.as_list()
         if shape and shape[0] is None and batch_size is not None:
             shape[0] = batch_size
         if None in shape:
             advice = "Give --batch_size=N." if shape.index(None) == 0 else "Save the step with this size fixed."
-            raise SavedModelError(f"expected arguments of known sizes, received {spec.shape} for '{spec.name}'. {advice}")
+            raise SavedModelError(
+                f"expected arguments of known sizes, received {spec.shape} for '{spec.name}'. {advice}"
+            )
         closed.append(tf.TensorSpec(shape, spec.dtype, spec.name))
     return closed
 

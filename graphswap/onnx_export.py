@@ -80,8 +80,7 @@ def export(
         FileExistsError: If the file exists.
         FileNotFoundError: If its folder does not.
         SavedModelError: If there is no SavedModel, or no such function with one trace in it.
-        ValueError: If it changes variables, if ONNX has no counterpart of an op, or if
-            the results differ.
+        ValueError: If the function changes variables, if ONNX has no counterpart of an op, or if the results differ.
     """
     if opset > NEWEST_OPSET:
         raise ValueError(f"opset: expected at most {NEWEST_OPSET}, received {opset}. tf2onnx knows no newer one.")
@@ -97,6 +96,10 @@ def export(
     frozen = tf_loader.convert_variables_to_constants_v2(flat, lower_control_flow=False, aggressive_inlining=True)
     inputs = [tensor.op.name for tensor in frozen.inputs]
     outputs = dict(zip(_output_names(flat), frozen.outputs, strict=True))
+    if not outputs:
+        raise ValueError(
+            f"'{function}': expected a function with results, received one without. Let it return tensors."
+        )
     if arguments is None:
         arguments = [_random(function, tensor) for tensor in frozen.inputs]
     if len(arguments) != len(inputs):
@@ -108,7 +111,7 @@ def export(
     expected = _run_tensorflow(found, definition, inputs, list(outputs), arguments)
     received = _run_onnx(function, content, dict(zip(inputs, arguments, strict=True)), list(outputs))
     largest = max(map(_difference, received, expected))
-    if not largest <= TOLERANCE:
+    if largest > TOLERANCE:
         raise ValueError(
             f"'{function}': expected onnxruntime's results to differ from TensorFlow's by at most {TOLERANCE:.0e} of "
             f"the largest value, received {largest:.1e}. Nothing was written. A function that draws random numbers "
@@ -146,7 +149,7 @@ def lowered(graph: tf.Graph, outputs: Mapping[str, tf.Tensor]) -> tf.compat.v1.G
             if not name.startswith("_"):
                 node.attr[name].CopyFrom(value)
         first = operation
-        if not operation.op_def.is_stateful and operation.type != "Placeholder":
+        if _is_repeatable(operation):
             first = known.setdefault(node.SerializeToString(deterministic=True), operation)
         standing.update((o.name, t.name) for o, t in zip(operation.outputs, first.outputs, strict=True))
         if first is operation:
@@ -156,6 +159,15 @@ def lowered(graph: tf.Graph, outputs: Mapping[str, tf.Tensor]) -> tf.compat.v1.G
         node = definition.node.add(name=f"{_OUTPUT}{name}", op="Identity", input=[_reference(standing[tensor.name])])
         node.attr["T"].type = tensor.dtype.as_datatype_enum
     return definition
+
+
+def _is_repeatable(operation: Any) -> bool:
+    """Whether two operations that look alike may become one. Each loop fills lists (variants) of its own."""
+    return (
+        operation.type != "Placeholder"
+        and not operation.op_def.is_stateful
+        and all(tensor.dtype != tf.variant for tensor in operation.outputs)
+    )
 
 
 def _reference(tensor_name: str) -> str:
@@ -189,21 +201,24 @@ def _converted(
     onnx, tf_loader, tfonnx, optimizer = map(
         _extra, ("onnx", "tf2onnx.tf_loader", "tf2onnx.tfonnx", "tf2onnx.optimizer")
     )
-    arguments, results = _references(inputs, outputs)
-    with tf.Graph().as_default():
-        optimized = tf_loader.tf_optimize(arguments, results, definition)
-    with tf.Graph().as_default() as graph:
-        tf.graph_util.import_graph_def(optimized, name="")
-        converted = tfonnx.process_tf_graph(
-            graph,
-            continue_on_error=True,
-            opset=opset,
-            input_names=arguments,
-            output_names=results,
-            custom_op_handlers={"Erfc": (_erfc, [])},
-            tensors_to_rename=dict(zip([*arguments, *results], [*inputs, *outputs], strict=True)),
-        )
-    model = optimizer.optimize_graph(converted).make_model("written by graphswap")
+    arguments, results = _ends(inputs, outputs)
+    try:
+        with tf.Graph().as_default():
+            optimized = tf_loader.tf_optimize(arguments, results, definition)
+        with tf.Graph().as_default() as graph:
+            tf.graph_util.import_graph_def(optimized, name="")
+            converted = tfonnx.process_tf_graph(
+                graph,
+                continue_on_error=True,  # so that all ops it does not know are found
+                opset=opset,
+                input_names=arguments,
+                output_names=results,
+                custom_op_handlers={"Erfc": (_erfc, [])},
+                tensors_to_rename=dict(zip([*arguments, *results], [*inputs, *outputs], strict=True)),
+            )
+        model = optimizer.optimize_graph(converted).make_model("written by graphswap")
+    except Exception as error:  # it raises what it likes for what it can't convert
+        raise _refused(name, "tf2onnx", error) from error
     unknown = _unknown_ops(model)
     if unknown:
         raise ValueError(
@@ -225,7 +240,7 @@ def _erfc(graph: Any, node: Any, *_: Any) -> None:
     graph.insert_new_node_on_output("Sub", node.output[0], inputs=[one.output[0], node.output[0]])
 
 
-def _references(inputs: Sequence[str], outputs: Sequence[str]) -> tuple[list[str], list[str]]:
+def _ends(inputs: Sequence[str], outputs: Sequence[str]) -> tuple[list[str], list[str]]:
     """The tensors of a lowered definition that are its arguments and results."""
     return [f"{name}:0" for name in inputs], [f"{_OUTPUT}{name}:0" for name in outputs]
 
@@ -253,9 +268,10 @@ def _nodes(graph: Any) -> Iterator[Any]:
 
 
 def _refused(name: str, who: str, error: Exception) -> ValueError:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
     return ValueError(
-        f"'{name}': expected a file that {who} accepts, received: {str(error).strip().splitlines()[0]}. "
-        "Nothing was written. Try another opset=..."
+        f"'{name}': expected a function that {who} takes, received one of which it says: {reason}. Nothing was "
+        "written. Try another opset=..., or export a part of the model."
     )
 
 
@@ -294,7 +310,9 @@ def _refuse_updates(function: saved_model.Function) -> None:
         return
     owner = function.owner
     attributes = {name: getattr(owner, name) for name in dir(owner) if not name.startswith("_")}
-    traces = {name: value.concrete_functions for name, value in attributes.items() if hasattr(value, _TRACES)}
+    traces = {
+        name: value.concrete_functions for name, value in attributes.items() if hasattr(value, "concrete_functions")
+    }
     traces |= {name: [concrete] for name, concrete in owner.signatures.items()}
     others = sorted(name for name, concretes in traces.items() if not any(map(_update, concretes)))
     advice = f"Export {' or '.join(others)}." if others else "Save the forward function as well, and export that."
@@ -302,9 +320,6 @@ def _refuse_updates(function: saved_model.Function) -> None:
         f"'{function.name}': expected a forward function, received one that changes variables ({update}). ONNX has no "
         f"variables to update, and tf2onnx would write an empty graph without a word. {advice}"
     )
-
-
-_TRACES = "concrete_functions"
 
 
 def _update(concrete: Any) -> str | None:
@@ -419,7 +434,7 @@ def _as_function(definition: Any, inputs: Sequence[str], outputs: Sequence[str])
     """The definition as something that TensorFlow runs."""
     wrapped = tf.compat.v1.wrap_function(lambda: tf.graph_util.import_graph_def(definition, name=""), [])
     return wrapped.prune(
-        *([wrapped.graph.get_tensor_by_name(name) for name in names] for names in _references(inputs, outputs))
+        *([wrapped.graph.get_tensor_by_name(name) for name in names] for names in _ends(inputs, outputs))
     )
 
 

@@ -41,6 +41,8 @@ class Options:
         planning_seconds: Time after which the strategy stops looking for a better plan.
         on_unsupported: "raise" an UnsupportedGraphError for a step that can't be rewritten, or
             "run_unchanged".
+        plan: A file of `graphswap plan` or `StepReport.save_plan`: nothing is planned anew, and a step with another
+            graph is refused.
 
     Raises:
         ValueError: If a value is out of range or unknown.
@@ -52,6 +54,7 @@ class Options:
     swap_to: str | os.PathLike[str] = "auto"
     planning_seconds: float = 6.0
     on_unsupported: str = "raise"
+    plan: str | os.PathLike[str] | None = None
 
     def __post_init__(self) -> None:
         for name, checked in (
@@ -59,6 +62,7 @@ class Options:
             ("strategy", _strategy(self.strategy)),
             ("swap_to", _swap_to(self.swap_to)),
             ("planning_seconds", _seconds(self.planning_seconds)),
+            ("plan", _path(self.plan)),
             ("on_unsupported", _word("on_unsupported", self.on_unsupported, UNSUPPORTED_WORDS)),
         ):
             object.__setattr__(self, name, checked)
@@ -196,6 +200,17 @@ def _swap_to(value: object) -> str:
         advice = _guess(value, SWAP_WORDS) or f"For a directory write ./{value}."
         raise ValueError(f"{expected}, received {value!r}. {advice}")
     return os.path.abspath(path)
+
+
+def _path(value: object) -> str | None:
+    if value is None:
+        return None
+    if not isinstance(value, str | os.PathLike):
+        raise TypeError(f"plan: expected the file of a plan, received {value!r}. Write it with `graphswap plan`.")
+    path = os.path.abspath(os.path.expanduser(os.fspath(value)))
+    if not os.path.isfile(path):
+        raise ValueError(f"plan: expected a file that exists, received '{path}'. Write it with `graphswap plan`.")
+    return path
 
 
 def _seconds(value: object) -> float:

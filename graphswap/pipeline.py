@@ -18,6 +18,7 @@ from graphswap.cost_model import DeviceSpec, Profile
 from graphswap.graphdef import UnsupportedGraphError
 from graphswap.options import Options
 from graphswap.plan import Plan
+from graphswap.plan_file import PlanFile
 from graphswap.report import Report, StepReport
 from graphswap.strategies.base import InfeasibleBudgetError
 from graphswap.tiers import SwapSpaceError
@@ -509,6 +510,7 @@ def _step_report(
         breakdown=breakdown,
         rounds=[*rounds],
         notes=[*planned.notes],
+        file=PlanFile(plan, planned.graph, planned.cost_model),
         budget_word=asked if isinstance(asked, str) else "",
         memory_bound_bytes=planned.memory_bound_bytes,
         free_bound_bytes=None if free_bound_bytes is None else int(free_bound_bytes / share),

@@ -12,7 +12,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from graphswap import allocator, graphdef, ir, profiler, replanning, rewrites, simulator, strategies, tiers
+from graphswap import allocator, graphdef, ir, plan_file, profiler, replanning, rewrites, simulator, strategies, tiers
 from graphswap.cost_model import MEMORY_VARIABLE, CostModel, DeviceSpec, Profile
 from graphswap.options import Options, format_bytes
 from graphswap.plan import Plan
@@ -133,6 +133,8 @@ class Planner:
         Raises:
             InfeasibleBudgetError: If no plan keeps the budget.
         """
+        if self._options.plan is not None:
+            return _given(str(self._options.plan), graph, cost_model, budget)
         plain = simulator.simulate(graph, Plan(), cost_model)
         if budget and plain.peak_bytes * _WANDERING <= budget:
             notes = ("it fits the budget as it is",)
@@ -299,6 +301,24 @@ def _judged(graph: ir.Graph, plan: Plan, cost_model: CostModel, budget: int) -> 
     plain = simulator.simulate(graph, Plan(), cost_model)
     memory_bound_bytes = budgets.least_peak(gaps.problem(graph, cost_model)).nbytes
     return Planned(graph, cost_model, budget, plan, worst, plain, memory_bound_bytes=memory_bound_bytes)
+
+
+def _given(path: str, graph: ir.Graph, cost_model: CostModel, budget: int) -> Planned:
+    """The plan of a file, judged by the costs in it.
+
+    Raises:
+        PlanError: If the file is no plan, or one for another graph.
+        InfeasibleBudgetError: If it does not keep the budget.
+    """
+    plan, costs = plan_file.given(path, graph)
+    if costs is not None:
+        cost_model = dataclasses.replace(cost_model, profile=costs.profile)
+    planned = _judged(graph, plan, cost_model, plan.memory_budget or budget)
+    peak = planned.timeline.allocated_peak_bytes
+    if budget and peak > budget:
+        least = budgets.least_peak(gaps.problem(graph, cost_model)).nbytes
+        raise InfeasibleBudgetError(budget, peak, planned.timeline.peak_step.name, least)
+    return dataclasses.replace(planned, notes=(f"the plan is that of '{path}'",), is_settled=True)
 
 
 def _corrected(planned: Planned, seconds: float) -> Planned:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from graphswap import page, perfetto, plan_file
 from graphswap.options import format_bytes
+from graphswap.picture import CurvePoint, Picture
 from graphswap.plan import Plan
+from graphswap.plan_file import PlanFile
 from graphswap.replanning import Round
 from graphswap.strategies import budgets
 
@@ -38,6 +42,7 @@ class StepReport:
         notes: What else the user should know: costs that could not be measured, plans that were tightened.
         measured_seconds: Lengths of the steps run so far.
         measured_peak_bytes: The most that the allocator has counted so far; None if it does not count.
+        file: The plan with its graph and costs; None if nothing was planned.
     """
 
     name: str
@@ -60,6 +65,43 @@ class StepReport:
     free_bound_bytes: int | None = None
     measured_seconds: list[float] = dataclasses.field(default_factory=list)
     measured_peak_bytes: int | None = None
+    file: PlanFile | None = dataclasses.field(default=None, repr=False, compare=False)
+
+    def save_plan(self, path: str | os.PathLike[str]) -> None:
+        """Writes the plan with its graph and costs, for `Options(plan=...)` and the command line.
+
+        Raises:
+            ValueError: If the step was not planned.
+            OSError: If the file can't be written.
+        """
+        plan_file.write(path, self._file().to_json())
+
+    def save_html(self, path: str | os.PathLike[str]) -> None:
+        """Writes a page that shows the plan: needs `pip install graphswap[report]`.
+
+        Raises:
+            ValueError: If the step was not planned.
+            ImportError: If Bokeh is not installed.
+            OSError: If the file can't be written.
+        """
+        plan_file.write(path, page.html(picture(self._file(), facts=self._facts())))
+
+    def save_trace(self, path: str | os.PathLike[str]) -> None:
+        """Writes the timelines as a trace, for ui.perfetto.dev.
+
+        Raises:
+            ValueError: If the step was not planned.
+            OSError: If the file can't be written.
+        """
+        plan_file.write(path, perfetto.trace(picture(self._file(), facts=self._facts())))
+
+    def _file(self) -> PlanFile:
+        if self.file is None:
+            raise ValueError(f"expected a step that was planned, received '{self.name}', which {self.status}.")
+        return self.file
+
+    def _facts(self) -> Mapping[str, str]:
+        return {title: text for title, text in self._rows() if text}
 
     def correct(self, time_scale: float) -> None:
         """Scales the predicted seconds."""
@@ -69,14 +111,14 @@ class StepReport:
         self.recomputed_seconds *= factor
         self.time_scale = time_scale
 
-    def __str__(self) -> str:
+    def _rows(self) -> Sequence[tuple[str, str]]:
         measured = "not run yet" if not self.measured_seconds else _step_time(self.measured_seconds)
         peak = (
             "not counted by this device" if self.measured_peak_bytes is None else format_bytes(self.measured_peak_bytes)
         )
         plan = self.plan
         repeated = sum(len(decision.nodes) for decision in plan.recomputes)
-        rows = [
+        return [
             ("budget", format_bytes(self.memory_budget) + self._choice()),
             (
                 "peak",
@@ -97,8 +139,10 @@ class StepReport:
             ("least", _least(self.memory_bound_bytes)),
             ("took", ", ".join(f"{what} {seconds:.1f} s" for what, seconds in self.breakdown.items())),
         ]
+
+    def __str__(self) -> str:
         lines = [f"{self.name} ({self.nodes} nodes): {self.status}"]
-        lines += [f"  {title:<8}{text}" for title, text in rows if text]
+        lines += [f"  {title:<8}{text}" for title, text in self._rows() if text]
         lines += [f"  round {number} {text}" for number, text in enumerate(self.rounds, start=1)]
         lines += [f"  note    {note}" for note in self.notes]
         return "\n".join(lines)
@@ -155,6 +199,28 @@ def report(owner: Any) -> Report:
             'Compile it with model.compile(..., graphswap="2GiB").'
         )
     return session.report
+
+
+def picture(file: PlanFile, curve: Sequence[CurvePoint] = (), facts: Mapping[str, str] | None = None) -> Picture:
+    """What a page or a trace shows of a plan.
+
+    Args:
+        file: The plan.
+        curve: Of budget and time.
+        facts: For the table at the top; by default what the simulator says.
+    """
+    judged = file.judge()
+    return Picture(
+        title=f"{file.graph.name} on {file.cost_model.device.name}",
+        graph=file.graph,
+        plan=file.plan,
+        memory_budget=file.plan.memory_budget,
+        plain=judged.plain,
+        planned=judged.planned,
+        facts=dict(judged.rows()) if facts is None else facts,
+        time_scale=judged.time_scale,
+        curve=tuple(curve),
+    )
 
 
 def _bound(plan: Plan, predicted_seconds: float, time_scale: float) -> str:

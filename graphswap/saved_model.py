@@ -24,6 +24,9 @@ _FILE = "saved_model.pb"
 _FINGERPRINT = "fingerprint.pb"
 
 
+_UPDATES = ("Assign", "ResourceApply", "ResourceSparseApply", "ResourceScatter")
+
+
 class SavedModelError(ValueError):
     """A SavedModel that is none, or that does not hold what was asked for. The message says what to do."""
 
@@ -53,13 +56,16 @@ class Function:
         return tuple(leaf for leaf in tf.nest.flatten((args, kwargs)) if isinstance(leaf, tf.TensorSpec))
 
     def __call__(self, *arguments: tf.Tensor) -> Any:
-        args, kwargs = tf.nest.pack_sequence_as(self.concrete.structured_input_signature, arguments)
+        signature = self.concrete.structured_input_signature
+        given = iter(arguments)
+        leaves = [next(given) if isinstance(leaf, tf.TensorSpec) else leaf for leaf in tf.nest.flatten(signature)]
+        args, kwargs = tf.nest.pack_sequence_as(signature, leaves)
         return self.concrete(*args, **kwargs)
 
     def updates_variables(self) -> bool:
         """Whether it changes a variable, as a training step does."""
         return any(
-            node.op.startswith("Assign")
+            node.op.startswith(_UPDATES)
             for definition in (self.concrete.function_def, *self._library())
             for node in definition.node_def
         )
@@ -90,8 +96,9 @@ def load(directory: str | os.PathLike[str], function: str) -> Function:
     definitions = _definitions(model)
     if function not in definitions:
         raise SavedModelError(
-            f"expected a function of '{path}', received '{function}'. It has {', '.join(sorted(definitions)) or 'none'}. "
-            "Name one of these, or save the training step as an attribute: a tf.function with an input_signature."
+            f"expected a function of '{path}', received '{function}'. "
+            f"It has {', '.join(sorted(definitions)) or 'none'}. "
+            "Name one of these, or save the function as an attribute: a tf.function with an input_signature."
         )
     if len(definitions[function]) != 1:
         raise SavedModelError(
@@ -156,7 +163,8 @@ def check_output(target: pathlib.Path) -> None:
 
 def _cant_write(target: pathlib.Path, error: OSError) -> SavedModelError:
     return SavedModelError(
-        f"writing '{target}' failed: {error.strerror or error}. Nothing was left there. Free space, or name another place."
+        f"writing '{target}' failed: {error.strerror or error}. Nothing was left there. "
+        "Free space, or name another place."
     )
 
 

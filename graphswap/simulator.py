@@ -112,15 +112,54 @@ def simulate(
     return _Run([action for _, action in entries], versions, plain.results, cost_model, allocator).timeline()
 
 
-class _Buffer:
-    __slots__ = ("addresses", "nbytes", "readers", "holders", "is_free")
+class Live(NamedTuple):
+    """A buffer at a moment of the step.
 
-    def __init__(self, nbytes: int):
+    Attributes:
+        value: Reference to the value that it was made for; of workspace, the node; "" for what the graph does not show.
+        kind: "variable", "argument", "constant", "activation", "workspace" or "other".
+        nbytes: Device bytes.
+    """
+
+    value: str
+    kind: str
+    nbytes: int
+
+
+def at_peak(graph: ir.Graph, plan: Plan, cost_model: CostModel) -> tuple[Timeline, tuple[Live, ...]]:
+    """Runs the step as `simulate` does without an allocator, and tells what is on the device when most of it is in use.
+
+    Args:
+        graph: As in `simulate`.
+        plan: Likewise.
+        cost_model: Likewise.
+
+    Returns:
+        The timeline, and the buffers at its first step with the peak; their bytes add up to it.
+    """
+    timeline = simulate(graph, plan, cost_model)
+    plain = actions.plain(graph, cost_model)
+    entries, versions = actions.expand(graph, plan, plain)
+    watched = max(range(len(timeline.steps)), key=lambda index: timeline.steps[index].live_bytes)
+    run = _Run([action for _, action in entries], versions, plain.results, cost_model, None, watched)
+    run.timeline()
+    return timeline, run.seen
+
+
+class _Buffer:
+    __slots__ = ("addresses", "owner", "kind", "nbytes", "readers", "holders", "is_free")
+
+    def __init__(self, nbytes: int, owner: str, kind: str):
         self.nbytes = nbytes
+        self.owner = owner
+        self.kind = kind
         self.addresses: list[int] = []  # of its pieces
         self.readers = 0
         self.holders = 0
         self.is_free = False
+
+
+_RESIDENT_KINDS = {actions.VARIABLE: "variable", actions.ARGUMENT: "argument", actions.CONSTANT: "constant"}
 
 
 class _Run:
@@ -133,8 +172,13 @@ class _Run:
         results: Sequence[int],
         cost_model: CostModel,
         allocator: allocator_lib.Allocator | None,
+        watched: int | None = None,
     ):
         self.todo = todo
+        self.watched = watched  # the number of the step at which `seen` is taken
+        self.seen: tuple[Live, ...] = ()
+        self.made: list[_Buffer] = []  # all buffers, if a step is watched
+        self.taken = 0  # steps so far
         self.cost = cost_model
         self.allocator = allocator
         self.owners: dict[int, str] = {}  # address -> the value that lives there
@@ -143,7 +187,7 @@ class _Run:
         self.held: dict[str, _Buffer] = {}  # value before the step -> buffer: variables, arguments, constants
         self.readers = [0] * versions
         if cost_model.resident_bytes:
-            self._allocate(cost_model.resident_bytes, "")
+            self._allocate(cost_model.resident_bytes, "", kind="other")
         for version in results:
             self.readers[version] += 1
         residents = []
@@ -153,20 +197,21 @@ class _Run:
             if isinstance(action, actions.Action) and action.facts.resides is not None:
                 residents += [(action.facts.resides, -output.nbytes, output) for output in action.facts.outputs]
         residents.sort(key=lambda resident: resident[:2])
-        self._reside(output for when, _, output in residents if when != actions.CONSTANT)
+        self._reside((when, output) for when, _, output in residents if when != actions.CONSTANT)
         holes = []
         for _ in range(cost_model.device.holes if allocator else 0):
             holes.append(self._allocate(allocator_lib.HOLE_BYTES, ""))
             self._allocate(allocator_lib.ALIGNMENT_BYTES, "")  # the fence behind it
         for hole in holes:
             self._drop(hole)
-        self._reside(output for when, _, output in residents if when == actions.CONSTANT)
+        self._reside((when, output) for when, _, output in residents if when == actions.CONSTANT)
 
-    def _reside(self, outputs: Iterable[actions.Output]) -> None:
-        for output in outputs:
+    def _reside(self, outputs: Iterable[tuple[int, actions.Output]]) -> None:
+        for when, output in outputs:
             if output.nbytes:
-                buffer = self.held[output.reference] = self._allocate(output.nbytes, output.reference)
+                buffer = self._allocate(output.nbytes, output.reference, kind=_RESIDENT_KINDS[when])
                 buffer.holders = 1
+                self.held[output.reference] = buffer
 
     def timeline(self) -> Timeline:
         peak = self.live
@@ -191,6 +236,7 @@ class _Run:
             if allocated > highest:
                 highest, peak_step = allocated, step
             steps.append(step)
+            self.taken += 1
         allocated = self.allocator.peak_bytes if self.allocator else peak
         end = max((self.now, *self.lanes.values()))
         return Timeline(tuple(steps), peak, allocated, end, swapped, recomputed, peak_step)
@@ -207,6 +253,7 @@ class _Run:
         if action.kind == "swap_out":
             end = start + link.out_seconds(action.nbytes)
             live = self.live
+            self._look()
             if action.is_synchronous:
                 self._release(self.buffers[source])
             elif (buffer := self.buffers[source]) is not None:
@@ -217,6 +264,7 @@ class _Run:
             buffer.readers = self.readers[target]
             piece = self._allocate(allocator_lib.rounded(action.piece_bytes), "") if action.piece_bytes else None
             live = self.live
+            self._look()
             self._drop(piece)
             self._drop(buffer)
         self.lanes[lane] = self.ready[target] = end
@@ -235,13 +283,14 @@ class _Run:
             self._release(self.sources.pop(version, None))
         inputs = [buffers[version] for version in action.inputs]
         given_up = self._assign(facts, inputs) if facts.assigns else None
-        scratch = [self._allocate(nbytes, "") for nbytes in facts.workspace.early]
+        scratch = [self._scratch(nbytes, facts.name) for nbytes in facts.workspace.early]
         for index, version in enumerate(action.outputs):
             buffer = buffers[version] = self._place(facts.outputs[index], inputs)
             if buffer is not None:
                 buffer.readers += self.readers[version]
-        scratch += [self._allocate(nbytes, "") for nbytes in facts.workspace.late]
+        scratch += [self._scratch(nbytes, facts.name) for nbytes in facts.workspace.late]
         live = self.live
+        self._look()
         self.done += [(inputs, [*(buffers[version] for version in action.outputs), *scratch, given_up])]
         if not is_first:
             for read, made in self.done:
@@ -266,6 +315,7 @@ class _Run:
         for slot in overwrites:
             buffer = inputs[slot]
             if buffer is not None and buffer.readers == 1 and not buffer.holders:
+                buffer.owner = output.reference
                 return buffer
         return self._allocate(nbytes, output.reference, pieces)
 
@@ -284,9 +334,22 @@ class _Run:
         self.owners.update(dict.fromkeys(new.addresses, facts.assigns))
         return old
 
-    def _allocate(self, nbytes: int, owner: str, pieces: int = 1) -> _Buffer:
+    def _look(self) -> None:
+        """Takes down what is on the device if this is the step to watch."""
+        if self.taken == self.watched:
+            alive = (buffer for buffer in self.made if not buffer.is_free)
+            self.seen = tuple(Live(buffer.owner, buffer.kind, buffer.nbytes) for buffer in alive)
+
+    def _scratch(self, nbytes: int, node: str) -> _Buffer:
+        buffer = self._allocate(nbytes, "", kind="workspace")
+        buffer.owner = node
+        return buffer
+
+    def _allocate(self, nbytes: int, owner: str, pieces: int = 1, kind: str = "activation") -> _Buffer:
         self.live += nbytes
-        buffer = _Buffer(nbytes)
+        buffer = _Buffer(nbytes, owner, kind)
+        if self.watched is not None:
+            self.made.append(buffer)
         if self.allocator is None:
             return buffer
         for _ in range(pieces):

@@ -13,7 +13,7 @@ import pytest
 import tensorflow as tf
 import trainings
 
-from graphswap import graphdef, ir, onnx_export, rewrites, tiers
+from graphswap import graphdef, ir, offline, onnx_export, rewrites, saved_model, tiers
 from graphswap.cost_model import CostModel
 
 if not all(map(importlib.util.find_spec, ("tf2onnx", "onnx", "onnxruntime"))):
@@ -22,6 +22,7 @@ if not all(map(importlib.util.find_spec, ("tf2onnx", "onnx", "onnxruntime"))):
 import keras
 import onnx
 import onnxruntime
+import tf2onnx.tfonnx
 from keras import layers
 
 # Activations of more than 64 KiB: smaller ones stay where they are.
@@ -82,8 +83,8 @@ def saved(model: keras.Model, spec: Any, folder: pathlib.Path, tier: str = "host
     module, optimizer = Module(), keras.optimizers.SGD(0.1)
     optimizer.build(model.trainable_variables)
     module.variables_held = [*model.variables, *optimizer.variables]
-    for variable in model.variables:  # else BatchNormalization would have nothing to do
-        variable.assign(np.random.default_rng(1).uniform(0.5, 1.0, variable.shape))
+    for weight in model.weights:  # else BatchNormalization would have nothing to do
+        weight.assign_add(np.random.default_rng(1).uniform(0.0, 0.1, weight.shape))
 
     def forward(x):
         return {"scores": model(x, training=False)}
@@ -172,6 +173,16 @@ def test_a_signature_keeps_its_open_batch(cnn_folder, tmp_path):
         assert run(path, images=np.zeros((batch, 32, 32, 3), "float32"))[0].shape == (batch, 3)
 
 
+def test_a_function_that_was_planned_in_its_file_is_dissolved(cnn_folder, tmp_path):
+    function = saved_model.load(cnn_folder, "forward")
+    step = offline.from_saved_model(function)
+    plan = trainings.EvictAll().plan(step.graph, CostModel(), 1)
+    planned = graphdef.build_function(step.func_graph, rewrites.rewrite(step.graph, plan), tiers.Tiers())
+    saved_model.write(function, planned, tmp_path / "planned")
+    plain = onnx_export.export(cnn_folder, tmp_path / "plain.onnx", "forward")
+    assert onnx_export.export(tmp_path / "planned", tmp_path / "ours.onnx", "forward").nodes == plain.nodes
+
+
 @pytest.mark.parametrize("tier", ["host", "disk"])
 def test_swaps_in_pieces_and_files_leave_nothing_behind(tier, tmp_path, monkeypatch):
     monkeypatch.setattr(ir, "swap_pieces", lambda value: 4)
@@ -198,6 +209,18 @@ def test_what_draws_random_numbers_is_not_merged():
         y = tf.exp(x) * tf.exp(x) + tf.random.uniform((2,)) - tf.random.uniform((2,))
     ops = [node.op for node in onnx_export.lowered(graph, {"y": y}).node]
     assert (ops.count("Exp"), ops.count("RandomUniform")) == (1, 2)
+
+
+def test_loops_keep_their_lists(tmp_path):
+    inputs = keras.Input((6,), dtype="int32")
+    x = layers.Embedding(5, 4)(inputs)
+    x = layers.Bidirectional(layers.GRU(4))(layers.LSTM(4, return_sequences=True)(x))
+    model = keras.Model(inputs, layers.Dense(2)(x))
+    model.export(tmp_path / "model", verbose=False)
+    path = onnx_export.export(tmp_path / "model", tmp_path / "model.onnx").path
+    tokens = np.array([[0, 1, 2, 3, 4, 0]] * 3, "int32")
+    feed = {onnx.load(path).graph.input[0].name: tokens}
+    np.testing.assert_allclose(run(path, **feed)[0], model(tokens), rtol=1e-5, atol=1e-6)
 
 
 def test_results_without_names_are_numbered(tmp_path):
@@ -277,6 +300,13 @@ def test_a_function_with_many_traces_is_refused(tmp_path):
     tf.saved_model.save(module, str(tmp_path / "model"))
     text = refusal(tmp_path / "model", tmp_path / "model.onnx", "forward")
     assert text.startswith("expected a function with one input signature, received 'forward'")
+
+
+def test_a_function_without_results_is_refused(tmp_path):
+    folder = saved_function(tmp_path / "model", lambda x: None, tf.TensorSpec((2,), tf.float32, name="x"))
+    assert refusal(folder, tmp_path / "model.onnx", "forward") == (
+        "'forward': expected a function with results, received one without. Let it return tensors."
+    )
 
 
 def test_a_missing_model_is_refused(tmp_path):
@@ -362,14 +392,22 @@ def test_arguments_that_can_not_be_drawn_are_refused(tmp_path):
     )
 
 
-def test_a_file_that_onnxruntime_refuses_is_not_written(cnn_folder, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("who", "module", "name"),
+    [
+        ("tf2onnx", tf2onnx.tfonnx, "process_tf_graph"),
+        ("onnx.checker", onnx.checker, "check_model"),
+        ("onnxruntime", onnxruntime, "InferenceSession"),
+    ],
+)
+def test_what_a_tool_refuses_is_not_written(who, module, name, cnn_folder, tmp_path, monkeypatch):
     def refuse(*args, **kwargs):
-        raise RuntimeError("no kernel for this\nand more")
+        raise onnx.checker.ValidationError("no kernel for this.\nand more")
 
-    monkeypatch.setattr(onnxruntime, "InferenceSession", refuse)
+    monkeypatch.setattr(module, name, refuse)
     assert refusal(cnn_folder, tmp_path / "model.onnx") == (
-        "'serving_default': expected a file that onnxruntime accepts, received: no kernel for this. "
-        "Nothing was written. Try another opset=..."
+        f"'serving_default': expected a function that {who} takes, received one of which it says: no kernel for this. "
+        "Nothing was written. Try another opset=..., or export a part of the model."
     )
 
 

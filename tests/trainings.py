@@ -119,12 +119,12 @@ class Recorder(keras.callbacks.Callback):
 @contextlib.contextmanager
 def analytic_costs() -> Iterator[None]:
     """Skips the measuring of steps, where a test is about something else."""
-    measured = planning.Planner._profile
+    measured = planning.Planner.profile
     setattr(planning.Planner, "_profile", lambda *args: None)  # noqa: B010
     try:
         yield
     finally:
-        planning.Planner._profile = measured
+        planning.Planner.profile = measured
 
 
 def _run(train: Training, **option: Any) -> tuple[list[Any], Sequence[keras.Model]]:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from absl import app, flags
 
 from graphswap import emulate, options
+from graphswap.tools import commands
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: The command's name and its arguments; by default those of the process.
 
     Returns:
-        The exit status: 2 if the command is unknown or its arguments are wrong, else the command's own.
+        The exit status: 2 if the command is unknown or its arguments are wrong, 1 if it could not do its work, else
+        the command's own.
     """
     name, *arguments = (sys.argv[1:] if argv is None else argv) or [""]
     if name in ("", "help", "-h", "--help"):
@@ -51,6 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return COMMANDS[name].main([f"graphswap {name}", *arguments]) or 0
     except (flags.Error, app.UsageError) as error:
         return _refuse(f"graphswap {name}", f"{error}\nFor example: {COMMANDS[name].example}")
+    except commands.CommandError as error:
+        print(f"graphswap {name}: {error}", file=sys.stderr)
+        return 1
 
 
 def _run(argv: Sequence[str]) -> int:
@@ -73,6 +78,46 @@ def _demo(argv: Sequence[str]) -> int | None:
 
 
 COMMANDS = {
+    "explain": Command(
+        "Shows where the memory of a saved training step goes, and what could go.",
+        "graphswap explain --saved_model=DIR --function=step",
+        commands.explain,
+    ),
+    "plan": Command(
+        "Plans a saved training step, and writes the plan and a page that shows it.",
+        "graphswap plan --saved_model=DIR --memory_budget=2GiB --output=plan.json --html=plan.html",
+        commands.plan,
+    ),
+    "simulate": Command(
+        "Judges a plan, on the device it was made for or another one.",
+        "graphswap simulate plan.json --device=h200",
+        commands.simulate_plan,
+    ),
+    "diff": Command(
+        "Compares two plans.",
+        "graphswap diff first.json second.json",
+        commands.diff,
+    ),
+    "sweep": Command(
+        "Shows how long the step takes at which budget, and the bound below which no plan is.",
+        "graphswap sweep --saved_model=DIR --budgets=70%,50%,30% --html=curve.html",
+        commands.sweep,
+    ),
+    "calibrate": Command(
+        "Measures this machine into a device file.",
+        "graphswap calibrate --output=device.json",
+        commands.calibrate,
+    ),
+    "rewrite": Command(
+        "Writes a SavedModel whose training step keeps a budget, for TensorFlow alone.",
+        "graphswap rewrite --saved_model=IN --memory_budget=2GiB --output=OUT",
+        commands.rewrite,
+    ),
+    "export": Command(
+        "Exports the forward function of a SavedModel, rewritten or not.",
+        "graphswap export --saved_model=DIR --format=onnx --output=model.onnx",
+        commands.export,
+    ),
     "run": Command(
         "Runs a Python script on an emulated accelerator, a CPU device with little memory.",
         "graphswap run --memory=300MiB -- train.py --epochs=2",
