@@ -7,6 +7,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from graphswap import ir
 from graphswap.cost_model import CostModel
@@ -14,6 +15,9 @@ from graphswap.options import format_bytes
 from graphswap.plan import Declined, Plan
 from graphswap.simulator import Live, Timeline, at_peak
 from graphswap.strategies import budgets, gaps
+
+if TYPE_CHECKING:  # it needs TensorFlow
+    from graphswap.profiler import Recorded
 
 _BARS = " ▁▂▃▄▅▆▇█"
 _WIDTH = 72
@@ -54,14 +58,18 @@ class Explanation:
     Attributes:
         graph: The step.
         timeline: As it runs without a plan.
-        candidates: All that is on the device at the peak, the largest first; their bytes add up to the peak.
+        candidates: All that is on the device at the peak, the largest first; their bytes add up to `peak_bytes`.
         least_bytes: No plan has a lower peak (the memory bound).
+        peak_bytes: As measured if the step was recorded, else as predicted.
+        is_measured: Whether it was.
     """
 
     graph: ir.Graph
     timeline: Timeline
     candidates: tuple[Candidate, ...]
     least_bytes: int
+    peak_bytes: int
+    is_measured: bool
 
     @property
     def by_kind(self) -> Mapping[str, int]:
@@ -78,7 +86,9 @@ class Explanation:
         return {
             "name": self.graph.name,
             "nodes": len(self.graph.nodes),
-            "peak_bytes": self.timeline.peak_bytes,
+            "peak_bytes": self.peak_bytes,
+            "is_measured": self.is_measured,
+            "predicted_peak_bytes": self.timeline.peak_bytes,
             "peak_node": self.timeline.peak_step.name,
             "seconds": self.timeline.seconds,
             "least_bytes": self.least_bytes,
@@ -97,14 +107,16 @@ class Explanation:
         }
 
     def __str__(self) -> str:
-        peak, timeline = self.timeline.peak_bytes, self.timeline
+        peak, timeline = self.peak_bytes, self.timeline
         at = timeline.peak_step
+        measured = f"{format_bytes(peak)} measured; " if self.is_measured else ""
         lines = [
             f"{self.graph.name}: {len(self.graph.nodes)} nodes, {timeline.seconds:.3f} s",
-            f"  peak    {format_bytes(peak)} predicted, while '{at.name}' runs at {at.start:.3f} s",
+            f"  peak    {measured}{format_bytes(timeline.peak_bytes)} predicted, "
+            f"while '{at.name}' runs at {at.start:.3f} s",
             f"  least   no plan has a peak below {format_bytes(self.least_bytes)}",
             "",
-            f"  bytes in use over the step, {format_bytes(peak)} at most",
+            f"  bytes in use over the step as predicted, {format_bytes(timeline.peak_bytes)} at most",
             f"  |{_curve(timeline)}|",
         ]
         for title, totals in (("kind", self.by_kind), ("layer", self.by_layer)):
@@ -120,12 +132,39 @@ class Explanation:
         return "\n".join(lines)
 
 
-def explain(graph: ir.Graph, cost_model: CostModel) -> Explanation:
-    """Explains the step as it runs without a plan, in the order of its trace."""
+def explain(graph: ir.Graph, cost_model: CostModel, recorded: Recorded | None = None) -> Explanation:
+    """Explains the step as it runs without a plan.
+
+    Args:
+        graph: The step.
+        cost_model: Its costs.
+        recorded: What the device held during a step, with TensorFlow's own order of it; if None, what it holds in the
+            order of the trace is simulated.
+    """
     timeline, live = at_peak(graph, Plan(), cost_model)
+    if recorded is not None:
+        live = _recorded_live(graph, live, recorded)
     problem = gaps.problem(graph, cost_model)
     candidates = [_candidate(problem, one) for one in sorted(live, key=lambda one: -one.nbytes)]
-    return Explanation(graph, timeline, tuple(candidates), budgets.least_peak(problem).nbytes)
+    return Explanation(
+        graph,
+        timeline,
+        tuple(candidates),
+        budgets.least_peak(problem).nbytes,
+        timeline.peak_bytes if recorded is None else recorded.peak_bytes,
+        recorded is not None,
+    )
+
+
+def _recorded_live(graph: ir.Graph, simulated: Iterable[Live], recorded: Recorded) -> tuple[Live, ...]:
+    """What was recorded at the peak, and what was there before: its variables, its batch, and the rest."""
+    before = [one for one in simulated if one.kind in ("variable", "argument")]
+    made = [
+        Live(node, "workspace" if is_workspace else "activation" if node in graph.by_name else "other", nbytes)
+        for node, nbytes, is_workspace in recorded.live
+    ]
+    rest = recorded.peak_bytes - sum(one.nbytes for one in (*before, *made))
+    return (*made, *before, Live("", "other", rest))
 
 
 def declined(graph: ir.Graph, plan: Plan, cost_model: CostModel) -> tuple[Declined, ...]:

@@ -785,6 +785,20 @@ def build_function(
     return concrete_function_lib.ConcreteFunction.from_func_graph(target, None, {})
 
 
+def called_definitions(definition: Any) -> list[Any]:
+    """The definitions of all functions that a definition's nodes run, and of those that these run."""
+    known = {definition.signature.name: definition}
+    pending = [definition]
+    while pending:
+        for node in pending.pop().node_def:
+            for attr in node.attr.values():
+                for name in (attr.func.name, *(called.name for called in attr.list.func)):
+                    if name and name not in known:
+                        known[name] = context_lib.context().get_function_def(name)
+                        pending.append(known[name])
+    return list(known.values())[1:]
+
+
 def write_fingerprint(directory: str) -> None:
     """Writes the fingerprint of the SavedModel in a directory, as TensorFlow does when it saves one."""
     fingerprinting_utils.write_fingerprint(directory)
@@ -965,6 +979,22 @@ def call_inline(step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
         return tensors[_ref(leaf)] if tf.is_tensor(leaf) else leaf
 
     return tf.nest.map_structure(counterpart, traced.structured_outputs, expand_composites=True)
+
+
+def call_concrete(concrete: Any, arguments: Sequence[tf.Tensor]) -> list[tf.Tensor]:
+    """Adds the operations of a concrete function to the graph being built, under their own names.
+
+    Args:
+        concrete: The function.
+        arguments: Its arguments, flat.
+
+    Returns:
+        Its results, flat.
+    """
+    outer: Any = tf.compat.v1.get_default_graph()
+    captures = [outer.capture(external) for external in concrete.captured_inputs]
+    tensors = _copy_operations(concrete.graph, outer, [*arguments, *captures], [], "")[0]
+    return [tensors[_ref(tensor)] for tensor in concrete.graph.outputs]
 
 
 def _copy_operations(

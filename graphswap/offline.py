@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
@@ -11,9 +12,9 @@ from typing import Any
 
 import tensorflow as tf
 
-from graphswap import graphdef, ir, pipeline, planning, rewrites, saved_model, tiers
+from graphswap import graphdef, ir, pipeline, planning, profiler, rewrites, saved_model, tiers
 from graphswap.cost_model import CostModel
-from graphswap.options import Options
+from graphswap.options import Options, format_bytes
 from graphswap.saved_model import SavedModelError
 
 
@@ -37,19 +38,18 @@ class Step:
 
 
 def trace(name: str, function: Callable[..., Any], specs: Sequence[tf.TensorSpec], owner: Any = None) -> Step:
-    """Traces a function at fixed sizes, calls of other functions dissolved.
+    """Traces a function at fixed sizes.
 
     Args:
         name: For people.
-        function: What to trace.
+        function: What to trace; it adds its operations to the graph being built, and calls no tf.function.
         specs: Of its arguments, with known shapes.
         owner: Kept in the result.
 
     Raises:
         UnsupportedGraphError: If it can't be planned.
     """
-    traced = tf.function(lambda *arguments: graphdef.call_inline(function, arguments, {}), autograph=False)
-    func_graph = traced.get_concrete_function(*specs).graph
+    func_graph = tf.function(function, autograph=False).get_concrete_function(*specs).graph
     graph = pipeline.imported(func_graph, [tuple(spec.shape.as_list()) for spec in specs]).replace(name=name)
     return Step(name, func_graph, graph, tuple(tf.zeros(spec.shape, spec.dtype) for spec in specs), owner)
 
@@ -65,7 +65,8 @@ def from_saved_model(function: saved_model.Function, batch_size: int | None = No
         SavedModelError: If a size stays open.
         UnsupportedGraphError: If it can't be planned.
     """
-    return trace(function.name, function, _closed(function.arguments, batch_size), function)
+    specs = _closed(function.arguments, batch_size)
+    return trace(function.name, lambda *inputs: graphdef.call_concrete(function.concrete, inputs), specs, function)
 
 
 def from_keras(path: str | os.PathLike[str], batch_size: int) -> Step:
@@ -105,7 +106,12 @@ def from_keras(path: str | os.PathLike[str], batch_size: int) -> Step:
         return model.train_step((given[0] if count == 1 else list(given), wanted[0] if len(wanted) == 1 else [*wanted]))
 
     model._symbolic_build(data_batch=tuple(tf.zeros(spec.shape, spec.dtype) for spec in (*inputs[:1], *targets[:1])))
-    return trace(pathlib.Path(path).stem, step, (*inputs, *targets), model)
+    inlined = functools.partial(_inlined, step)
+    return trace(pathlib.Path(path).stem, inlined, (*inputs, *targets), model)
+
+
+def _inlined(step: Callable[..., Any], *arguments: tf.Tensor) -> Any:
+    return graphdef.call_inline(step, arguments, {})
 
 
 def _targets(model: Any, batch_size: int) -> list[tf.TensorSpec]:
@@ -136,6 +142,12 @@ def _closed(specs: Sequence[tf.TensorSpec], batch_size: int | None) -> list[tf.T
 
 
 # --- planning -----------------------------------------------------------------------------------------------------
+
+
+_TIGHTENINGS = 5
+_STEPS = 12
+_MARGIN = 0.98
+"""Of the budget: what the steps of `Planner.fitted` may use, as the layout wanders in other processes, too."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,6 +186,15 @@ class Planner:
             )
         return dataclasses.replace(estimate, profile=profile)
 
+    def recorded(self) -> profiler.Recorded | None:
+        """What the device holds while the step runs as it is; None if that can't be told."""
+        step = self.step
+        with self._clock("measure"):
+            try:
+                return profiler.record_memory(step.func_graph, step.graph, step.arguments, self._tiers)
+            except (profiler.CantMeasure, tf.errors.OpError):
+                return None
+
     def plan(self) -> planning.Planned:
         """The plan for the options' budget on this machine.
 
@@ -186,6 +207,38 @@ class Planner:
         budget, _ = planner.budget(device, 1.0)
         step = self.step
         return planner.plan(step.func_graph, step.graph, step.arguments, estimate, budget, self._clock)
+
+    def fitted(self) -> tuple[planning.Planned, Any, int | None]:
+        """A plan that has been run: tightened until the allocator counts no more than the budget.
+
+        Nobody packs the variables of a saved step, so that the layout of memory wanders from step to step, and with it
+        what the allocator's chunks are too large by.
+
+        Returns:
+            The plan, a function of the step's arguments and captures, flat, that runs as planned, and the peak as
+            measured over some steps; None on a device that does not count. The variables of `step` have changed.
+
+        Raises:
+            InfeasibleBudgetError: If there is none.
+            SavedModelError: If the steps of several plans took more than the budget.
+        """
+        asked, options, peak = self.options.memory_budget, self.options, None
+        for _ in range(_TIGHTENINGS):
+            planned = dataclasses.replace(self, options=options).plan()
+            function = self.rewritten(planned)
+            peak = self._measured_peak(function)
+            if peak is None or not isinstance(asked, int) or peak <= _MARGIN * asked:
+                return planned, function, peak
+            tighter = int(planned.budget * _MARGIN * min(1.0, asked / peak))
+            options = dataclasses.replace(options, memory_budget=tighter)
+        raise SavedModelError(
+            f"expected a plan whose steps keep {format_bytes(asked)}, received plans whose steps took "
+            f"{format_bytes(peak or 0)} and more, as the layout of memory wanders. Raise the budget."
+        )
+
+    def _measured_peak(self, function: Any) -> int | None:
+        with self._clock("measure"):
+            return profiler.measure_peak(function, self.step.func_graph, self.step.arguments, _STEPS)
 
     def rewritten(self, planned: planning.Planned) -> Any:
         """A function of the step's arguments and captures, flat, that runs as planned."""

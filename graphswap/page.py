@@ -50,15 +50,9 @@ def html(picture: Picture) -> str:
     Raises:
         ImportError: If Bokeh is not installed.
     """
-    try:
-        from bokeh import embed, resources
-    except ModuleNotFoundError as error:
-        if error.name != "bokeh":
-            raise
-        raise ImportError(
-            "graphswap.page expected Bokeh, which draws the page, but it is not installed. "
-            "Run `pip install graphswap[report]`."
-        ) from error
+    check()
+    from bokeh import embed, resources
+
     acts = _acts(picture)
     charts = {"step": _step_charts(picture, acts)}
     if picture.curve:
@@ -82,6 +76,19 @@ def html(picture: Picture) -> str:
         + "\n".join(filter(None, sections))
         + f"\n</main>\n<script>\nconst charts = {data};\n{_SCRIPT}</script>\n</body>\n</html>\n"
     )
+
+
+def check() -> None:
+    """Raises ImportError if Bokeh is not installed."""
+    try:
+        import bokeh  # noqa: F401
+    except ModuleNotFoundError as error:
+        if error.name != "bokeh":
+            raise
+        raise ImportError(
+            "graphswap.page expected Bokeh, which draws the page, but it is not installed. "
+            "Run `pip install graphswap[report]`."
+        ) from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -464,7 +471,8 @@ def _step_notes(picture: Picture, acts: Sequence[_Act]) -> str:
 
 def _curve_notes(picture: Picture) -> str:
     notes = ["No plan of its class lies below the certified bound. The planned steps are simulated."]
-    without = [format_bytes(point.memory_budget) for point in picture.curve if point.planned_seconds is None]
+    missing = (point for point in picture.curve if point.was_planned and point.planned_seconds is None)
+    without = [format_bytes(point.memory_budget) for point in missing]
     if without:
         notes.append(f"No plan was found for {', '.join(without)}.")
     return f"<p class=note>{' '.join(notes)}</p>"

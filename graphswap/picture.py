@@ -23,11 +23,13 @@ class CurvePoint:
         memory_budget: In bytes.
         bound_seconds: Certified: no plan of its class is faster. None if there is no bound.
         planned_seconds: As simulated; None if no plan was found.
+        was_planned: Whether one was looked for.
     """
 
     memory_budget: int
     bound_seconds: float | None
     planned_seconds: float | None
+    was_planned: bool = True
 
 
 @dataclasses.dataclass(frozen=True)

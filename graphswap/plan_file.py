@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
@@ -14,10 +13,19 @@ from typing import Any
 from graphswap import allocator, ir, parser, simulator
 from graphswap.cost_model import CostModel, DeviceSpec, Link, Profile
 from graphswap.options import format_bytes
-from graphswap.plan import Plan, PlanError
+from graphswap.plan import TIERS, Plan, PlanError
 
 _FORMAT = "graphswap plan 1"
 _DEVICE_FORMAT = "graphswap device 1"
+_TITLES = {
+    "plain_peak_bytes": "plain peak",
+    "plain_seconds": "plain step",
+    "predicted_peak_bytes": "planned peak",
+    "predicted_seconds": "planned step",
+    "swapped_bytes": "swapped out",
+    "recomputed_seconds": "repeated",
+    "bound_seconds": "no plan takes less than",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,8 +57,8 @@ class Judgement:
         }
 
     def rows(self) -> list[tuple[str, str]]:
-        """The same for people, name by name."""
-        return [(name, number(name, value)) for name, value in self.fields().items()]
+        """The same for people: titles and figures."""
+        return [(_TITLES[name], number(name, value)) for name, value in self.fields().items()]
 
 
 def number(name: str, value: float | None) -> str:
@@ -123,56 +131,52 @@ class PlanFile:
         """
         fields = _fields(text)
         try:
-            profile = fields["profile"] and Profile.from_json(json.dumps(fields["profile"]))
+            profile = None if fields["profile"] is None else Profile.from_json(json.dumps(fields["profile"]))
             device = device_from_fields(fields["device"])
-            cost_model = CostModel(device, profile, int(fields["resident_bytes"]), str(fields["far_tier"]))
+            far_tier = fields["far_tier"]
+            device.links[far_tier]
+            cost_model = CostModel(device, profile, int(fields["resident_bytes"]), far_tier)
             graph = parser.parse(fields["graph"])
+            plan = Plan.from_json(json.dumps(fields["plan"])).check(graph)
+        except PlanError:
+            raise
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise PlanError(
                 f"expected a plan file as written by `graphswap plan`, received a damaged one: {error!r}."
             ) from error
-        return cls(Plan.from_json(json.dumps(fields["plan"])).check(graph), graph, cost_model)
-
-
-def plan_of(path: str | os.PathLike[str]) -> Plan:
-    """The plan in a file, without its graph: as `Plan.to_json` or `graphswap plan` wrote it.
-
-    Raises:
-        PlanError: If the file can't be read or is no plan.
-    """
-    text = _text(path)
-    try:
-        fields = json.loads(text)
-    except ValueError:
-        fields = None
-    if isinstance(fields, Mapping) and fields.get("format") == _FORMAT:
-        return Plan.from_json(json.dumps(fields.get("plan")))
-    return Plan.from_json(text)
+        return cls(plan, graph, cost_model)
 
 
 def given(path: str | os.PathLike[str], graph: ir.Graph) -> tuple[Plan, CostModel | None]:
     """The plan in a file for a graph, and its costs if they are in the file.
 
+    Args:
+        path: A file that `PlanFile.to_json` or `Plan.to_json` wrote.
+        graph: The graph.
+
     Raises:
         PlanError: If the file can't be read, is no plan, or is one for another graph, whose first difference it names.
     """
-    plan = plan_of(path)
-    made = None
-    with contextlib.suppress(PlanError):  # a plan by itself
-        made = read(path)
-    if plan.fingerprint and plan.fingerprint != graph.fingerprint and made is not None:
+    text = _text(path)
+    if not _is_plan_file(text):
+        return Plan.from_json(text).check(graph), None
+    made = PlanFile.from_json(text)
+    if made.graph.fingerprint != graph.fingerprint:
         raise PlanError(
             f"expected a plan for graph '{graph.name}', received '{path}', which is for another one. "
             f"{_first_difference(made.graph, graph)} Plan again for this graph."
         )
-    return plan.check(graph), made and made.cost_model
+    return made.plan.check(graph), made.cost_model
 
 
 def _first_difference(planned: ir.Graph, graph: ir.Graph) -> str:
     for number, (one, other) in enumerate(zip(planned.nodes, graph.nodes, strict=False)):
         if one != other:
             return f"The first difference is node {number}: planned was '{one}', here is '{other}'."
-    return f"It has {len(planned.nodes)} nodes, here are {len(graph.nodes)}."
+    if len(planned.nodes) != len(graph.nodes):
+        return f"It has {len(planned.nodes)} nodes, here are {len(graph.nodes)}."
+    one, other = (str(each.replace(nodes=())).split(" {")[0] for each in (planned, graph))
+    return f"The nodes are the same: planned was '{one}', here is '{other}'."
 
 
 def read(path: str | os.PathLike[str]) -> PlanFile:
@@ -187,11 +191,21 @@ def read(path: str | os.PathLike[str]) -> PlanFile:
 def write(path: str | os.PathLike[str], text: str) -> None:
     """Writes a text file whole or not at all.
 
+    Args:
+        path: The file. What is no file, such as /dev/stdout, is written to as it is.
+        text: What to write.
+
     Raises:
         OSError: If it can't be written.
     """
     target = pathlib.Path(path)
-    with tempfile.NamedTemporaryFile("w", dir=target.parent, prefix=f".{target.name}-", delete=False) as file:
+    if target.exists() and not target.is_file():
+        target.write_text(text, encoding="utf-8")
+        return
+    target = target.resolve()  # a link stays one
+    with tempfile.NamedTemporaryFile(
+        "w", encoding="utf-8", dir=target.parent, prefix=f".{target.name}-", delete=False
+    ) as file:
         try:
             file.write(text)
             file.close()
@@ -218,17 +232,26 @@ def device_from_fields(fields: Mapping[str, Any]) -> DeviceSpec:
         raise ValueError("expected a device file as written by `graphswap calibrate`, received something else.")
     values = {name: value for name, value in fields.items() if name != "format"}
     try:
-        return DeviceSpec(**{**values, "links": {tier: Link(**link) for tier, link in values["links"].items()}})
+        links = {tier: Link(**values["links"][tier]) for tier in TIERS}
+        return DeviceSpec(**{**values, "links": links})
     except (TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"expected a device file as written by `graphswap calibrate`, received {error}.") from error
 
 
 def _text(path: str | os.PathLike[str]) -> str:
     try:
-        return pathlib.Path(path).read_text()
+        return pathlib.Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is no text"
         raise PlanError(f"expected a plan file, received '{path}', which can't be read: {reason}.") from error
+
+
+def _is_plan_file(text: str) -> bool:
+    try:
+        _fields(text)
+    except PlanError:
+        return False
+    return True
 
 
 def _fields(text: str) -> Mapping[str, Any]:

@@ -251,7 +251,96 @@ def measure_step(
         tf.errors.ResourceExhaustedError: If it does not fit.
     """
     harmless = without_side_effects(graph)
-    function = graphdef.build_function(func_graph, harmless, far_tiers)
+    events = _second_run(func_graph, harmless, arguments, far_tiers)
+    if device_name() == "CPU:0":
+        seconds = _node_seconds(harmless, _spent(events, harmless))
+    elif any(_KERNEL in stats for _, _, _, stats in events):
+        seconds = _node_seconds(harmless, _spent_on_gpu(events, harmless))
+    else:
+        seconds = {node.name: known.seconds(graph, node) for node in graph.nodes if not node.like}
+    host = [event for event in events if _KERNEL not in event[3]]
+    return Profile(fingerprint, seconds, _node_workspace(host, harmless))
+
+
+class Recorded(NamedTuple):
+    """What the device's allocator counted during a step.
+
+    Attributes:
+        levels: Seconds from the start of the step, and bytes in use from then on.
+        live: What the step had asked for and still held at the peak: the node, bytes, and whether it was workspace.
+        peak_bytes: The most bytes in use, what was there before the step included.
+    """
+
+    levels: tuple[tuple[float, int], ...]
+    live: tuple[tuple[str, int, bool], ...]
+    peak_bytes: int
+
+
+def record_memory(
+    func_graph: graphdef.FuncGraph, graph: ir.Graph, arguments: Sequence[Any], far_tiers: tiers.Tiers
+) -> Recorded | None:
+    """Runs the step as `measure_step` does, and tells what was on the device meanwhile; None if it counts no bytes.
+
+    Args:
+        func_graph: The traced step; it stays as it is.
+        graph: What to run.
+        arguments: Tensors or arrays to run it on.
+        far_tiers: Where its swaps go.
+
+    Raises:
+        CantMeasure: If the step can't be run without side effects.
+        tf.errors.ResourceExhaustedError: If it does not fit.
+    """
+    if memory_in_use() is None:
+        return None
+    events = _second_run(func_graph, without_side_effects(graph), arguments, far_tiers)
+    changes = [event for event in events if event[2] in _MEMORY_EVENTS and _is_of_device(event[3])]
+    if not changes:
+        return None
+    begun = changes[0][0]
+    levels = tuple(((start - begun) / 1e12, int(stats["bytes_allocated"])) for start, _, _, stats in changes)
+    fullest = max(range(len(levels)), key=lambda index: levels[index][1])
+    held: dict[int, tuple[str, int, bool]] = {}
+    for _, _, name, stats in changes[: fullest + 1]:
+        address = int(stats["addr"])
+        if name == _MEMORY_EVENTS[0]:
+            is_workspace = stats.get("region_type") == "temp"
+            held[address] = (str(stats.get("tf_op", "")), int(stats["allocation_bytes"]), is_workspace)
+        else:
+            held.pop(address, None)
+    return Recorded(levels, tuple(held.values()), levels[fullest][1])
+
+
+def measure_peak(function: Any, func_graph: graphdef.FuncGraph, arguments: Sequence[Any], steps: int) -> int | None:
+    """The most bytes that the device's allocator counts over some steps; None if it counts none.
+
+    Args:
+        function: Of `graphdef.build_function`; its updates of variables are made.
+        func_graph: The traced step that it was built from.
+        arguments: Tensors to run it on.
+        steps: How many.
+
+    Raises:
+        tf.errors.ResourceExhaustedError: If it does not fit.
+    """
+    if memory_in_use() is None:
+        return None
+    captures = [external for external, _ in func_graph.captures]
+    with tf.init_scope(), graphdef.without_memory_optimizer():
+        tf.config.experimental.reset_memory_stats(device_name())
+        for _ in range(steps):
+            function._call_flat([*arguments, *captures], [])
+        return memory_in_use("peak")
+
+
+_MEMORY_EVENTS = ("MemoryAllocation", "MemoryDeallocation")
+
+
+def _second_run(
+    func_graph: graphdef.FuncGraph, graph: ir.Graph, arguments: Sequence[Any], far_tiers: tiers.Tiers
+) -> list[Event]:
+    """Runs a graph without side effects twice, and records the second run."""
+    function = graphdef.build_function(func_graph, graph, far_tiers)
     captures = [external for external, _ in func_graph.captures]
     if any(not hasattr(tensor, "numpy") for tensor in captures):
         raise CantMeasure("the step captures tensors of an outer function")
@@ -264,14 +353,7 @@ def measure_step(
             function._call_flat([*tensors, *captures], [])  # makes kernels, and touches memory for the first time
             with recording() as events:
                 function._call_flat([*tensors, *captures], [])
-    if device_name() == "CPU:0":
-        seconds = _node_seconds(harmless, _spent(events, harmless))
-    elif any(_KERNEL in stats for _, _, _, stats in events):
-        seconds = _node_seconds(harmless, _spent_on_gpu(events, harmless))
-    else:
-        seconds = {node.name: known.seconds(graph, node) for node in graph.nodes if not node.like}
-    host = [event for event in events if _KERNEL not in event[3]]
-    return Profile(fingerprint, seconds, _node_workspace(host, harmless))
+    return events
 
 
 def step_costs(events: Sequence[Event], graph: ir.Graph, seconds: float, known: CostModel, fingerprint: str) -> Profile:
@@ -533,8 +615,8 @@ def _buffers(events: Sequence[Event]) -> list[_Buffer]:
     open_at: dict[int, _Buffer] = {}  # by address
     closed = []
     for start, _, name, stats in events:
-        if device_name() != "CPU:0" and not str(stats.get("allocator_name")).startswith("GPU"):
-            continue  # of the host's memory
+        if not _is_of_device(stats):
+            continue
         if name == "MemoryAllocation":
             nbytes = allocator.rounded(int(stats["requested_bytes"]))
             is_temporary = stats.get("region_type") == "temp"
@@ -548,6 +630,11 @@ def _buffers(events: Sequence[Event]) -> list[_Buffer]:
 
 
 _NEVER = 1 << 62
+
+
+def _is_of_device(stats: Mapping[str, Any]) -> bool:
+    """Whether an event of an allocator is one of the device's, not of the host's."""
+    return device_name() == "CPU:0" or str(stats.get("allocator_name")).startswith("GPU")
 
 
 def _most_bytes(buffers: Sequence[_Buffer], start: int, end: int) -> int:

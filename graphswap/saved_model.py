@@ -64,14 +64,11 @@ class Function:
 
     def updates_variables(self) -> bool:
         """Whether it changes a variable, as a training step does."""
-        return any(
-            node.op.startswith(_UPDATES)
-            for definition in (self.concrete.function_def, *self._library())
-            for node in definition.node_def
-        )
+        return any(node.op.startswith(_UPDATES) for definition in self._definitions() for node in definition.node_def)
 
-    def _library(self) -> Iterator[Any]:
-        return iter(self.concrete.graph.as_graph_def().library.function)
+    def _definitions(self) -> Iterator[Any]:
+        yield self.concrete.function_def
+        yield from graphdef.called_definitions(self.concrete.function_def)
 
 
 def load(directory: str | os.PathLike[str], function: str) -> Function:
@@ -217,7 +214,7 @@ def _definitions(model: Any) -> Mapping[str, Sequence[str]]:
 
 def _named(new: Any, name: str, taken: set[str]) -> list[Any]:
     """The function's definition and those of what it calls, under names that are not taken."""
-    definitions = [new.function_def, *new.graph.as_graph_def().library.function]
+    definitions = [new.function_def, *graphdef.called_definitions(new.function_def)]
     names = {new.function_def.signature.name: _free_name(name, taken)}
     names |= {d.signature.name: _free_name(d.signature.name, taken) for d in definitions[1:]}
     copies = []

@@ -21,6 +21,7 @@ from graphswap.report import picture
 from graphswap.simulator import NoRoom, simulate
 from graphswap.strategies import STRATEGIES, budgets
 from graphswap.strategies.base import InfeasibleBudgetError
+from graphswap.strategies.solver import SolverError
 
 if TYPE_CHECKING:
     from graphswap import offline
@@ -39,11 +40,12 @@ def explain(argv: Sequence[str]) -> int:
     device = _device_flag(values)
     _parse(argv, values, source, form)
     step = source.step()
-    from graphswap import explanation
+    from graphswap import explanation, offline
 
     cost_model = _cost_model(step, _device(device.value))
     with _refusals():
-        found = explanation.explain(step.graph, cost_model)
+        recorded = None if device.value else offline.Planner(step, Options("auto"), _say).recorded()
+        found = explanation.explain(step.graph, cost_model, recorded)
     form.show(found.fields(), str(found))
     return 0
 
@@ -59,6 +61,7 @@ def plan(argv: Sequence[str]) -> int:
     _parse(argv, values, source, form)
     for path in (output.value, shown.value, trace.value):
         _check_file(path)
+    _check_page(shown.value)
     options = asked()
     step = source.step()
     with _refusals():
@@ -67,7 +70,8 @@ def plan(argv: Sequence[str]) -> int:
     if output.value:
         _write(output.value, made.to_json())
     if shown.value or trace.value:
-        shows = picture(made, _curve(made, _budgets(judged, ()), 0.0) if shown.value else ())
+        with _refusals():
+            shows = picture(made, _bounds(made, judged) if shown.value else ())
         if shown.value:
             _write(shown.value, page.html(shows))
         if trace.value:
@@ -81,11 +85,7 @@ def simulate_plan(argv: Sequence[str]) -> int:
     form, values = _Format(), flags.FlagValues()
     device = _device_flag(values)
     (path,) = _parse(argv, values, form, takes="a plan file")
-    made = _read(path)
-    try:
-        judged = made.judge(_device(device.value))
-    except NoRoom as error:
-        raise CommandError(f"'{path}': {error}. The plan does not fit this device: plan for it.") from error
+    judged = _judged(path, _read(path), _device(device.value))
     form.show(judged.fields(), _figures(judged))
     return 0
 
@@ -95,7 +95,7 @@ def diff(argv: Sequence[str]) -> int:
     form, values = _Format(), flags.FlagValues()
     first, second = _parse(argv, values, form, takes="two plan files", count=2)
     sides = [_read(path) for path in (first, second)]
-    figures = [side.judge().fields() for side in sides]
+    figures = [_judged(path, side).fields() for path, side in zip((first, second), sides, strict=True)]
     decisions = [{str(_decided(decision)) for decision in side.plan.decisions} for side in sides]
     only = [sorted(decisions[0] - decisions[1]), sorted(decisions[1] - decisions[0])]
     fields = {
@@ -127,6 +127,7 @@ def sweep(argv: Sequence[str]) -> int:
     shown = flags.DEFINE_string("html", None, "File for a page that shows it.", flag_values=values)
     _parse(argv, values, source, form)
     _check_file(shown.value)
+    _check_page(shown.value)
     options = asked()
     step = source.step()
     cost_model = _cost_model(step, _device(device.value), options)
@@ -136,16 +137,19 @@ def sweep(argv: Sequence[str]) -> int:
         points = _curve(made, _budgets(judged, named.value), options.planning_seconds, str(options.strategy))
     if shown.value:
         _write(shown.value, page.html(picture(made, points)))
+    plain_seconds = judged.plain.seconds * judged.time_scale
     rows = [f"{'budget':>12}{'bound':>12}{'planned':>12}{'slower':>10}"]
     for point in points:
-        slower = (point.planned_seconds or 0.0) / judged.plain.seconds - 1
+        slower = (point.planned_seconds or 0.0) / plain_seconds - 1
         rows.append(
             f"{format_bytes(point.memory_budget):>12}"
             f"{'-' if point.bound_seconds is None else f'{point.bound_seconds:.4f} s':>12}"
             f"{'no plan' if point.planned_seconds is None else f'{point.planned_seconds:.4f} s':>12}"
             f"{'' if point.planned_seconds is None else f'{slower:.1%}':>10}"
         )
-    form.show({"plain_seconds": judged.plain.seconds, "points": [vars(point) for point in points]}, "\n".join(rows))
+    names = ("memory_budget", "bound_seconds", "planned_seconds")
+    fields = [{name: getattr(point, name) for name in names} for point in points]
+    form.show({"plain_seconds": plain_seconds, "points": fields}, "\n".join(rows))
     return 0
 
 
@@ -191,10 +195,13 @@ def rewrite(argv: Sequence[str]) -> int:
             )
         step = offline.from_saved_model(function, source.batch_size)
         planner = offline.Planner(step, options, _say)
-        planned = planner.plan()
-        saved_model.write(function, planner.rewritten(planned), output.value)
+        planned, rewritten, measured = planner.fitted()
+        saved_model.write(function, rewritten, output.value)
     judged = plan_file.PlanFile(planned.plan, planned.graph, planned.cost_model).judge()
-    form.show({"output": output.value, **judged.fields()}, f"{output.value}: {_figures(judged)}")
+    lines = [_figures(judged), f"wrote   {output.value}"]
+    if measured is not None:
+        lines.insert(1, f"peak    {format_bytes(measured)} measured over some steps")
+    form.show({"output": output.value, **judged.fields(), "measured_peak_bytes": measured}, "\n".join(lines))
     return 0
 
 
@@ -286,6 +293,7 @@ class _Format:
 
     def show(self, fields: Mapping[str, Any], text: str) -> None:
         """Prints one or the other."""
+        _hush()
         print(json.dumps(fields) if self._kind.value == "json" else text)
 
 
@@ -298,6 +306,7 @@ def _parse(
         UsageError: If there are not as many as the command takes.
         flags.Error: If a flag is unknown or its value is wrong.
     """
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # TensorFlow, loaded later, would talk between the lines
     for group in groups:
         values.append_flag_values(group.values)
     rest = values(argv)[1:]
@@ -323,7 +332,7 @@ def _device(name: str) -> DeviceSpec | None:
     try:
         return plan_file.device_from_fields(json.loads(pathlib.Path(name).read_text()))
     except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
+        reason = error.strerror if isinstance(error, OSError) else str(error).removesuffix(".")
         raise app.UsageError(
             f"--device: expected one of {', '.join(devices.DEVICES)} or a file of `graphswap calibrate`, "
             f"received '{name}': {reason}."
@@ -352,10 +361,21 @@ def _planning_flags(values: flags.FlagValues, has_budget: bool = True) -> Callab
 
 
 def _check_file(path: str | None) -> None:
-    if path and not (pathlib.Path(path).resolve().parent.is_dir() and os.access(pathlib.Path(path).parent, os.W_OK)):
+    if not path:
+        return
+    folder = pathlib.Path(path).parent
+    if pathlib.Path(path).is_dir() or not (folder.is_dir() and os.access(folder, os.W_OK)):
         raise CommandError(
             f"expected a file in a folder that can be written to, received '{path}'. Name another place."
         )
+
+
+def _check_page(path: str | None) -> None:
+    if path:
+        try:
+            page.check()
+        except ImportError as error:
+            raise CommandError(str(error)) from error
 
 
 # --- work ---------------------------------------------------------------------------------------------------------
@@ -368,13 +388,26 @@ class _refusals:  # noqa: N801 (used as a function)
         return None
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, (ValueError, NoRoom)):  # SavedModelError, InfeasibleBudgetError, UnsupportedGraphError
+        _hush()
+        # SavedModelError, InfeasibleBudgetError, UnsupportedGraphError
+        if isinstance(error, (ValueError, NoRoom, SolverError)):
             raise CommandError(" ".join(str(error).split())) from error
+        tensorflow: Any = sys.modules.get("tensorflow")
+        if tensorflow and isinstance(error, tensorflow.errors.ResourceExhaustedError):
+            raise CommandError(
+                f"this device has too little memory for the step's arguments: {str(error).splitlines()[0]} "
+                "Reduce --batch_size, or name another --device."
+            ) from error
 
 
 def _say(phase: str) -> None:
     if sys.stderr.isatty():
-        print(f"\r\x1b[Kgraphswap: {phase} ...\r", end="", file=sys.stderr, flush=True)
+        print(f"\r\x1b[Kgraphswap: {phase} ...", end="", file=sys.stderr, flush=True)
+
+
+def _hush() -> None:
+    if sys.stderr.isatty():
+        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
 def _cost_model(step: offline.Step, device: DeviceSpec | None, options: Options | None = None) -> CostModel:
@@ -434,6 +467,8 @@ def _curve(
     made: plan_file.PlanFile, sizes: Sequence[int], seconds: float, strategy: str = "greedy"
 ) -> tuple[CurvePoint, ...]:
     """The bound at every budget; and a plan, if there are `seconds` to look for it."""
+    profile = made.cost_model.profile
+    time_scale = 1.0 if profile is None else profile.time_scale
     envelope = budgets.envelope(made.graph, made.cost_model)
     points = []
     for size in sizes:
@@ -445,11 +480,19 @@ def _curve(
                 chosen = dataclasses.replace(chosen, planning_seconds=seconds)
             try:
                 plan = chosen.plan(made.graph, made.cost_model, size)
-                planned = simulate(made.graph, plan, made.cost_model).seconds
+                planned = simulate(made.graph, plan, made.cost_model).seconds * time_scale
             except InfeasibleBudgetError:
                 planned = None
-        points.append(CurvePoint(size, envelope.seconds(size), planned))
+        points.append(CurvePoint(size, envelope.seconds(size) * time_scale, planned))
     return tuple(points)
+
+
+def _bounds(made: plan_file.PlanFile, judged: plan_file.Judgement) -> tuple[CurvePoint, ...]:
+    """The bound at every budget, and the plan at its own."""
+    points = (dataclasses.replace(point, was_planned=False) for point in _curve(made, _budgets(judged, ()), 0.0))
+    fields, budget = judged.fields(), made.plan.memory_budget
+    own = () if budget is None else (CurvePoint(budget, fields["bound_seconds"], fields["predicted_seconds"]),)
+    return (*points, *own)
 
 
 def _figures(judged: plan_file.Judgement) -> str:
@@ -479,6 +522,13 @@ def _read(path: str) -> plan_file.PlanFile:
         return plan_file.read(path)
     except PlanError as error:
         raise CommandError(str(error)) from error
+
+
+def _judged(path: str, made: plan_file.PlanFile, device: DeviceSpec | None = None) -> plan_file.Judgement:
+    try:
+        return made.judge(device)
+    except NoRoom as error:
+        raise CommandError(f"'{path}': {error}. The plan does not fit this device: plan for it.") from error
 
 
 def _write(path: str, text: str) -> None:
