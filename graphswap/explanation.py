@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import dataclasses
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -184,7 +183,7 @@ def layer(value: str) -> str:
     """The layer that a value belongs to, by its name: gradients count as their layer's."""
     parts = [part for part in ir.producer(value).split("/") if part]
     parts = [part for part in parts[:-1] if part not in _NO_LAYERS] or parts[:1]
-    return re.sub(r"_\d+$", "", parts[-1] if len(parts) == 1 else "/".join(parts[:2])) if parts else ""
+    return "/".join(parts[:2])
 
 
 _NO_LAYERS = frozenset({"gradient_tape", "StatefulPartitionedCall", "PartitionedCall"})

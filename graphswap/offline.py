@@ -232,7 +232,7 @@ class Planner:
             tighter = int(planned.budget * _MARGIN * min(1.0, asked / peak))
             options = dataclasses.replace(options, memory_budget=tighter)
         raise SavedModelError(
-            f"expected a plan whose steps keep {format_bytes(asked)}, received plans whose steps took "
+            f"expected a plan whose steps keep {format_bytes(int(asked))}, received plans whose steps took "
             f"{format_bytes(peak or 0)} and more, as the layout of memory wanders. Raise the budget."
         )
 

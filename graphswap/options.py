@@ -41,8 +41,7 @@ class Options:
         planning_seconds: Time after which the strategy stops looking for a better plan.
         on_unsupported: "raise" an UnsupportedGraphError for a step that can't be rewritten, or
             "run_unchanged".
-        plan: A file of `graphswap plan` or `StepReport.save_plan`: nothing is planned anew, and a step with another
-            graph is refused.
+        plan: A file of `StepReport.save_plan`: nothing is planned anew, and a step with another graph is refused.
 
     Raises:
         ValueError: If a value is out of range or unknown.
@@ -206,10 +205,14 @@ def _path(value: object) -> str | None:
     if value is None:
         return None
     if not isinstance(value, str | os.PathLike):
-        raise TypeError(f"plan: expected the file of a plan, received {value!r}. Write it with `graphswap plan`.")
+        raise TypeError(
+            f"plan: expected the file of a plan, received {value!r}. Write one with graphswap.report(model).step.save_plan(FILE)."
+        )
     path = os.path.abspath(os.path.expanduser(os.fspath(value)))
     if not os.path.isfile(path):
-        raise ValueError(f"plan: expected a file that exists, received '{path}'. Write it with `graphswap plan`.")
+        raise ValueError(
+            f"plan: expected a file that exists, received '{path}'. Write one with graphswap.report(model).step.save_plan(FILE)."
+        )
     return path
 
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import tensorflow as tf
-from tensorflow.core.framework import function_pb2, node_def_pb2
+from tensorflow.core.framework import function_pb2, node_def_pb2, types_pb2
 from tensorflow.core.protobuf import saved_model_pb2
 
 from graphswap import graphdef
@@ -124,7 +124,7 @@ def write(function: Function, new: Any, output: str | os.PathLike[str]) -> None:
     library = model.meta_graphs[0].graph_def.library.function
     definitions = {definition.signature.name: definition for definition in library}
     added = _named(new, f"{function.definition}_planned", set(definitions))
-    _call(definitions[function.definition], added[0])
+    _call(definitions[function.definition], added[0], [tensor.shape for tensor in new.graph.inputs])
     library.extend(added)
     try:
         temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
@@ -231,8 +231,8 @@ def _named(new: Any, name: str, taken: set[str]) -> list[Any]:
     return copies
 
 
-def _call(definition: Any, planned: Any) -> None:
-    """Makes a definition call the planned one.
+def _call(definition: Any, planned: Any, shapes: Sequence[tf.TensorShape]) -> None:
+    """Makes a definition call the planned one, on arguments of the planned shapes only.
 
     A call that is not dissolved has options of its own for TensorFlow's optimiser: whoever loads the copy need not know
     that its memory is planned already (`graphdef.without_memory_optimizer`).
@@ -240,7 +240,16 @@ def _call(definition: Any, planned: Any) -> None:
     planned.attr["_noinline"].b = True
     signature = definition.signature
     call = node_def_pb2.NodeDef(name="planned", op="StatefulPartitionedCall")
-    call.input.extend(argument.name for argument in signature.input_arg)
+    checks = []
+    for argument, shape in zip(signature.input_arg, shapes, strict=True):
+        if argument.type == types_pb2.DT_RESOURCE:
+            call.input.append(argument.name)
+            continue
+        check = node_def_pb2.NodeDef(name=f"EnsureShape/{argument.name}", op="EnsureShape", input=[argument.name])
+        check.attr["T"].type = argument.type
+        check.attr["shape"].shape.CopyFrom(shape.as_proto())
+        checks.append(check)
+        call.input.append(f"{check.name}:output:0")
     call.attr["Tin"].list.type.extend(argument.type for argument in signature.input_arg)
     call.attr["Tout"].list.type.extend(result.type for result in signature.output_arg)
     call.attr["f"].func.name = planned.signature.name
@@ -250,7 +259,7 @@ def _call(definition: Any, planned: Any) -> None:
     definition.ClearField("node_def")
     definition.ClearField("ret")
     definition.ClearField("control_ret")
-    definition.node_def.append(call)
+    definition.node_def.extend([*checks, call])
     for index, result in enumerate(signature.output_arg):
         definition.ret[result.name] = f"{call.name}:output:{index}"
     del signature.control_output[:]

@@ -23,8 +23,7 @@ def run(*arguments):
     variables = {**os.environ, **emulate.environment(4 << 30)}
     done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    lines = done.stdout.splitlines()
-    return json.loads(lines[-1]) if lines else None
+    return json.loads((done.stdout.splitlines() or ["{}"])[-1])
 
 
 @pytest.mark.parametrize("name", SHARES)
@@ -70,9 +69,10 @@ def saved(tmp_path_factory):
         return x + module.weight[0, 0]
 
     module.step, module.forward, module.often = step, forward, often
-    often(1.0), often(tf.ones((2,)))
+    for value in (tf.ones(()), tf.ones((2,))):
+        often(value)
     directory = tmp_path_factory.mktemp("saved") / "model"
-    tf.saved_model.save(module, str(directory), signatures={"serving_default": forward.get_concrete_function()})
+    tf.saved_model.save(module, str(directory), signatures={"serving_default": forward})
     return directory
 
 
@@ -99,6 +99,9 @@ def test_a_copy_is_what_was_saved_but_for_the_function(saved, tmp_path):
         losses.append([float(loaded.step(rows)["loss"]) for _ in range(3)])
         assert loaded.signatures["serving_default"](rows=rows)["output_0"].shape == (4, 8)
     assert losses[0] == losses[1]
+    with pytest.raises(tf.errors.InvalidArgumentError, match="EnsureShape"):  # before anything is updated
+        loaded.step(tf.ones((5, 8)))
+    assert float(loaded.step(rows)["loss"]) < losses[1][-1]
     assert {path.name for path in (tmp_path / "copy").iterdir()} == {path.name for path in saved.iterdir()}
 
 
