@@ -204,15 +204,12 @@ def _swap_to(value: object) -> str:
 def _path(value: object) -> str | None:
     if value is None:
         return None
+    advice = "Write one with graphswap.report(model).step.save_plan(FILE)."
     if not isinstance(value, str | os.PathLike):
-        raise TypeError(
-            f"plan: expected the file of a plan, received {value!r}. Write one with graphswap.report(model).step.save_plan(FILE)."
-        )
+        raise TypeError(f"plan: expected the file of a plan, received {value!r}. {advice}")
     path = os.path.abspath(os.path.expanduser(os.fspath(value)))
     if not os.path.isfile(path):
-        raise ValueError(
-            f"plan: expected a file that exists, received '{path}'. Write one with graphswap.report(model).step.save_plan(FILE)."
-        )
+        raise ValueError(f"plan: expected a file that exists, received '{path}'. {advice}")
     return path
 
 
