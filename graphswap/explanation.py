@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,7 +14,9 @@ from graphswap.cost_model import CostModel
 from graphswap.options import format_bytes
 from graphswap.plan import Declined, Plan
 from graphswap.simulator import Live, Timeline, at_peak
-from graphswap.strategies import budgets, gaps
+from graphswap.strategies import budgets, gaps, greedy
+from graphswap.strategies.base import InfeasibleBudgetError
+from graphswap.strategies.solver import SolverError
 
 if TYPE_CHECKING:  # it needs TensorFlow
     from graphswap.profiler import Recorded
@@ -61,6 +64,8 @@ class Explanation:
         least_bytes: No plan has a lower peak (the memory bound).
         peak_bytes: As measured if the step was recorded, else as predicted.
         is_measured: Whether it was.
+        smallest_bytes: The smallest budget that a quick plan was found for; None if it was not looked for.
+        free_bytes: The smallest that a quick plan was found for that is no slower, likewise.
     """
 
     graph: ir.Graph
@@ -69,6 +74,8 @@ class Explanation:
     least_bytes: int
     peak_bytes: int
     is_measured: bool
+    smallest_bytes: int | None = None
+    free_bytes: int | None = None
 
     @property
     def by_kind(self) -> Mapping[str, int]:
@@ -91,6 +98,8 @@ class Explanation:
             "peak_node": self.timeline.peak_step.name,
             "seconds": self.timeline.seconds,
             "least_bytes": self.least_bytes,
+            "smallest_bytes": self.smallest_bytes,
+            "free_bytes": self.free_bytes,
             "by_kind": dict(self.by_kind),
             "by_layer": dict(self.by_layer),
             "at_peak": [
@@ -105,6 +114,14 @@ class Explanation:
             ],
         }
 
+    def _budgets(self) -> list[tuple[str, str]]:
+        rows = []
+        if self.smallest_bytes is not None:
+            rows.append(("reached", f"{format_bytes(self.smallest_bytes)} by a quick plan; others may need less"))
+        if self.free_bytes is not None:
+            rows.append(("free", f"{format_bytes(self.free_bytes)} by a quick plan that is no slower"))
+        return rows
+
     def __str__(self) -> str:
         peak, timeline = self.peak_bytes, self.timeline
         at = timeline.peak_step
@@ -114,6 +131,7 @@ class Explanation:
             f"  peak    {measured}{format_bytes(timeline.peak_bytes)} predicted, "
             f"while '{at.name}' runs at {at.start:.3f} s",
             f"  least   no plan has a peak below {format_bytes(self.least_bytes)}",
+            *(f"  {title:8}{text}" for title, text in self._budgets()),
             "",
             f"  bytes in use over the step as predicted, {format_bytes(timeline.peak_bytes)} at most",
             f"  |{_curve(timeline)}|",
@@ -153,6 +171,23 @@ def explain(graph: ir.Graph, cost_model: CostModel, recorded: Recorded | None = 
         timeline.peak_bytes if recorded is None else recorded.peak_bytes,
         recorded is not None,
     )
+
+
+def with_budgets(explanation: Explanation, cost_model: CostModel, seconds: float) -> Explanation:
+    """The explanation with the smallest and the free budget, as quick plans reach them.
+
+    Args:
+        explanation: Of a step.
+        cost_model: The same.
+        seconds: After them no further plan is made.
+    """
+    graph, quick = explanation.graph, greedy.Greedy(planning_seconds=0.0)
+    smallest = free = None
+    with contextlib.suppress(InfeasibleBudgetError):
+        smallest = budgets.smallest(quick, graph, cost_model).memory_budget
+    with contextlib.suppress(InfeasibleBudgetError, SolverError):
+        free = budgets.free(quick, graph, cost_model, seconds).plan.memory_budget
+    return dataclasses.replace(explanation, smallest_bytes=smallest, free_bytes=free)
 
 
 def _recorded_live(graph: ir.Graph, simulated: Iterable[Live], recorded: Recorded) -> tuple[Live, ...]:

@@ -26,6 +26,8 @@ from graphswap.strategies.solver import SolverError
 if TYPE_CHECKING:
     from graphswap import offline
 
+_EXPLAINING = 10.0
+"""Seconds that `explain` looks for a free budget."""
 _SHARES = (1.0, 0.85, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
 """Of the plain peak: the budgets of a curve unless others are named."""
 
@@ -38,6 +40,9 @@ def explain(argv: Sequence[str]) -> int:
     """Where the memory of a step goes."""
     source, form, values = _Source(), _Format(), flags.FlagValues()
     device = _device_flag(values)
+    has_budgets = flags.DEFINE_bool(
+        "budgets", True, "Whether to look for the smallest and the free budget.", flag_values=values
+    )
     _parse(argv, values, source, form)
     step = source.step()
     from graphswap import explanation, offline
@@ -46,6 +51,8 @@ def explain(argv: Sequence[str]) -> int:
     with _refusals():
         recorded = None if device.value else offline.Planner(step, Options("auto"), _say).recorded()
         found = explanation.explain(step.graph, cost_model, recorded)
+        if has_budgets.value:
+            found = explanation.with_budgets(found, cost_model, _EXPLAINING)
     form.show(found.fields(), str(found))
     return 0
 
