@@ -16,6 +16,7 @@ from graphswap import graphdef, ir, pipeline, planning, profiler, rewrites, save
 from graphswap.cost_model import CostModel
 from graphswap.options import Options, format_bytes
 from graphswap.saved_model import SavedModelError
+from graphswap.strategies.base import InfeasibleBudgetError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,7 +225,12 @@ class Planner:
         """
         asked, options, peak = self.options.memory_budget, self.options, None
         for _ in range(_TIGHTENINGS):
-            planned = dataclasses.replace(self, options=options).plan()
+            try:
+                planned = dataclasses.replace(self, options=options).plan()
+            except InfeasibleBudgetError:
+                if peak is None:
+                    raise
+                break
             function = self.rewritten(planned)
             peak = self._measured_peak(function)
             if peak is None or not isinstance(asked, int) or peak <= _MARGIN * asked:
@@ -237,8 +243,15 @@ class Planner:
         )
 
     def _measured_peak(self, function: Any) -> int | None:
+        """The peak of some steps; more than the device has if they run out of memory."""
+        step = self.step
         with self._clock("measure"):
-            return profiler.measure_peak(function, self.step.func_graph, self.step.arguments, _STEPS)
+            try:
+                return profiler.measure_peak(function, step.func_graph, step.arguments, _STEPS)
+            except tf.errors.OpError as error:
+                if not planning.is_out_of_memory(error):
+                    raise
+                return (self._planner().device().memory_bytes or 0) + 1
 
     def rewritten(self, planned: planning.Planned) -> Any:
         """A function of the step's arguments and captures, flat, that runs as planned."""

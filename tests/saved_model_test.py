@@ -149,3 +149,25 @@ def test_open_sizes_are_refused(saved):
     assert refusal(offline.from_saved_model, saved_model.load(saved, "step")) == (
         "expected arguments of known sizes, received (None, 8) for 'x'. Give --batch_size=N."
     )
+
+
+def test_a_plan_that_takes_more_than_it_says_is_tightened(saved, monkeypatch):
+    step = offline.from_saved_model(saved_model.load(saved, "step"), batch_size=4)
+    planner = offline.Planner(step, offline.Options("1MiB", swap_to="host"))
+    asked, peaks = [], [3 << 20, 2 << 20, 1 << 19]
+    plan = offline.Planner.plan
+    monkeypatch.setattr(offline.Planner, "plan", lambda self: asked.append(self.options.memory_budget) or plan(self))
+    monkeypatch.setattr(offline.Planner, "_measured_peak", lambda self, function: peaks.pop(0))
+    assert planner.fitted()[2] == 1 << 19
+    assert len(asked) == 3
+    assert asked[0] > asked[1] > asked[2]
+
+
+def test_steps_that_stay_above_the_budget_are_refused(saved, monkeypatch):
+    step = offline.from_saved_model(saved_model.load(saved, "step"), batch_size=4)
+    planner = offline.Planner(step, offline.Options("1MiB", swap_to="host"))
+    monkeypatch.setattr(offline.Planner, "_measured_peak", lambda self, function: 5 << 20)
+    assert refusal(planner.fitted) == (
+        "expected a plan whose steps keep 1.0MiB, received plans whose steps took 5.0MiB and more, as the layout of "
+        "memory wanders. Raise the budget."
+    )
