@@ -15,6 +15,7 @@ import tensorflow as tf
 from graphswap import graphdef, ir, pipeline, planning, profiler, rewrites, saved_model, tiers
 from graphswap.cost_model import CostModel
 from graphswap.options import Options, format_bytes
+from graphswap.plan import Plan
 from graphswap.saved_model import SavedModelError
 from graphswap.strategies.base import InfeasibleBudgetError
 
@@ -145,6 +146,7 @@ def _closed(specs: Sequence[tf.TensorSpec], batch_size: int | None) -> list[tf.T
 # --- planning -----------------------------------------------------------------------------------------------------
 
 
+_NOTHING = Plan()
 _TIGHTENINGS = 5
 _STEPS = 12
 _MARGIN = 0.98
@@ -187,12 +189,17 @@ class Planner:
             )
         return dataclasses.replace(estimate, profile=profile)
 
-    def recorded(self) -> profiler.Recorded | None:
-        """What the device holds while the step runs as it is; None if that can't be told."""
+    def recorded(self, plan: Plan = _NOTHING) -> profiler.Recorded | None:
+        """What the device holds while the step runs, less its updates; None if that can't be told.
+
+        Args:
+            plan: What it runs under; by default it runs as it is.
+        """
         step = self.step
+        graph = step.graph if plan.is_empty else rewrites.rewrite(step.graph, plan)
         with self._clock("measure"):
             try:
-                return profiler.record_memory(step.func_graph, step.graph, step.arguments, self._tiers)
+                return profiler.record_memory(step.func_graph, graph, step.arguments, self._tiers)
             except (profiler.CantMeasure, tf.errors.OpError):
                 return None
 

@@ -324,6 +324,18 @@ def test_on_an_emulated_accelerator_the_peak_is_measured(saved):
     assert fields["peak_bytes"] == pytest.approx(fields["predicted_peak_bytes"], rel=0.2)
 
 
+def trace_on_emulated_accelerator(path, trace):
+    done("plan", *step_of(path), "--memory_budget=3MiB", "--planning_seconds=0.5", f"--trace={trace}")
+    return [event["args"] for event in json.loads(pathlib.Path(trace).read_text())["traceEvents"] if event["pid"] == 3]
+
+
+def test_on_an_emulated_accelerator_the_planned_step_is_recorded(saved, tmp_path):
+    name, *levels = emulated.call(64 << 20, __file__, "trace_on_emulated_accelerator", saved, str(tmp_path / "t.json"))
+    assert name == {"name": "measured"}
+    peak = max(next(iter(level.values())) for level in levels)
+    assert 1 << 20 < peak <= 3 << 20
+
+
 @pytest.mark.parametrize("form", ["text", "json"])
 def test_rewrite_writes_a_step_with_the_same_losses(form, saved, tmp_path):
     output = tmp_path / "rewritten"

@@ -71,6 +71,8 @@ def plan(argv: Sequence[str]) -> int:
     _check_page(shown.value)
     options = asked()
     step = source.step()
+    from graphswap import offline
+
     with _refusals():
         made = _planned(step, options, _device(device.value))
     judged = made.judge()
@@ -79,6 +81,9 @@ def plan(argv: Sequence[str]) -> int:
     if shown.value or trace.value:
         with _refusals():
             shows = picture(made, _bounds(made, judged) if shown.value else ())
+            if not device.value:
+                recorded = offline.Planner(step, options, _say).recorded(made.plan)
+                shows = dataclasses.replace(shows, measured=recorded.levels if recorded else ())
         if shown.value:
             _write(shown.value, page.html(shows))
         if trace.value:
