@@ -40,8 +40,9 @@ def test_a_rewritten_step_trains_with_tensorflow_alone(name, tmp_path):
     if SHARES[name] < 1:
         assert rewritten["decisions"]
     assert rewritten["parts_bytes"] == rewritten["peak_bytes"]
-    # TensorFlow runs the plain step in an order that wanders, and its peak with it: by 4 % from run to run.
-    assert rewritten["peak_bytes"] == pytest.approx(plain["peak_bytes"], rel=0.1)
+    # TensorFlow runs the plain step in an order that wanders, and its peak with it: ResNet-50's lay between 307 and
+    # 364 MiB, and one step was recorded of the one, the highest of eight is known of the other.
+    assert rewritten["peak_bytes"] == pytest.approx(plain["peak_bytes"], rel=0.2)
     same = [path.relative_to(saved) for path in (saved / "variables").iterdir()]
     assert same
     assert all((output / path).read_bytes() == (saved / path).read_bytes() for path in same)
