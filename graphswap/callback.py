@@ -10,7 +10,6 @@ import itertools
 import os
 import pathlib
 import socket
-import statistics
 import textwrap
 import time
 from collections.abc import Mapping
@@ -79,15 +78,10 @@ def scalars(step: StepReport) -> dict[str, float]:
         "memory/measured_peak_bytes": step.measured_peak_bytes,
         "memory/swapped_bytes": step.swapped_bytes,
         "time/predicted_seconds": step.predicted_seconds,
-        "time/measured_seconds": _median(step.measured_seconds),
+        "time/measured_seconds": step.step_seconds,
         "time/recomputed_seconds": step.recomputed_seconds,
     }
     return {tag: float(value) for tag, value in values.items() if value is not None}
-
-
-def _median(seconds: list[float]) -> float | None:
-    # As in the report: the first run of a step also sets kernels up.
-    return statistics.median(seconds[1:] or seconds) if seconds else None
 
 
 # --- TensorBoard's files ----------------------------------------------------------------------------------------

@@ -64,7 +64,7 @@ class Explanation:
         least_bytes: No plan has a lower peak (the memory bound).
         peak_bytes: As measured if the step was recorded, else as predicted.
         is_measured: Whether it was.
-        smallest_bytes: The smallest budget that a quick plan was found for; None if it was not looked for.
+        smallest_bytes: The smallest budget that a quick plan was found for; None if none was looked for or found.
         free_bytes: The smallest that a quick plan was found for that is no slower, likewise.
     """
 

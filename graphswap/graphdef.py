@@ -624,8 +624,10 @@ def _fits(operation: Any, node: Any, inputs: Sequence[tf.Tensor]) -> bool:
     same_attrs = all(
         value == operation.node_def.attr[name] for name, value in node.attr.items() if not name.startswith("_")
     )
-    return same_attrs and all(
-        _shape(new) == _shape(old) for new, old in zip(inputs, operation.inputs, strict=True) if new is not old
+    return (
+        operation.type == node.op
+        and same_attrs
+        and all(_shape(new) == _shape(old) for new, old in zip(inputs, operation.inputs, strict=True) if new is not old)
     )
 
 

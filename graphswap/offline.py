@@ -92,7 +92,8 @@ def from_keras(path: str | os.PathLike[str], batch_size: int) -> Step:
         model: Any = keras.saving.load_model(path)
     except Exception as error:  # Keras raises what it likes for what it can't read
         raise SavedModelError(
-            f"expected a model that Keras can load, received '{path}', of which it says: {str(error).splitlines()[0]}."
+            f"expected a model that Keras can load, received '{path}', of which it says: "
+            f"{saved_model.first_line(error)}."
         ) from error
     if not model.compiled:
         raise SavedModelError(
@@ -168,26 +169,25 @@ class Planner:
     say: Callable[[str], None] = lambda phase: None
     _tiers: tiers.Tiers = dataclasses.field(default_factory=tiers.Tiers)
 
-    def _planner(self) -> planning.Planner:
-        return planning.Planner(self.options, self._tiers)
+    def _begin(self) -> tuple[planning.Planner, CostModel, int]:
+        """What plans the step, its costs as far as they are known, and bytes to plan for."""
+        planner = planning.Planner(self.options, self._tiers)
+        device = planner.device()
+        return planner, planner.cost_model(device, self.step.graph, 0), planner.budget(device, 1.0)[0]
 
     @contextlib.contextmanager
     def _clock(self, phase: str) -> Iterator[None]:
         self.say(phase)
         yield
 
-    def cost_model(self) -> CostModel:
-        """Costs of the step on this machine: measured if it can be run here."""
-        planner = self._planner()
-        device = planner.device()
-        estimate = planner.cost_model(device, self.step.graph, 0)
-        budget, _ = planner.budget(device, 1.0)
+    def cost_model(self) -> tuple[CostModel, list[str]]:
+        """Costs of the step on this machine, measured if it can be run here; and notes on what could not be."""
+        planner, estimate, budget = self._begin()
+        step = self.step
         notes: list[str] = []
         with self._clock("measure"):
-            profile = planner.profile(
-                self.step.func_graph, self.step.graph, self.step.arguments, estimate, budget, notes
-            )
-        return dataclasses.replace(estimate, profile=profile)
+            profile = planner.profile(step.func_graph, step.graph, step.arguments, estimate, budget, notes)
+        return dataclasses.replace(estimate, profile=profile), notes
 
     def recorded(self, plan: Plan = _NOTHING) -> profiler.Recorded | None:
         """What the device holds while the step runs, less its updates; None if that can't be told.
@@ -200,7 +200,7 @@ class Planner:
         with self._clock("measure"):
             try:
                 return profiler.record_memory(step.func_graph, graph, step.arguments, self._tiers)
-            except (profiler.CantMeasure, tf.errors.OpError):
+            except (profiler.CantMeasure, tf.errors.ResourceExhaustedError):
                 return None
 
     def plan(self) -> planning.Planned:
@@ -209,10 +209,7 @@ class Planner:
         Raises:
             InfeasibleBudgetError: If there is none.
         """
-        planner = self._planner()
-        device = planner.device()
-        estimate = planner.cost_model(device, self.step.graph, 0)
-        budget, _ = planner.budget(device, 1.0)
+        planner, estimate, budget = self._begin()
         step = self.step
         return planner.plan(step.func_graph, step.graph, step.arguments, estimate, budget, self._clock)
 
@@ -258,7 +255,7 @@ class Planner:
             except tf.errors.OpError as error:
                 if not planning.is_out_of_memory(error):
                     raise
-                return (self._planner().device().memory_bytes or 0) + 1
+                return (self._begin()[1].device.memory_bytes or 0) + 1
 
     def rewritten(self, planned: planning.Planned) -> Any:
         """A function of the step's arguments and captures, flat, that runs as planned."""

@@ -7,7 +7,6 @@ graph that the plain one gives. That the file computes the same as TensorFlow is
 from __future__ import annotations
 
 import dataclasses
-import functools
 import importlib
 import math
 import os
@@ -268,10 +267,9 @@ def _nodes(graph: Any) -> Iterator[Any]:
 
 
 def _refused(name: str, who: str, error: Exception) -> ValueError:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
     return ValueError(
-        f"'{name}': expected a function that {who} takes, received one of which it says: {reason}. Nothing was "
-        "written. Try another opset=..., or export a part of the model."
+        f"'{name}': expected a function that {who} takes, received one of which it says: "
+        f"{saved_model.first_line(error)}. Nothing was written. Try another opset=..., or export a part of the model."
     )
 
 
@@ -285,27 +283,13 @@ def _flat(function: saved_model.Function) -> Any:
         graph: Any = tf.compat.v1.get_default_graph()
         for variable in function.concrete.variables:  # or else freezing would not find them
             graph.watch_variable(variable)
-        return graphdef.call_inline(functools.partial(_call, function.concrete), arguments, {})
+        return graphdef.call_inline(function, arguments, {})
 
     return tf.function(inlined, autograph=False).get_concrete_function(*function.arguments)
 
 
-def _call(concrete: Any, *arguments: tf.Tensor) -> Any:
-    """Calls a function with its tensors alone; what else its signature holds, such as training=False, is fixed."""
-    signature = concrete.structured_input_signature
-    rest = iter(arguments)
-    leaves = [next(rest) if isinstance(leaf, tf.TensorSpec) else leaf for leaf in tf.nest.flatten(signature)]
-    args, kwargs = tf.nest.pack_sequence_as(signature, leaves)
-    return concrete(*args, **kwargs)
-
-
-_UPDATE = re.compile(
-    "Assign|Rng|Stateful(Standard|Truncated|Uniform|Random)|Resource(Sparse)?Apply|Resource(Scatter|StridedSliceAssign)"
-)
-
-
 def _refuse_updates(function: saved_model.Function) -> None:
-    update = _update(function.concrete)
+    update = function.update()
     if update is None:
         return
     owner = function.owner
@@ -314,25 +298,12 @@ def _refuse_updates(function: saved_model.Function) -> None:
         name: value.concrete_functions for name, value in attributes.items() if hasattr(value, "concrete_functions")
     }
     traces |= {name: [concrete] for name, concrete in owner.signatures.items()}
-    others = sorted(name for name, concretes in traces.items() if not any(map(_update, concretes)))
+    others = sorted(name for name, concretes in traces.items() if not any(map(saved_model.update, concretes)))
     advice = f"Export {' or '.join(others)}." if others else "Save the forward function as well, and export that."
     raise ValueError(
         f"'{function.name}': expected a forward function, received one that changes variables ({update}). ONNX has no "
         f"variables to update, and tf2onnx would write an empty graph without a word. {advice}"
     )
-
-
-def _update(concrete: Any) -> str | None:
-    """An op that changes a variable, in the function or in one that it calls; None if there is none."""
-    return next((node.op for node in _defined(concrete) if _UPDATE.match(node.op)), None)
-
-
-def _defined(concrete: Any) -> Iterator[Any]:
-    """The nodes of a function and of all that it calls."""
-    definition = concrete.graph.as_graph_def()
-    yield from definition.node
-    for function in definition.library.function:
-        yield from function.node_def
 
 
 def _refuse_size(function: saved_model.Function) -> None:
@@ -417,8 +388,8 @@ def _run_tensorflow(
 
     If it swaps to files, those of the lowered definition: the files may be those of a training that still runs.
     """
-    writes_files = any(node.op == "WriteFile" for node in _defined(function.concrete))
-    run = _as_function(definition, inputs, outputs) if writes_files else functools.partial(_call, function.concrete)
+    writes_files = any(node.op == "WriteFile" for node in function.nodes())
+    run = _as_function(definition, inputs, outputs) if writes_files else function
     try:
         tensors = [tf.constant(array, spec.dtype) for array, spec in zip(arguments, function.arguments, strict=True)]
         return tf.nest.flatten(run(*tensors))

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Mapping
 from typing import Any
 
-from graphswap import allocator, ir, parser, simulator
+from graphswap import ir, parser, simulator
 from graphswap.cost_model import CostModel, DeviceSpec, Link, Profile
 from graphswap.options import format_bytes
 from graphswap.plan import TIERS, Plan, PlanError
@@ -92,11 +92,7 @@ class PlanFile:
             simulator.NoRoom: If the device has no room for it.
         """
         cost_model = self.cost_model if device is None else CostModel(device, far_tier=self.cost_model.far_tier)
-        memory = None
-        if cost_model.device.memory_bytes is not None:
-            limit = max(self.plan.memory_budget or 0, cost_model.device.memory_bytes)
-            memory = allocator.Allocator(limit, cost_model.device.reserves_memory)
-        planned = simulator.simulate(self.graph, self.plan, cost_model, allocator=memory)
+        planned = simulator.judge(self.graph, self.plan, cost_model)
         certificate, budget, profile = self.plan.certificate, self.plan.memory_budget, cost_model.profile
         has_bound = device is None and certificate is not None and budget is not None
         return Judgement(

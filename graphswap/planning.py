@@ -12,7 +12,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from graphswap import allocator, graphdef, ir, plan_file, profiler, replanning, rewrites, simulator, strategies, tiers
+from graphswap import graphdef, ir, plan_file, profiler, replanning, rewrites, simulator, strategies, tiers
 from graphswap.cost_model import MEMORY_VARIABLE, CostModel, DeviceSpec, Profile
 from graphswap.options import Options, format_bytes
 from graphswap.plan import Plan
@@ -289,15 +289,7 @@ def _judged(graph: ir.Graph, plan: Plan, cost_model: CostModel, budget: int) -> 
     Raises:
         simulator.NoRoom: If the device has no room for it.
     """
-    device = cost_model.device
-    timelines = []
-    for second_first in dict.fromkeys(((), tuple(pair.second for pair in plan.pairs))):
-        memory = None
-        if device.memory_bytes is not None:
-            limit = max(plan.memory_budget or 0, device.memory_bytes)
-            memory = allocator.Allocator(limit, device.reserves_memory)
-        timelines.append(simulator.simulate(graph, plan, cost_model, allocator=memory, second_first=second_first))
-    worst = max(timelines, key=lambda timeline: timeline.allocated_peak_bytes)
+    worst = simulator.judge(graph, plan, cost_model)
     plain = simulator.simulate(graph, Plan(), cost_model)
     memory_bound_bytes = budgets.least_peak(gaps.problem(graph, cost_model)).nbytes
     return Planned(graph, cost_model, budget, plan, worst, plain, memory_bound_bytes=memory_bound_bytes)

@@ -251,7 +251,7 @@ def measure_step(
         tf.errors.ResourceExhaustedError: If it does not fit.
     """
     harmless = without_side_effects(graph)
-    events = _second_run(func_graph, harmless, arguments, far_tiers)
+    (events,) = _recorded_runs(func_graph, harmless, arguments, far_tiers, 1)
     if device_name() == "CPU:0":
         seconds = _node_seconds(harmless, _spent(events, harmless))
     elif any(_KERNEL in stats for _, _, _, stats in events):
@@ -263,7 +263,7 @@ def measure_step(
 
 
 class Recorded(NamedTuple):
-    """What the device's allocator counted during a step.
+    """What the device's allocator counted during a step, the one with the highest peak of those that were recorded.
 
     Attributes:
         levels: Seconds from the start of the step, and bytes in use from then on.
@@ -293,7 +293,16 @@ def record_memory(
     """
     if memory_in_use() is None:
         return None
-    events = _second_run(func_graph, without_side_effects(graph), arguments, far_tiers)
+    recorded = _recorded_runs(func_graph, without_side_effects(graph), arguments, far_tiers, _RECORDED_STEPS)
+    return max(filter(None, map(_recorded, recorded)), key=lambda one: one.peak_bytes, default=None)
+
+
+_RECORDED_STEPS = 5
+"""TensorFlow's order of a step that is not rewritten differs from run to run, and its peak with it."""
+
+
+def _recorded(events: Sequence[Event]) -> Recorded | None:
+    """What the allocator's events say; None if there are none."""
     changes = [event for event in events if event[2] in _MEMORY_EVENTS and _is_of_device(event[3])]
     if not changes:
         return None
@@ -336,10 +345,10 @@ def measure_peak(function: Any, func_graph: graphdef.FuncGraph, arguments: Seque
 _MEMORY_EVENTS = ("MemoryAllocation", "MemoryDeallocation")
 
 
-def _second_run(
-    func_graph: graphdef.FuncGraph, graph: ir.Graph, arguments: Sequence[Any], far_tiers: tiers.Tiers
-) -> list[Event]:
-    """Runs a graph without side effects twice, and records the second run."""
+def _recorded_runs(
+    func_graph: graphdef.FuncGraph, graph: ir.Graph, arguments: Sequence[Any], far_tiers: tiers.Tiers, count: int
+) -> list[list[Event]]:
+    """Runs a graph without side effects once unrecorded, and so often recorded."""
     function = graphdef.build_function(func_graph, graph, far_tiers)
     captures = [external for external, _ in func_graph.captures]
     if any(not hasattr(tensor, "numpy") for tensor in captures):
@@ -351,9 +360,12 @@ def _second_run(
         ]
         with graphdef.without_memory_optimizer():
             function._call_flat([*tensors, *captures], [])  # makes kernels, and touches memory for the first time
-            with recording() as events:
-                function._call_flat([*tensors, *captures], [])
-    return events
+            recorded = []
+            for _ in range(count):
+                with recording() as events:
+                    function._call_flat([*tensors, *captures], [])
+                recorded.append(events)
+    return recorded
 
 
 def step_costs(events: Sequence[Event], graph: ir.Graph, seconds: float, known: CostModel, fingerprint: str) -> Profile:
@@ -504,20 +516,15 @@ def recording() -> Iterator[list[Event]]:
     Raises:
         CantMeasure: If TensorFlow's profiler is busy; nothing has run then.
     """
-    on_gpu = device_name() != "CPU:0"
-    # What TensorFlow takes for inexpensive, as the launches of a GPU's kernels, is a detail of the third level.
-    options = tf.profiler.experimental.ProfilerOptions(
-        host_tracer_level=3 if on_gpu else 1, python_tracer_level=0, device_tracer_level=int(on_gpu)
-    )
     events: list[Event] = []
     with tempfile.TemporaryDirectory(prefix="graphswap-profile-") as directory:
         try:
-            tf.profiler.experimental.start(directory, options=options)
+            tf.profiler.experimental.start(directory)  # TensorFlow 2.21 heeds none of its options
         except (tf.errors.AlreadyExistsError, tf.errors.UnavailableError) as error:
             raise CantMeasure(f"TensorFlow's profiler is busy: {error.message}") from error
         try:
             yield events
-            if on_gpu:
+            if device_name() != "CPU:0":
                 tf.test.experimental.sync_devices()
         finally:
             tf.profiler.experimental.stop()

@@ -67,6 +67,11 @@ class StepReport:
     measured_peak_bytes: int | None = None
     file: PlanFile | None = dataclasses.field(default=None, repr=False, compare=False)
 
+    @property
+    def step_seconds(self) -> float | None:
+        """Median of the measured steps but the first, which also sets kernels up; None before any has run."""
+        return statistics.median(self.measured_seconds[1:] or self.measured_seconds) if self.measured_seconds else None
+
     def save_plan(self, path: str | os.PathLike[str]) -> None:
         """Writes the plan with its graph and costs, for `Options(plan=...)` and the command line.
 
@@ -112,7 +117,9 @@ class StepReport:
         self.time_scale = time_scale
 
     def _rows(self) -> Sequence[tuple[str, str]]:
-        measured = "not run yet" if not self.measured_seconds else _step_time(self.measured_seconds)
+        measured = "not run yet"
+        if self.step_seconds is not None:
+            measured = f"{self.step_seconds:.3f} s (median of {max(1, len(self.measured_seconds) - 1)})"
         peak = (
             "not counted by this device" if self.measured_peak_bytes is None else format_bytes(self.measured_peak_bytes)
         )
@@ -235,9 +242,3 @@ def _least(memory_bound_bytes: int | None) -> str:
     if memory_bound_bytes is None:
         return ""
     return f"no plan of its class (docs/limits.md) has a peak below {format_bytes(memory_bound_bytes)}"
-
-
-def _step_time(seconds: Sequence[float]) -> str:
-    # The first run of a step also sets kernels up.
-    steady = seconds[1:] or seconds
-    return f"{statistics.median(steady):.3f} s (median of {len(steady)})"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import pathlib
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,7 +25,9 @@ _FILE = "saved_model.pb"
 _FINGERPRINT = "fingerprint.pb"
 
 
-_UPDATES = ("Assign", "ResourceApply", "ResourceSparseApply", "ResourceScatter")
+_UPDATE = re.compile(
+    "Assign|Rng|Stateful(Standard|Truncated|Uniform|Random)|Resource(Sparse)?Apply|Resource(Scatter|StridedSliceAssign)"
+)
 
 
 class SavedModelError(ValueError):
@@ -62,13 +65,29 @@ class Function:
         args, kwargs = tf.nest.pack_sequence_as(signature, leaves)
         return self.concrete(*args, **kwargs)
 
-    def updates_variables(self) -> bool:
-        """Whether it changes a variable, as a training step does."""
-        return any(node.op.startswith(_UPDATES) for definition in self._definitions() for node in definition.node_def)
+    def update(self) -> str | None:
+        """An op that changes a variable, as in a training step; None if there is none."""
+        return update(self.concrete)
 
-    def _definitions(self) -> Iterator[Any]:
-        yield self.concrete.function_def
-        yield from graphdef.called_definitions(self.concrete.function_def)
+    def nodes(self) -> Iterator[Any]:
+        """The definitions of its nodes, and of those of all functions that it calls."""
+        return nodes(self.concrete)
+
+
+def nodes(concrete: Any) -> Iterator[Any]:
+    """The definitions of a concrete function's nodes, and of those of all functions that it calls."""
+    for definition in (concrete.function_def, *graphdef.called_definitions(concrete.function_def)):
+        yield from definition.node_def
+
+
+def update(concrete: Any) -> str | None:
+    """An op that changes a variable, in a concrete function or one that it calls; None if there is none."""
+    return next((node.op for node in nodes(concrete) if _UPDATE.match(node.op)), None)
+
+
+def first_line(error: Exception) -> str:
+    """The first line of what an error says, else its type, without a full stop."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
 def load(directory: str | os.PathLike[str], function: str) -> Function:
@@ -88,7 +107,7 @@ def load(directory: str | os.PathLike[str], function: str) -> Function:
     except Exception as error:  # TensorFlow raises what it likes for what it can't read
         raise SavedModelError(
             f"expected a SavedModel that TensorFlow can load, received '{path}', of which it says: "
-            f"{str(error).splitlines()[0] if str(error) else type(error).__name__}. Save it again."
+            f"{first_line(error)}. Save it again."
         ) from error
     definitions = _definitions(model)
     if function not in definitions:

@@ -112,6 +112,28 @@ def simulate(
     return _Run([action for _, action in entries], versions, plain.results, cost_model, allocator).timeline()
 
 
+def judge(graph: ir.Graph, plan: Plan, cost_model: CostModel) -> Timeline:
+    """Runs the step with the allocator that the device has: of the two orders in which pairs may ask, the worse.
+
+    Args:
+        graph: As in `simulate`.
+        plan: Likewise.
+        cost_model: Likewise. If its device has no limit, no allocator is modelled.
+
+    Raises:
+        NoRoom: If the device has no room for it.
+    """
+    device = cost_model.device
+    timelines = []
+    for second_first in dict.fromkeys(((), tuple(pair.second for pair in plan.pairs))):
+        memory = None
+        if device.memory_bytes is not None:
+            limit = max(plan.memory_budget or 0, device.memory_bytes)
+            memory = allocator_lib.Allocator(limit, device.reserves_memory)
+        timelines.append(simulate(graph, plan, cost_model, allocator=memory, second_first=second_first))
+    return max(timelines, key=lambda timeline: timeline.allocated_peak_bytes)
+
+
 class Live(NamedTuple):
     """A buffer at a moment of the step.
 

@@ -111,7 +111,7 @@ def rewrite(directory: str, output: str, budget: str) -> None:
     function = saved_model.load(directory, "step")
     step = offline.from_saved_model(function)
     planner = offline.Planner(step, Options(int(budget), swap_to="host", planning_seconds=10))
-    found = explanation.explain(step.graph, planner.cost_model(), planner.recorded())
+    found = explanation.explain(step.graph, planner.cost_model()[0], planner.recorded())
     planned, rewritten, _ = planner.fitted()
     saved_model.write(function, rewritten, output)
     explained = {"peak_bytes": found.peak_bytes, "parts_bytes": sum(one.live.nbytes for one in found.candidates)}

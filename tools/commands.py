@@ -200,7 +200,7 @@ def rewrite(argv: Sequence[str]) -> int:
     with _refusals():
         saved_model.check_output(pathlib.Path(output.value))
         function = source.function()
-        if not function.updates_variables():
+        if function.update() is None:
             raise CommandError(
                 f"expected a function that updates variables, received '{function.name}', which updates none. "
                 "Name the training step: --function=NAME."
@@ -209,6 +209,7 @@ def rewrite(argv: Sequence[str]) -> int:
         planner = offline.Planner(step, options, _say)
         planned, rewritten, measured = planner.fitted()
         saved_model.write(function, rewritten, output.value)
+    _tell(planned.notes)
     judged = plan_file.PlanFile(planned.plan, planned.graph, planned.cost_model).judge()
     lines = [_figures(judged), f"wrote   {output.value}"]
     if measured is not None:
@@ -417,6 +418,13 @@ def _say(phase: str) -> None:
         print(f"\r\x1b[Kgraphswap: {phase} ...", end="", file=sys.stderr, flush=True)
 
 
+def _tell(notes: Sequence[str]) -> None:
+    """Says what the user should know besides the result."""
+    _hush()
+    for note in notes:
+        print(f"graphswap: note: {note}", file=sys.stderr)
+
+
 def _hush() -> None:
     if sys.stderr.isatty():
         print("\r\x1b[K", end="", file=sys.stderr, flush=True)
@@ -429,7 +437,9 @@ def _cost_model(step: offline.Step, device: DeviceSpec | None, options: Options 
     from graphswap import offline
 
     with _refusals():
-        return offline.Planner(step, options or Options("auto", swap_to="host"), _say).cost_model()
+        cost_model, notes = offline.Planner(step, options or Options("auto", swap_to="host"), _say).cost_model()
+    _tell(notes)
+    return cost_model
 
 
 def _planned(step: offline.Step, options: Options, device: DeviceSpec | None) -> plan_file.PlanFile:
@@ -439,6 +449,7 @@ def _planned(step: offline.Step, options: Options, device: DeviceSpec | None) ->
         from graphswap import offline
 
         planned = offline.Planner(step, options, _say).plan()
+        _tell(planned.notes)
         plan, cost_model = planned.plan, planned.cost_model
     else:
         budget, cost_model = options.memory_budget, CostModel(device)
