@@ -6,6 +6,7 @@ import collections
 import contextlib
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -30,6 +31,7 @@ _KINDS = {
     "argument": "an argument of the step stays on the device",
     "constant": "a constant stays on the device",
     "workspace": "a kernel needs it while it runs",
+    "inner": "a loop or a branch makes it inside, where no plan reaches",
     "other": "the graph does not show it: other tensors, and what the allocator's chunks are too large by",
 }
 
@@ -194,11 +196,21 @@ def _recorded_live(graph: ir.Graph, simulated: Iterable[Live], recorded: Recorde
     """What was recorded at the peak, and what was there before: its variables, its batch, and the rest."""
     before = [one for one in simulated if one.kind in ("variable", "argument")]
     made = [
-        Live(node, "workspace" if is_workspace else "activation" if node in graph.by_name else "other", nbytes)
+        Live(node, "workspace" if is_workspace else _recorded_kind(graph, node), nbytes)
         for node, nbytes, is_workspace in recorded.live
     ]
     rest = recorded.peak_bytes - sum(one.nbytes for one in (*before, *made))
     return (*made, *before, Live("", "other", rest))
+
+
+def _recorded_kind(graph: ir.Graph, node: str) -> str:
+    if node in graph.by_name:
+        return "activation"
+    return "inner" if _INNER.split(node, 1)[0] in graph.by_name else "other"
+
+
+_INNER = re.compile(r"/(?:cond|body|then|else)/_\d+/")
+"""Between the name of a While or If and that of a node inside, where TensorFlow runs it."""
 
 
 def declined(graph: ir.Graph, plan: Plan, cost_model: CostModel) -> tuple[Declined, ...]:

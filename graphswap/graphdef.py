@@ -69,7 +69,8 @@ def import_function(
     """
     operations = _in_trace_order(func_graph)
     shapes = _resolved_shapes(func_graph, operations, argument_shapes)
-    source: dict[str, str] = {}  # reference to a copy -> reference to what it copies
+    names = _capture_names(func_graph)
+    source = dict(names)  # reference to a copy -> reference to what it copies
     nodes = []
     for operation in operations:
         inputs = []
@@ -84,7 +85,7 @@ def import_function(
         outputs = tuple(ir.Value(tensor.dtype.name, shapes(tensor)) for tensor in operation.outputs)
         nodes.append(
             ir.Node(
-                name=operation.name,
+                name=names.get(operation.name, operation.name),
                 op=operation.type,
                 inputs=tuple(inputs),
                 control_inputs=controls,
@@ -95,9 +96,9 @@ def import_function(
         )
     graph = ir.Graph(
         name=func_graph.name,
-        nodes=_topological(_live(_folded(nodes, func_graph), func_graph)),
-        inputs=tuple(tensor.op.name for tensor in func_graph.inputs),
-        outputs=tuple(_ref(tensor) for tensor in func_graph.outputs),
+        nodes=_topological(_live(_folded(nodes, func_graph), func_graph, names)),
+        inputs=tuple(names.get(tensor.op.name, tensor.op.name) for tensor in func_graph.inputs),
+        outputs=tuple(names.get(_ref(tensor), _ref(tensor)) for tensor in func_graph.outputs),
         control_outputs=tuple(sorted(operation.name for operation in func_graph.control_outputs)),
     )
     graph = _with_hidden_bytes(graph, func_graph, folding)
@@ -130,10 +131,29 @@ _REPLACED = "_graphswap_replaced"
 """An attribute of a FuncGraph: name of an operation -> that of the traced one in whose place it is."""
 
 
-def _live(nodes: Sequence[ir.Node], func_graph: FuncGraph) -> list[ir.Node]:
+def _capture_names(func_graph: FuncGraph) -> dict[str, str]:
+    """Placeholder of a capture -> a name for it: that of its variable, or its number among the captures.
+
+    TensorFlow calls it by a count of what the process has made so far.
+    """
+    variables = {id(variable.handle): variable.name.partition(":")[0] for variable in func_graph.variables}
+    taken = {operation.name for operation in func_graph.get_operations()}
+    names = {}
+    for index, (external, internal) in enumerate(func_graph.captures):
+        name = wanted = variables.get(id(external), f"capture_{index}")
+        suffix = 0
+        while name in taken:
+            suffix += 1
+            name = f"{wanted}_{suffix}"
+        taken.add(name)
+        names[internal.op.name] = name
+    return names
+
+
+def _live(nodes: Sequence[ir.Node], func_graph: FuncGraph, names: Mapping[str, str]) -> list[ir.Node]:
     """The nodes that run: what leads to a result or changes state, copies that were looked through left out."""
     by_name = {node.name: node for node in nodes}
-    pending = [tensor.op.name for tensor in (*func_graph.outputs, *func_graph.inputs)]
+    pending = [names.get(t.op.name, t.op.name) for t in (*func_graph.outputs, *func_graph.inputs)]
     pending += [operation.name for operation in func_graph.control_outputs]
     pending += [node.name for node in nodes if node.stateful and node.op not in ("ReadVariableOp", "VarHandleOp")]
     live: set[str] = set()
@@ -238,8 +258,8 @@ def _resolved_shapes(
 def _with_hidden_bytes(graph: ir.Graph, func_graph: FuncGraph, folding: Folding | None) -> ir.Graph:
     """Writes down the bytes that types don't show: of variables, and of the lists that loops pile up."""
     handles = {
-        internal.op.name: _variable_bytes(internal)
-        for _, internal in func_graph.captures
+        name: _variable_bytes(internal)
+        for name, internal in zip(graph.inputs, func_graph.inputs, strict=True)
         if internal.dtype == tf.resource
     }
     nodes = []
@@ -556,7 +576,7 @@ def transpose_layout(func_graph: FuncGraph, architecture: str) -> None:
         return
     gpu = device_properties_pb2.DeviceProperties(type="GPU", environment={"architecture": architecture})
     where = "/job:localhost/replica:0/task:0/device:GPU:0"
-    live = {node.name for node in _live(list(map(_edges, func_graph.get_operations())), func_graph)}
+    live = {node.name for node in _live(list(map(_edges, func_graph.get_operations())), func_graph, {})}
     definition = func_graph.as_graph_def()
     nodes = [node for node in definition.node if node.name in live]
     del definition.node[:]
@@ -756,7 +776,7 @@ def export_function(func_graph: FuncGraph, graph: ir.Graph, far_tiers: tiers.Tie
         graph: The rewritten graph.
         far_tiers: Where swapped values go.
     """
-    exporter = _Exporter(func_graph, func_graph, far_tiers)
+    exporter = _Exporter(func_graph, func_graph, graph.inputs, far_tiers)
     for node in graph.nodes:
         exporter.add(node)
 
@@ -775,7 +795,7 @@ def build_function(
         A function of `func_graph.inputs`, captures passed by the caller like arguments, flat.
     """
     target = FuncGraph(f"{func_graph.name}_measured")
-    exporter = _Exporter(func_graph, target, far_tiers)
+    exporter = _Exporter(func_graph, target, graph.inputs, far_tiers)
     for node in graph.nodes:
         exporter.add(node)
     target.inputs = [exporter.tensor(name) for name in graph.inputs]
@@ -785,6 +805,15 @@ def build_function(
     signature = [tf.TensorSpec.from_tensor(tensor) for tensor in target.inputs]
     target.structured_input_signature = (tuple(signature), {})
     return concrete_function_lib.ConcreteFunction.from_func_graph(target, None, {})
+
+
+def run_built(
+    function: concrete_function_lib.ConcreteFunction, func_graph: FuncGraph, arguments: Sequence[tf.Tensor]
+) -> Any:
+    """Runs what `build_function` made of `func_graph`, on its arguments and its captures as they are now."""
+    captures = [external for external, _ in func_graph.captures]
+    with without_memory_optimizer():
+        return function._call_flat([*arguments, *captures], [])
 
 
 def called_definitions(definition: Any) -> list[Any]:
@@ -809,8 +838,9 @@ def write_fingerprint(directory: str) -> None:
 class _Exporter:
     """Adds nodes of a Graph to `target`, in execution order."""
 
-    def __init__(self, source: FuncGraph, target: FuncGraph, far_tiers: tiers.Tiers):
+    def __init__(self, source: FuncGraph, target: FuncGraph, inputs: Sequence[str], far_tiers: tiers.Tiers):
         self.source = source
+        self.inputs = {name: tensor.op for name, tensor in zip(inputs, source.inputs, strict=True)}
         self.target = target
         self.tiers = far_tiers
         self.tensors: dict[str, tf.Tensor] = {}
@@ -831,6 +861,10 @@ class _Exporter:
         else:
             self._rewire(node)
 
+    def _original(self, node: ir.Node) -> Any:
+        name = node.like or node.name
+        return self.inputs.get(name) or self.source.get_operation_by_name(name)
+
     def _bind(self, node: ir.Node, operation: Any) -> None:
         self.done[node.name] = [operation]
         for reference, tensor in zip(node.refs(), operation.outputs, strict=True):
@@ -840,7 +874,7 @@ class _Exporter:
         return [operation for name in node.control_inputs for operation in self.done[name]]
 
     def _rewire(self, node: ir.Node) -> None:
-        operation = self.target.get_operation_by_name(node.name)
+        operation = self._original(node)
         if node.op == "Const":
             if operation.type not in _SHAPES:
                 self._detach(operation)
@@ -876,7 +910,7 @@ class _Exporter:
             return tf.constant(tensor.op.inputs[tensor.value_index].shape.as_list(), tensor.dtype)
 
     def _add_copy(self, node: ir.Node) -> None:
-        original = self.source.get_operation_by_name(node.like or node.name)
+        original = self._original(node)
         if node.op == "Const" and original.type in _SHAPES and _has_static_inputs(original):
             shapes = [self._constant(tensor) for tensor in original.outputs]
             self.done[node.name] = [tensor.op for tensor in shapes]
@@ -974,7 +1008,7 @@ def call_inline(step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
     outer: Any = tf.compat.v1.get_default_graph()
     traced = tf.function(step, autograph=False).get_concrete_function(*args, **kwargs)
     arguments = [leaf for leaf in tf.nest.flatten((args, kwargs), expand_composites=True) if tf.is_tensor(leaf)]
-    captures = [outer.capture(external) for external in traced.captured_inputs]
+    captures = _captured(outer, traced)
     tensors = _copy_operations(traced.graph, outer, [*arguments, *captures], [], "")[0]
 
     def counterpart(leaf: Any) -> Any:
@@ -994,9 +1028,15 @@ def call_concrete(concrete: Any, arguments: Sequence[tf.Tensor]) -> list[tf.Tens
         Its results, flat.
     """
     outer: Any = tf.compat.v1.get_default_graph()
-    captures = [outer.capture(external) for external in concrete.captured_inputs]
-    tensors = _copy_operations(concrete.graph, outer, [*arguments, *captures], [], "")[0]
+    tensors = _copy_operations(concrete.graph, outer, [*arguments, *_captured(outer, concrete)], [], "")[0]
     return [tensors[_ref(tensor)] for tensor in concrete.graph.outputs]
+
+
+def _captured(outer: Any, concrete: Any) -> list[tf.Tensor]:
+    """What a concrete function captures, captured by the graph being built, too."""
+    for variable in concrete.variables:
+        outer.watch_variable(variable)
+    return [outer.capture(external) for external in concrete.captured_inputs]
 
 
 def _copy_operations(

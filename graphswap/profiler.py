@@ -251,7 +251,17 @@ def measure_step(
         tf.errors.ResourceExhaustedError: If it does not fit.
     """
     harmless = without_side_effects(graph)
-    (events,) = _recorded_runs(func_graph, harmless, arguments, far_tiers, 1)
+    if any(not hasattr(tensor, "numpy") for tensor, _ in func_graph.captures):
+        raise CantMeasure("the step captures tensors of an outer function")
+    function = graphdef.build_function(func_graph, harmless, far_tiers)
+    with tf.init_scope():
+        tensors = [
+            tf.convert_to_tensor(argument, dtype=tensor.dtype)
+            for tensor, argument in zip(func_graph.inputs, arguments, strict=False)
+        ]
+        graphdef.run_built(function, func_graph, tensors)  # makes kernels, and touches memory for the first time
+        with recording() as events:
+            graphdef.run_built(function, func_graph, tensors)
     if device_name() == "CPU:0":
         seconds = _node_seconds(harmless, _spent(events, harmless))
     elif any(_KERNEL in stats for _, _, _, stats in events):
@@ -276,29 +286,26 @@ class Recorded(NamedTuple):
     peak_bytes: int
 
 
-def record_memory(
-    func_graph: graphdef.FuncGraph, graph: ir.Graph, arguments: Sequence[Any], far_tiers: tiers.Tiers
-) -> Recorded | None:
-    """Runs the step as `measure_step` does, and tells what was on the device meanwhile; None if it counts no bytes.
+def record_memory(run: Callable[[], Any], steps: int) -> Recorded | None:
+    """Runs a step once, then so often recorded, and tells what was on the device; None if it counts no bytes.
 
     Args:
-        func_graph: The traced step; it stays as it is.
-        graph: What to run.
-        arguments: Tensors or arrays to run it on.
-        far_tiers: Where its swaps go.
+        run: Runs the step.
+        steps: How many to record. TensorFlow's order of a step that is not rewritten differs from run to run.
 
     Raises:
-        CantMeasure: If the step can't be run without side effects.
+        CantMeasure: If TensorFlow's profiler is busy.
         tf.errors.ResourceExhaustedError: If it does not fit.
     """
     if memory_in_use() is None:
         return None
-    recorded = _recorded_runs(func_graph, without_side_effects(graph), arguments, far_tiers, _RECORDED_STEPS)
-    return max(filter(None, map(_recorded, recorded)), key=lambda one: one.peak_bytes, default=None)
-
-
-_RECORDED_STEPS = 5
-"""TensorFlow's order of a step that is not rewritten differs from run to run, and its peak with it."""
+    run()
+    recorded = []
+    for _ in range(steps):
+        with recording() as events:
+            run()
+        recorded.append(_recorded(events))
+    return max(filter(None, recorded), key=lambda one: one.peak_bytes, default=None)
 
 
 def _recorded(events: Sequence[Event]) -> Recorded | None:
@@ -320,13 +327,11 @@ def _recorded(events: Sequence[Event]) -> Recorded | None:
     return Recorded(levels, tuple(held.values()), levels[fullest][1])
 
 
-def measure_peak(function: Any, func_graph: graphdef.FuncGraph, arguments: Sequence[Any], steps: int) -> int | None:
+def measure_peak(run: Callable[[], Any], steps: int) -> int | None:
     """The most bytes that the device's allocator counts over some steps; None if it counts none.
 
     Args:
-        function: Of `graphdef.build_function`; its updates of variables are made.
-        func_graph: The traced step that it was built from.
-        arguments: Tensors to run it on.
+        run: Runs the step.
         steps: How many.
 
     Raises:
@@ -334,38 +339,13 @@ def measure_peak(function: Any, func_graph: graphdef.FuncGraph, arguments: Seque
     """
     if memory_in_use() is None:
         return None
-    captures = [external for external, _ in func_graph.captures]
-    with tf.init_scope(), graphdef.without_memory_optimizer():
-        tf.config.experimental.reset_memory_stats(device_name())
-        for _ in range(steps):
-            function._call_flat([*arguments, *captures], [])
-        return memory_in_use("peak")
+    tf.config.experimental.reset_memory_stats(device_name())
+    for _ in range(steps):
+        run()
+    return memory_in_use("peak")
 
 
 _MEMORY_EVENTS = ("MemoryAllocation", "MemoryDeallocation")
-
-
-def _recorded_runs(
-    func_graph: graphdef.FuncGraph, graph: ir.Graph, arguments: Sequence[Any], far_tiers: tiers.Tiers, count: int
-) -> list[list[Event]]:
-    """Runs a graph without side effects once unrecorded, and so often recorded."""
-    function = graphdef.build_function(func_graph, graph, far_tiers)
-    captures = [external for external, _ in func_graph.captures]
-    if any(not hasattr(tensor, "numpy") for tensor in captures):
-        raise CantMeasure("the step captures tensors of an outer function")
-    with tf.init_scope():
-        tensors = [
-            tf.convert_to_tensor(argument, dtype=tensor.dtype)
-            for tensor, argument in zip(func_graph.inputs, arguments, strict=False)
-        ]
-        with graphdef.without_memory_optimizer():
-            function._call_flat([*tensors, *captures], [])  # makes kernels, and touches memory for the first time
-            recorded = []
-            for _ in range(count):
-                with recording() as events:
-                    function._call_flat([*tensors, *captures], [])
-                recorded.append(events)
-    return recorded
 
 
 def step_costs(events: Sequence[Event], graph: ir.Graph, seconds: float, known: CostModel, fingerprint: str) -> Profile:

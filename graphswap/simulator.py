@@ -139,7 +139,8 @@ class Live(NamedTuple):
 
     Attributes:
         value: Reference to the value that it was made for; of workspace, the node; "" for what the graph does not show.
-        kind: "variable", "argument", "constant", "activation", "workspace" or "other".
+        kind: "variable", "argument", "constant", "activation", "workspace", "inner" (of a loop or branch) or
+            "other".
         nbytes: Device bytes.
     """
 

@@ -204,7 +204,13 @@ def test_the_text():
 def test_what_was_recorded_comes_before_what_is_predicted():
     # The simulated peak is 7 MiB; TensorFlow's own order had another one, and half a MiB that no node asked for.
     recorded: Any = types.SimpleNamespace(
-        live=(("f1", MIB, False), ("f2", MIB, False), ("f2", MIB // 2, True), ("unknown", MIB, False)),
+        live=(
+            ("f1", MIB, False),
+            ("f2", MIB, False),
+            ("f2", MIB // 2, True),
+            ("unknown", MIB, False),
+            ("f3/body/_7/f3/Mul", MIB // 4, False),
+        ),
         peak_bytes=6 * MIB,
     )
     explained = explanation.explain(testing.chain(4), pictures.COSTS, recorded)
@@ -212,8 +218,9 @@ def test_what_was_recorded_comes_before_what_is_predicted():
     assert explained.by_kind == {
         "activation": 2 * MIB,
         "argument": 2 * MIB,
-        "other": MIB + MIB // 2,
+        "other": MIB + MIB // 4,
         "workspace": MIB // 2,
+        "inner": MIB // 4,
     }
     assert explained.fields()["predicted_peak_bytes"] == 7 * MIB
     assert "\n  peak    6.0MiB measured; 7.0MiB predicted, while 'b4' runs at 0.006 s\n" in str(explained)

@@ -136,6 +136,22 @@ def test_variables_hold_their_bytes():
     assert sorted(held) == [(256,), (1280,)]  # in the allocator's units of 256
 
 
+def test_captures_are_called_by_their_variables():
+    weight, other, names = tf.Variable(tf.ones((4, 4)), name="layer/weight"), tf.Variable(1.0, name="Square"), set()
+    constant = tf.range(100.0)
+
+    def step(x):
+        return tf.square(x @ weight) * other, constant + 1.0
+
+    for _ in range(2):
+        func_graph = traced(step, floats(4, 4))
+        graph = graphdef.import_function(func_graph)
+        names.add(graph.inputs)
+        square, more = run(func_graph, graph, np.ones((4, 4), "float32"))
+        assert square[0, 0] == 16 and more[1] == 2
+    assert names == {("x", "layer/weight", "Square_1", "capture_2")}  # TensorFlow counts on from trace to trace
+
+
 def test_control_edges_survive():
     variable = tf.Variable(0.0)
 

@@ -47,9 +47,12 @@ def explain(argv: Sequence[str]) -> int:
     step = source.step()
     from graphswap import explanation, offline
 
-    cost_model = _cost_model(step, _device(device.value))
+    spec = _device(device.value)
     with _refusals():
-        recorded = None if device.value else offline.Planner(step, Options("auto"), _say).recorded()
+        # First: what measuring the costs leaves on the device would count.
+        recorded = None if spec else offline.Planner(step, Options("auto"), _say).recorded()
+    cost_model = _cost_model(step, spec)
+    with _refusals():
         found = explanation.explain(step.graph, cost_model, recorded)
         if has_budgets.value:
             found = explanation.with_budgets(found, cost_model, _EXPLAINING)
