@@ -85,7 +85,7 @@ def import_function(
         outputs = tuple(ir.Value(tensor.dtype.name, shapes(tensor)) for tensor in operation.outputs)
         nodes.append(
             ir.Node(
-                name=names.get(operation.name, operation.name),
+                name=names.get(operation.name) or operation.name,
                 op=operation.type,
                 inputs=tuple(inputs),
                 control_inputs=controls,
@@ -97,7 +97,7 @@ def import_function(
     graph = ir.Graph(
         name=func_graph.name,
         nodes=_topological(_live(_folded(nodes, func_graph), func_graph, names)),
-        inputs=tuple(names.get(tensor.op.name, tensor.op.name) for tensor in func_graph.inputs),
+        inputs=tuple(names.get(tensor.op.name) or tensor.op.name for tensor in func_graph.inputs),
         outputs=tuple(names.get(_ref(tensor), _ref(tensor)) for tensor in func_graph.outputs),
         control_outputs=tuple(sorted(operation.name for operation in func_graph.control_outputs)),
     )
@@ -136,9 +136,9 @@ def _capture_names(func_graph: FuncGraph) -> dict[str, str]:
 
     TensorFlow calls it by a count of what the process has made so far.
     """
-    variables = {id(variable.handle): variable.name.partition(":")[0] for variable in func_graph.variables}
+    variables = {id(variable.handle): str(variable.name).partition(":")[0] for variable in func_graph.variables}
     taken = {operation.name for operation in func_graph.get_operations()}
-    names = {}
+    names: dict[str, str] = {}
     for index, (external, internal) in enumerate(func_graph.captures):
         name = wanted = variables.get(id(external), f"capture_{index}")
         suffix = 0
