@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import tensorflow as tf
+from tensorflow.core.framework import attr_value_pb2
 from tensorflow.core.protobuf import device_properties_pb2
 from tensorflow.python.eager import context as context_lib
 from tensorflow.python.eager.polymorphic_function import concrete_function as concrete_function_lib
@@ -558,6 +559,17 @@ def _optimized(func_graph: FuncGraph, definition: Any, optimizer: str, cluster: 
             return {node.name: node for node in tf_optimizer.OptimizeGraph(config, item, cluster=cluster).node}
     except tf.errors.OpError:
         return None
+
+
+def run_trips_in_turn(func_graph: FuncGraph) -> None:
+    """Lets no trip of the function's loops begin before the last one has ended, in place.
+
+    TensorFlow lets 10 trips and more run ahead, and what waits to be added up piles up by chance: in the gradient of an
+    LSTM whose state takes 32 KiB, 63 MiB of gradients of its weights. Loops inside of others stay as they are.
+    """
+    for operation in func_graph.get_operations():
+        if operation.type in _LOOPS:
+            operation._set_attr("parallel_iterations", attr_value_pb2.AttrValue(i=1))
 
 
 def transpose_layout(func_graph: FuncGraph, architecture: str) -> None:

@@ -429,7 +429,7 @@ class Session:
 
 
 def imported(func_graph: graphdef.FuncGraph, shapes: Sequence[graphdef.Shape]) -> ir.Graph:
-    """The graph of a traced function, which is brought into the form that TensorFlow would give it, in place.
+    """The graph of a traced function, which is brought into the form that it will run in, in place.
 
     Args:
         func_graph: The traced function.
@@ -438,6 +438,7 @@ def imported(func_graph: graphdef.FuncGraph, shapes: Sequence[graphdef.Shape]) -
     Raises:
         UnsupportedGraphError: If it can't be planned.
     """
+    graphdef.run_trips_in_turn(func_graph)
     if (architecture := profiler.gpu_architecture()) is not None:
         graphdef.transpose_layout(func_graph, architecture)
     folding = graphdef.constant_folding(func_graph)

@@ -28,7 +28,7 @@ from tensorflow.tsl.profiler.protobuf import xplane_pb2
 from graphswap import allocator, devices, graphdef, ir, liveness, tiers
 from graphswap.cost_model import CostModel, DeviceSpec, Link, Profile, Workspace
 
-_PROFILE_VERSION = 4
+_PROFILE_VERSION = 5
 """Of what is measured and how: profiles of another version are not read."""
 _LINK_BYTES = 8 << 20
 _LEAST_LINK_BYTES = 64 << 10

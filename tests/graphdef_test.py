@@ -9,7 +9,7 @@ import pytest
 import tensorflow as tf
 import trainings
 
-from graphswap import graphdef, ir, liveness, profiler, rewrites, tiers
+from graphswap import graphdef, ir, liveness, pipeline, profiler, rewrites, tiers
 from graphswap.cost_model import CostModel, DeviceSpec
 from graphswap.plan import Plan
 
@@ -510,6 +510,28 @@ def test_keras_layers_import():
     forward, backward = (cast(dict[str, Any], dict(loop.attrs)) for loop in loops)
     assert sum(forward["held_bytes"]) > sum(backward["held_bytes"])
     assert set(forward["held_pieces"]) == {1, 6}  # lists have one element for each of the six steps
+
+
+def test_the_trips_of_a_loop_run_in_turn():
+    matrix = tf.random.stateless_normal((64, 64), (1, 2)) / 8
+
+    def function(x):
+        def body(trip, state, total):
+            return trip + 1, tf.tanh(state @ matrix), total + tf.square(state @ x)
+
+        return tf.while_loop(lambda trip, *_: trip < 20, body, (0, x, x), parallel_iterations=32)[1:]
+
+    func_graph = traced(function, floats(64, 64))
+    (loop,) = (operation for operation in func_graph.get_operations() if operation.type.endswith("While"))
+    assert loop.get_attr("parallel_iterations") == 32
+    graph = pipeline.imported(func_graph, [(64, 64)])
+    assert loop.get_attr("parallel_iterations") == 1
+    built = graphdef.build_function(func_graph, graph, tiers.Tiers())
+    (copied,) = (node for node in built.function_def.node_def if node.op.endswith("While"))
+    assert copied.attr["parallel_iterations"].i == 1
+    x = tf.random.stateless_normal((64, 64), (3, 4))
+    for received, expected in zip(run(func_graph, graph, x), tf.function(function)(x), strict=True):
+        assert np.array_equal(received, expected)
 
 
 def ops_that_run(function):
