@@ -48,9 +48,8 @@ STEPS = {
         {"architectures", "planning"},
         {"models"},
         {"trial", "steps"},
-        {"benchmark"},
+        {"benchmark", "commands"},
         None,
-        {"commands"},
         {"graphswap_cli"},
     ),
 }

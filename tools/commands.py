@@ -38,6 +38,18 @@ class CommandError(Exception):
     """Why a command could not do its work, in one line for people."""
 
 
+class HelpAsked(Exception):
+    """The first argument is `--help`.
+
+    Attributes:
+        values: The command's flags.
+    """
+
+    def __init__(self, values: flags.FlagValues):
+        super().__init__()
+        self.values = values
+
+
 def explain(argv: Sequence[str]) -> int:
     """Where the memory of a step goes."""
     source, form, values = _Source(), _Format(), flags.FlagValues()
@@ -248,12 +260,16 @@ class _Source:
 
     def __init__(self, has_models: bool = True, function: str = "step"):
         self.values = flags.FlagValues()
-        self._saved_model = flags.DEFINE_string("saved_model", None, "Directory.", flag_values=self.values)
-        self._function = flags.DEFINE_string("function", function, "Its function.", flag_values=self.values)
-        self._batch_size = flags.DEFINE_integer("batch_size", None, "For open dimensions.", 1, flag_values=self.values)
+        self._saved_model = flags.DEFINE_string(
+            "saved_model", None, "Directory of a SavedModel.", flag_values=self.values
+        )
+        self._function = flags.DEFINE_string("function", function, "Its function to take.", flag_values=self.values)
+        self._batch_size = flags.DEFINE_integer(
+            "batch_size", None, "For first dimensions that are left open.", 1, flag_values=self.values
+        )
         self._model = None
         if has_models:
-            self._model = flags.DEFINE_string("model", None, "A .keras file.", flag_values=self.values)
+            self._model = flags.DEFINE_string("model", None, "A .keras file, in its place.", flag_values=self.values)
 
     def check(self) -> None:
         """Raises UsageError unless one step is named."""
@@ -322,18 +338,30 @@ def _parse(
 
     Raises:
         UsageError: If there are not as many as the command takes.
-        flags.Error: If a flag is unknown or its value is wrong.
+        HelpAsked, flags.Error: As `parsed` does.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # TensorFlow, loaded later, would talk between the lines
     for group in groups:
         values.append_flag_values(group.values)
-    rest = values(argv)[1:]
+    rest = parsed(values, argv)
     for group in groups:
         group.values.mark_as_parsed()
         group.check()
     if len(rest) != (count if takes else 0):
         raise app.UsageError(f"expected {takes or 'flags'}, received {', '.join(rest) or 'none'}.")
     return rest
+
+
+def parsed(values: flags.FlagValues, argv: Sequence[str]) -> Sequence[str]:
+    """Parses flags, after the name of the program. Returns the other arguments.
+
+    Raises:
+        HelpAsked: If the first one asks for help.
+        flags.Error: If a flag is unknown or its value is wrong.
+    """
+    if argv[1:2] in (["-h"], ["--help"]):
+        raise HelpAsked(values)
+    return values(argv)[1:]
 
 
 def _device_flag(values: flags.FlagValues) -> Any:
@@ -360,9 +388,13 @@ def _device(name: str) -> DeviceSpec | None:
 def _planning_flags(values: flags.FlagValues, has_budget: bool = True) -> Callable[[], Options]:
     budget = None
     if has_budget:
-        budget = flags.DEFINE_string("memory_budget", "auto", "As in graphswap.Options.", flag_values=values)
-    strategy = flags.DEFINE_string("strategy", str(Options.strategy), "As in Options.", flag_values=values)
-    seconds = flags.DEFINE_float("planning_seconds", 30.0, "As in Options.", flag_values=values)
+        budget = flags.DEFINE_string(
+            "memory_budget", "auto", "A size such as 2GiB; auto, free or min.", flag_values=values
+        )
+    strategy = flags.DEFINE_string(
+        "strategy", str(Options.strategy), f"One of {', '.join(STRATEGIES)}.", flag_values=values
+    )
+    seconds = flags.DEFINE_float("planning_seconds", 30.0, "Seconds that planning may take.", flag_values=values)
 
     def options() -> Options:
         try:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from absl import app, flags
 
 from graphswap.options import format_bytes, parse_bytes
-from graphswap.tools import benchmark, trial
+from graphswap.tools import benchmark, commands, trial
 from graphswap.tools.trial import Result, Trial
 
 _MODEL = "resnet50"
@@ -24,8 +24,8 @@ def main(argv: Sequence[str]) -> int:
     values = flags.FlagValues()
     memory = flags.DEFINE_string("memory", "300MiB", "Memory of the accelerator.", flag_values=values)
     steps = flags.DEFINE_integer("steps", 8, "Steps to train.", lower_bound=1, flag_values=values)
-    if values(argv)[1:]:
-        raise app.UsageError(f"expected flags, received {', '.join(values(argv)[1:])}.")
+    if rest := commands.parsed(values, argv):
+        raise app.UsageError(f"expected flags, received {', '.join(rest)}.")
     budget, memory_bytes = memory.value, parse_bytes(memory.value)
     stages = (
         (f"plain Keras on an accelerator of {budget}", f"{_COMPILE})", Trial(_MODEL, memory_bytes, "", steps.value)),

@@ -46,11 +46,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         close = difflib.get_close_matches(name, COMMANDS, n=1)
         advice = f"Did you mean '{close[0]}'?" if close else "`graphswap --help` lists them."
         return _refuse("graphswap", f"expected a command out of {', '.join(COMMANDS)}, received '{name}'. {advice}")
-    if arguments[:1] in (["-h"], ["--help"]):
-        print(_usage({name: COMMANDS[name]}))
-        return 0
     try:
         return COMMANDS[name].main([f"graphswap {name}", *arguments]) or 0
+    except commands.HelpAsked as asked:
+        print("\n".join([_usage({name: COMMANDS[name]}), "", *_flags(asked.values)]))
+        return 0
     except (flags.Error, app.UsageError) as error:
         return _refuse(f"graphswap {name}", f"{error}\nFor example: {COMMANDS[name].example}")
     except commands.CommandError as error:
@@ -62,7 +62,7 @@ def _run(argv: Sequence[str]) -> int:
     values = flags.FlagValues()
     values.set_gnu_getopt(False)  # flags after the script are the script's
     memory = flags.DEFINE_string("memory", None, "Memory of the device.", flag_values=values)
-    _, *script = values(argv)
+    script = commands.parsed(values, argv)
     if memory.value is None:
         raise app.UsageError("expected --memory=SIZE, received no --memory.")
     try:
@@ -136,6 +136,16 @@ def _usage(commands: dict[str, Command]) -> str:
     for name, command in commands.items():
         lines += ["", f"  {name:10}{command.summary}", f"  {'':10}$ {command.example}"]
     return "\n".join(lines)
+
+
+def _flags(values: flags.FlagValues) -> list[str]:
+    lines = []
+    for name in values:
+        flag = values[name]
+        title = f"--[no]{name}" if flag.boolean else f"--{name}"
+        default = f" Default: {flag.default}." if flag.default or flag.default == 0 else ""
+        lines.append(f"  {title:22}{flag.help}{default}")
+    return lines
 
 
 def _refuse(program: str, message: str) -> int:
