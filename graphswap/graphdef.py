@@ -137,7 +137,8 @@ def _capture_names(func_graph: FuncGraph) -> dict[str, str]:
 
     TensorFlow calls it by a count of what the process has made so far.
     """
-    variables = {id(variable.handle): str(variable.name).partition(":")[0] for variable in func_graph.variables}
+    alive = [variable for reference in func_graph._weak_variables if (variable := reference()) is not None]
+    variables = {id(variable.handle): str(variable.name).partition(":")[0] for variable in alive}
     taken = {operation.name for operation in func_graph.get_operations()}
     names: dict[str, str] = {}
     for index, (external, internal) in enumerate(func_graph.captures):

@@ -1,6 +1,7 @@
 """From TensorFlow's graphs to ours and back: nothing is lost, nothing is added, the values stay."""
 
 import functools
+import gc
 from typing import Any, cast
 
 import keras
@@ -150,6 +151,15 @@ def test_captures_are_called_by_their_variables():
         square, more = run(func_graph, graph, np.ones((4, 4), "float32"))
         assert square[0, 0] == 16 and more[1] == 2
     assert names == {("x", "layer/weight", "Square_1", "capture_2")}  # TensorFlow counts on from trace to trace
+
+
+def test_a_variable_that_is_gone_has_no_name():
+    def step(variable):
+        return lambda x: x @ variable
+
+    func_graph = traced(step(tf.Variable(tf.ones((4, 4)))), floats(4, 4))
+    gc.collect()
+    assert graphdef.import_function(func_graph).inputs == ("x", "capture_0")
 
 
 def test_control_edges_survive():

@@ -393,7 +393,8 @@ def train_once():
     for _ in range(LAYERS):
         x = keras.layers.Dropout(0.1)(keras.layers.BatchNormalization()(keras.layers.Dense(64, "relu")(x)))
     model = keras.Model(inputs, x)
-    model.compile("adam", "mse", metrics=["mae"], graphswap=graphswap.Options("min", swap_to="host"))
+    option = graphswap.Options("min", swap_to="host", planning_seconds=1)
+    model.compile("adam", "mse", metrics=["mae"], graphswap=option)
     model.train_on_batch(batch(), batch())
 
 

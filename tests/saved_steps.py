@@ -147,7 +147,7 @@ def rewrite(directory: str, output: str, budget: str) -> None:
 
     function = saved_model.load(directory, "step")
     step = offline.from_saved_model(function)
-    planner = offline.Planner(step, Options(int(budget), swap_to="host", planning_seconds=10))
+    planner = offline.Planner(step, Options(int(budget), swap_to="host", planning_seconds=5))
     with graphdef.without_memory_optimizer():
         recorded = planner.recorded()
     found = explanation.explain(step.graph, planner.cost_model()[0], recorded)
