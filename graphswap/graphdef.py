@@ -259,11 +259,9 @@ def _resolved_shapes(
 
 def _with_hidden_bytes(graph: ir.Graph, func_graph: FuncGraph, folding: Folding | None) -> ir.Graph:
     """Writes down the bytes that types don't show: of variables, and of the lists that loops pile up."""
-    handles = {
-        name: _variable_bytes(internal)
-        for name, internal in zip(graph.inputs, func_graph.inputs, strict=True)
-        if internal.dtype == tf.resource
-    }
+    inputs = dict(zip(graph.inputs, func_graph.inputs, strict=True))
+    handles = {name: _variable_bytes(internal) for name, internal in inputs.items() if internal.dtype == tf.resource}
+    names = {internal.op.name: name for name, internal in inputs.items()}
     nodes = []
     constants: set[str] = set()
     for node in graph.nodes:
@@ -282,7 +280,7 @@ def _with_hidden_bytes(graph: ir.Graph, func_graph: FuncGraph, folding: Folding 
             constants.add(digest)
         elif node.op in _REDUCTIONS and node.outputs[0] == graph.value(node.inputs[0]) and _folds_constants():
             facts = [("copy_of_input", 0)]
-        elif (copied := _copied_input(node, folding)) is not None:
+        elif (copied := _copied_input(node, folding, names)) is not None:
             facts = [("copy_of_input", copied)]
         elif node.op == "TensorListFromTensor" or (node.op == "ZerosLike" and node.outputs[0].dtype == "variant"):
             length, nbytes = _list_elements(func_graph.get_operation_by_name(node.name).outputs[0], func_graph)
@@ -295,12 +293,12 @@ def _with_hidden_bytes(graph: ir.Graph, func_graph: FuncGraph, folding: Folding 
     return graph.replace(nodes=tuple(nodes))
 
 
-def _copied_input(node: ir.Node, folding: Folding | None) -> int | None:
+def _copied_input(node: ir.Node, folding: Folding | None, names: Mapping[str, str]) -> int | None:
     """Which input the node will be a copy of after constant folding, such as of a product with 1; None if of none."""
     after = None if folding is None else folding.get(node.name)
     if after is None or after.op == node.op or after.op not in ("Identity", "Snapshot"):
         return None
-    (source,) = _data_inputs(after)
+    (source,) = (names.get(name, name) for name in _data_inputs(after))
     return node.inputs.index(source) if source in node.inputs else None
 
 

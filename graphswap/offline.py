@@ -195,8 +195,8 @@ class Planner:
             profile = planner.profile(step.func_graph, step.graph, step.arguments, estimate, budget, notes)
         return dataclasses.replace(estimate, profile=profile), notes
 
-    def recorded(self, plan: Plan = _NOTHING) -> profiler.Recorded | None:
-        """What the device holds while the step runs; None if that can't be told. The step's variables change.
+    def recorded(self, plan: Plan = _NOTHING) -> tuple[profiler.Recorded | None, list[str]]:
+        """What the device holds while the step runs, None if it can't be told; and notes on why. Its variables change.
 
         Args:
             plan: What it runs under; by default it runs as TensorFlow would run it.
@@ -204,9 +204,9 @@ class Planner:
         run = self.step.run if plan.is_empty else self._runner(self._built(plan))
         with self._clock("measure"):
             try:
-                return profiler.record_memory(run, _RECORDED_STEPS)
-            except (profiler.CantMeasure, tf.errors.ResourceExhaustedError):
-                return None
+                return profiler.record_memory(run, _RECORDED_STEPS), []
+            except (profiler.CantMeasure, tf.errors.OpError) as error:
+                return None, [f"memory is predicted, not measured: {planning.summary(error)}"]
 
     def plan(self) -> planning.Planned:
         """The plan for the options' budget on this machine.

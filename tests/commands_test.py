@@ -325,6 +325,29 @@ def test_on_an_emulated_accelerator_the_peak_is_measured(saved):
     assert fields["peak_bytes"] == pytest.approx(fields["predicted_peak_bytes"], rel=0.3)
 
 
+def explain_what_zeros_break(path):
+    module = tf.Module()
+    module.weight = tf.Variable(tf.ones((WIDTH, WIDTH)))
+
+    @tf.function(input_signature=[tf.TensorSpec((BATCH, WIDTH))])
+    def step(images):
+        tf.debugging.assert_positive(images)
+        module.weight.assign_sub(tf.matmul(images, images, transpose_a=True))
+
+    module.step = step
+    tf.saved_model.save(module, path)
+    status, out, err = call("explain", f"--saved_model={path}", "--format=json")
+    assert status == 0
+    return json.loads(out), err
+
+
+def test_a_step_that_can_not_run_on_zeros_is_explained_as_predicted(tmp_path):
+    fields, said = emulated.call(64 << 20, __file__, "explain_what_zeros_break", str(tmp_path / "saved"))
+    assert said.startswith("graphswap: note: memory is predicted, not measured: ")
+    assert not fields["is_measured"]
+    assert fields["peak_bytes"] == fields["predicted_peak_bytes"]
+
+
 def trace_on_emulated_accelerator(path, trace):
     done("plan", *step_of(path), "--memory_budget=3MiB", "--planning_seconds=0.5", f"--trace={trace}")
     return [event["args"] for event in json.loads(pathlib.Path(trace).read_text())["traceEvents"] if event["pid"] == 3]

@@ -149,7 +149,7 @@ def rewrite(directory: str, output: str, budget: str) -> None:
     step = offline.from_saved_model(function)
     planner = offline.Planner(step, Options(int(budget), swap_to="host", planning_seconds=5))
     with graphdef.without_memory_optimizer():
-        recorded = planner.recorded()
+        recorded, _ = planner.recorded()
     found = explanation.explain(step.graph, planner.cost_model()[0], recorded)
     planned, rewritten, _ = planner.fitted()
     saved_model.write(function, rewritten, output)

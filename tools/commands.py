@@ -64,7 +64,8 @@ def explain(argv: Sequence[str]) -> int:
     spec = _device(device.value)
     with _refusals():
         # First: what measuring the costs leaves on the device would count.
-        recorded = None if spec else offline.Planner(step, Options("auto"), _say).recorded()
+        recorded, notes = (None, []) if spec else offline.Planner(step, Options("auto"), _say).recorded()
+    _tell(notes)
     cost_model = _cost_model(step, spec)
     with _refusals():
         found = explanation.explain(step.graph, cost_model, recorded)
@@ -99,7 +100,8 @@ def plan(argv: Sequence[str]) -> int:
         with _refusals():
             shows = picture(made, _bounds(made, judged) if shown.value else ())
             if not device.value:
-                recorded = offline.Planner(step, options, _say).recorded(made.plan)
+                recorded, notes = offline.Planner(step, options, _say).recorded(made.plan)
+                _tell(notes)
                 shows = dataclasses.replace(shows, measured=recorded.levels if recorded else ())
         if shown.value:
             _write(shown.value, page.html(shows))
