@@ -321,8 +321,8 @@ def test_on_an_emulated_accelerator_the_peak_is_measured(saved):
     fields = emulated.call(64 << 20, __file__, "explain_on_emulated_accelerator", saved)
     assert fields["is_measured"]
     assert fields["peak_bytes"] == sum(fields["by_kind"].values())
-    # A free chunk is not split unless as much is left as was asked for, so that a buffer may take twice its bytes. Among
-    # a dozen of equal size that shows; saved_model_test holds real models to 8 %.
+    # A free chunk is not split unless as much is left as was asked for, so that a buffer may take twice its bytes.
+    # Among a dozen of equal size that shows; saved_model_test holds real models to 8 %.
     assert 0.8 <= fields["peak_bytes"] / fields["predicted_peak_bytes"] <= 2
 
 
