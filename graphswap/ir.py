@@ -39,6 +39,11 @@ SWAP_OUT = "SwapOut"
 SWAP_IN = "SwapIn"
 """Brings the value behind a SwapOut's handle back to the device."""
 
+BARRIER = "XlaOptimizationBarrier"
+"""Passes each input on as an output once all of them are there. XLA merges and moves nothing across it."""
+PLACE = "Place"
+"""Copies its input to a kind of memory, its attribute `memory_kind`, in a graph for XLA."""
+
 RESIDENT_OPS = frozenset({"Placeholder", "Const", "VarHandleOp"})
 """Ops whose outputs are in memory before the step starts and stay there."""
 

@@ -1,8 +1,11 @@
 """How to do it: passes from (graph, plan) to graph. They obey, and never decide."""
 
+from collections.abc import Sequence
+
 from graphswap import ir
 from graphswap.plan import Plan
 from graphswap.rewrites import pass_manager
+from graphswap.rewrites.barriers import barriers
 from graphswap.rewrites.ordering import ordering
 from graphswap.rewrites.prune import prune
 from graphswap.rewrites.recompute import recompute
@@ -17,11 +20,20 @@ PASSES: tuple[pass_manager.RewritePass, ...] = (
     ordering,  # last: chains whatever was inserted
 )
 
+PJRT_PASSES: tuple[pass_manager.RewritePass, ...] = (
+    schedule,
+    recompute,
+    swap,
+    prune,
+    barriers,  # in the place of control edges
+)
+"""For a step that XLA compiles, on devices that PJRT knows kinds of memory of."""
 
-def rewrite(graph: ir.Graph, plan: Plan) -> ir.Graph:
+
+def rewrite(graph: ir.Graph, plan: Plan, passes: Sequence[pass_manager.RewritePass] = PASSES) -> ir.Graph:
     """Carries out the plan. An empty plan returns the same object.
 
     Raises:
         ir.GraphError: If a pass leaves a broken graph.
     """
-    return pass_manager.run_passes(graph, plan, PASSES)
+    return pass_manager.run_passes(graph, plan, passes)
