@@ -2,7 +2,8 @@
 
 Private TensorFlow used here (2.21): FuncGraph and its captures, `transform.FUNC_GRAPH_TRANSFORMS`,
 `Operation._update_input` / `_add_control_inputs`, `Graph._get_function`, the graph importer, Grappler's Python
-door, the options of function calls and resource handle data. No other module but `profiler` uses any.
+door, the options of function calls, the bridge to XLA and resource handle data. No other module but `profiler` uses
+any.
 """
 
 from __future__ import annotations
@@ -11,10 +12,13 @@ import contextlib
 import dataclasses
 import hashlib
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import tensorflow as tf
+from tensorflow.compiler.xla import xla_data_pb2
+from tensorflow.compiler.xla.service import hlo_pb2
 from tensorflow.core.framework import attr_value_pb2
 from tensorflow.core.protobuf import device_properties_pb2
 from tensorflow.python.eager import context as context_lib
@@ -827,6 +831,80 @@ def run_built(
         return function._call_flat([*arguments, *captures], [])
 
 
+def hlo(func_graph: FuncGraph, graph: ir.Graph) -> Any:
+    """What TensorFlow's bridge to XLA makes of the graph.
+
+    Args:
+        func_graph: The function that the graph was imported from.
+        graph: The graph, without swaps.
+
+    Returns:
+        An HloModuleProto. Its parameters are `graph.inputs`, of a variable its value; its results are `graph.outputs`
+        and then the new values of variables; `input_output_alias` says whose they are.
+
+    Raises:
+        UnsupportedGraphError: If XLA can't compile an op.
+    """
+    function = build_function(func_graph, graph, tiers.Tiers())
+    captures = [external for external, _ in func_graph.captures]
+    arguments = zip(graph.inputs, func_graph.inputs[: len(graph.inputs) - len(captures)], strict=False)
+    specs = [tf.TensorSpec(graph.value(name).shape, tensor.dtype) for name, tensor in arguments]
+    try:
+        serialized = context_lib.context().get_compiler_ir(
+            device_name=tf.config.list_logical_devices("CPU")[0].name,
+            platform_name=None,
+            function_name=function.name,
+            flat_args=specs,
+            captured_inputs=captures,
+            stage="hlo_serialized",
+        )
+    except (tf.errors.OpError, ValueError, TypeError) as error:
+        raise UnsupportedGraphError(_not_compiled(graph.name, str(error))) from error
+    module = hlo_pb2.HloModuleProto()
+    module.ParseFromString(serialized)
+    return module
+
+
+def _not_compiled(name: str, message: str) -> str:
+    """What XLA's refusal of a step means, in one line."""
+    node = re.search(r"\{\{node ([^}]+)\}\}", message)
+    where = f" at node '{node[1]}'" if node else ""
+    missing = re.search(r"No registered '(\w+)' OpKernel", message)
+    if missing:
+        dtype = " for strings" if "DT_STRING" in message else ""
+        return (
+            f"'{name}': expected ops that XLA has kernels for, received '{missing[1]}'{dtype}{where}. "
+            "Leave it out of the step, or do its work before the step, such as in the dataset."
+        )
+    if "fixed tensor list size" in message:
+        return (
+            f"'{name}': expected loops whose trips XLA can count, received one{where} that piles up a list of unknown "
+            "length. Give tf.while_loop maximum_iterations=..., or use keras.layers.RNN(unroll=True)."
+        )
+    line = message.splitlines()[0].removeprefix("Failed getting HLO text: ").strip("'").rstrip(".")
+    return f"'{name}': expected a step that XLA compiles, received one of which it says{where}: {line}."
+
+
+def captured_values(func_graph: FuncGraph) -> list[tf.Tensor]:
+    """What the function captures, of variables their values as they are now.
+
+    Raises:
+        UnsupportedGraphError: If it captures something else.
+    """
+    values = []
+    for number, (external, internal) in enumerate(func_graph.captures):
+        entry = _variable_type(internal) if internal.dtype == tf.resource else None
+        if entry is not None:
+            external = tf.raw_ops.ReadVariableOp(resource=external, dtype=tf.dtypes.as_dtype(entry.dtype))
+        elif internal.dtype.name not in ir.ITEM_BYTES:
+            raise UnsupportedGraphError(
+                f"'{func_graph.name}': expected variables and arrays among what it captures, received number {number}, "
+                f"a {internal.dtype.name}. Leave tables, datasets and strings out of the step."
+            )
+        values.append(external)
+    return values
+
+
 def called_definitions(definition: Any) -> list[Any]:
     """The definitions of all functions that a definition's nodes run, and of those that these run."""
     known = {definition.signature.name: definition}
@@ -867,6 +945,8 @@ class _Exporter:
     def add(self, node: ir.Node) -> None:
         if node.op in (ir.SWAP_OUT, ir.SWAP_IN):
             self._add_swap(node)
+        elif node.op in (ir.BARRIER, ir.PLACE):
+            self._add_for_xla(node)
         elif node.like or self.target is not self.source:
             self._add_copy(node)
         else:
@@ -976,6 +1056,29 @@ class _Exporter:
             tensor = self.tiers.swap_in(copy, value.dtype, value.shape)
         self.tensors[node.name] = tensor
         self.done[node.name] = [tensor.op]
+
+    def _add_for_xla(self, node: ir.Node) -> None:
+        inputs = [self.tensor(reference) for reference in node.inputs]
+        dtypes = attr_value_pb2.AttrValue(list={"type": [tensor.dtype.as_datatype_enum for tensor in inputs]})
+        op, attrs = node.op, {"T": dtypes}
+        if op == ir.PLACE:
+            frontend = xla_data_pb2.FrontendAttributes(map={"_xla_buffer_placement": dict(node.attrs)["memory_kind"]})
+            shapes = attr_value_pb2.AttrValue(list={"shape": [tensor.shape.as_proto() for tensor in inputs]})
+            op = "XlaCustomCallV2"
+            attrs = {
+                "call_target_name": attr_value_pb2.AttrValue(s=b"annotate_device_placement"),
+                "backend_config": attr_value_pb2.AttrValue(s=b""),
+                "has_side_effect": attr_value_pb2.AttrValue(b=True),
+                "operand_dtypes": dtypes,
+                "result_dtypes": dtypes,
+                "result_shapes": shapes,
+                "_XlaFrontendAttributes": attr_value_pb2.AttrValue(s=frontend.SerializeToString()),
+            }
+        with self.target.as_default(), tf.control_dependencies(None):
+            operation = self.target.create_op(op, inputs, [t.dtype for t in inputs], name=node.name, attrs=attrs)
+        for tensor, source in zip(operation.outputs, inputs, strict=True):
+            tensor.set_shape(source.shape)
+        self._bind(node, operation)
 
 
 # --- variables --------------------------------------------------------------------------------------------------
