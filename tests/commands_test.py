@@ -16,6 +16,7 @@ import emulated
 import keras
 import numpy as np
 import pytest
+import small_gpu
 import tensorflow as tf
 import trainings
 
@@ -388,6 +389,64 @@ def test_export(saved, tmp_path):
     assert (tmp_path / "model.onnx").stat().st_size > 4 * 4 * WIDTH * WIDTH
 
 
+def test_export_of_a_planned_step_for_pjrt(planned, saved, tmp_path):
+    pytest.importorskip("jax")
+    from graphswap import pjrt
+
+    output = tmp_path / "step"
+    text = done(*STABLEHLO, *step_of(saved), f"--plan={planned[1]}/plan.json", f"--output={output}")
+    assert re.fullmatch(
+        rf"{output}: step 'step' with 2 inputs, 4 arrays of state and 1 results; \d+ copies to the host and \d+ back\n",
+        text,
+    )
+    step = pjrt.load(output)
+    assert step.manifest.plan == planned[0]["plan"]
+    random = np.random.default_rng(0)
+    batch = random.normal(size=(BATCH, WIDTH)).astype("float32"), random.normal(size=(BATCH, WIDTH)).astype("float32")
+    module = tf.saved_model.load(saved)
+    for _ in range(3):
+        np.testing.assert_allclose(step(*batch)[0], module.step(*batch), rtol=1e-6)
+    assert sorted(step.state) == ["w0", "w1", "w2", "w3"]
+
+
+STABLEHLO = ["export", "--format=stablehlo"]
+
+
+@small_gpu.needs_compiler
+def test_export_compiles_for_a_target_until_the_budget_is_kept(saved, tmp_path):
+    target = tmp_path / "target.txtpb"
+    target.write_text(small_gpu.TARGET)
+    argv = [*STABLEHLO, *step_of(saved), *V100, f"--target={target}", f"--output={tmp_path}/step"]
+    said = done(*argv, "--memory_budget=2.8MiB").splitlines()
+    assert [line.split()[0] for line in said[1:]] == ["predicted", "device", "host", "copies"]
+    assert float(said[2].split()[1].removesuffix("MiB:")) <= 2.8
+    shutil.rmtree(tmp_path / "step")
+    assert failed(*argv, "--memory_budget=1.7MiB").startswith("memory_budget=")
+    target.write_text("gpu")
+    assert failed(*argv).startswith("target: expected the text of XLA's GpuTargetConfigProto, received one without ")
+    assert failed(*argv[:-2], f"--target={tmp_path}/none", argv[-1]) == (
+        f"--target: expected the text of XLA's GpuTargetConfigProto, received '{tmp_path}/none', which can't be read: "
+        "No such file or directory."
+    )
+    assert [entry.name for entry in tmp_path.iterdir()] == ["target.txtpb"]
+
+
+def test_export_without_jax_says_what_to_install(saved, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "jax", None)
+    assert failed(*STABLEHLO, *step_of(saved), f"--output={tmp_path}/step") == (
+        "graphswap.pjrt needs jax>=0.10.2,<0.11, which is not installed. Run `pip install graphswap[pjrt]`."
+    )
+    assert not list(tmp_path.iterdir())
+
+
+def test_export_into_what_exists_is_refused(saved, tmp_path):
+    pytest.importorskip("jax")
+    assert failed(*STABLEHLO, *step_of(saved), f"--output={tmp_path}") == (
+        f"expected an output directory that does not exist, received '{tmp_path}', which does. "
+        "Remove it, or name another one."
+    )
+
+
 # --- models that Keras saved --------------------------------------------------------------------------------------
 
 
@@ -506,9 +565,17 @@ KNOWN = "v100, a100, h100, h200, gh200, tpu_v4, tpu_v5e"
         ),
         (["sweep", "--model=b.keras"], "expected --batch_size=N beside --model, received none."),
         (["rewrite", "--output=x"], "expected --saved_model=DIR, received no --saved_model."),
-        (["export", "--output=x"], "expected --saved_model=DIR, received no --saved_model."),
+        (["export", "--output=x"], "expected --saved_model=DIR or --model=FILE.keras, received neither."),
         (["rewrite", "--saved_model=a"], "expected --output=DIR, received no --output."),
-        (["export", "--saved_model=a"], "expected --output=FILE, received no --output."),
+        (["export", "--saved_model=a"], "expected --output=PATH, received no --output."),
+        (
+            ["export", "--model=b.keras", "--batch_size=2", "--output=x"],
+            "expected --saved_model=DIR for ONNX, received --model.",
+        ),
+        (
+            ["export", "--saved_model=a", "--format=stablehlo", "--output=x", "--plan=p", "--memory_budget=1GiB"],
+            "expected --plan=FILE or --memory_budget=SIZE, received both.",
+        ),
         (["rewrite", "--model=b.keras"], "Unknown command line flag 'model'"),
         (["plan", "--saved_modle=a"], "Unknown command line flag 'saved_modle'. Did you mean: saved_model ?"),
         (["plan", "--saved_model=a", "b"], "expected flags, received b."),

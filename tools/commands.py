@@ -238,20 +238,130 @@ def rewrite(argv: Sequence[str]) -> int:
 
 
 def export(argv: Sequence[str]) -> int:
-    """Exports the forward function of a SavedModel."""
-    source, values = _Source(has_models=False, function="serving_default"), flags.FlagValues()
-    flags.DEFINE_enum("format", "onnx", ["onnx"], "What to export to.", flag_values=values)
-    output = flags.DEFINE_string("output", None, "File for the result.", flag_values=values)
+    """Exports a forward function as ONNX, or a training step as StableHLO."""
+    source, values = _Source(function=None), flags.FlagValues()
+    kind = flags.DEFINE_enum("format", "onnx", list(_EXPORTED), "What to export to.", flag_values=values)
+    output = flags.DEFINE_string("output", None, "File (onnx) or directory (stablehlo) to write.", flag_values=values)
+    obeyed = flags.DEFINE_string("plan", None, "A plan file to obey (stablehlo).", flag_values=values)
+    target = flags.DEFINE_string(
+        "target", None, "XLA's description of a GPU to compile for (stablehlo).", flag_values=values
+    )
+    device = _device_flag(values)
+    asked = _planning_flags(values, default=None)
     _parse(argv, values, source)
+    source.default = _EXPORTED[kind.value]
     if output.value is None:
-        raise app.UsageError("expected --output=FILE, received no --output.")
+        raise app.UsageError("expected --output=PATH, received no --output.")
+    if kind.value == "onnx":
+        return _export_onnx(source, output.value)
+    if obeyed.value and values["memory_budget"].value:
+        raise app.UsageError("expected --plan=FILE or --memory_budget=SIZE, received both.")
+    options = asked() if values["memory_budget"].value else None
+    return _export_stablehlo(source, output.value, obeyed.value, options, device.value, target.value)
+
+
+_EXPORTED = {"onnx": "serving_default", "stablehlo": "step"}
+"""What `export` writes, and the function that it takes unless another one is named."""
+
+
+def _export_onnx(source: _Source, output: str) -> int:
     from graphswap import onnx_export
 
+    if source.saved_model is None:
+        raise app.UsageError("expected --saved_model=DIR for ONNX, received --model.")
     try:
-        print(onnx_export.export(source.saved_model, output.value, source.name))
+        print(onnx_export.export(source.saved_model, output, source.name))
     except (ValueError, OSError, ImportError) as error:
         raise CommandError(" ".join(str(error).split())) from error
     return 0
+
+
+def _export_stablehlo(
+    source: _Source, output: str, obeyed: str | None, options: Options | None, device: str, target: str | None
+) -> int:
+    # Only compilers are needed: JAX would else take hold of the devices that are here.
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    from graphswap import artefact, pjrt
+
+    spec, compiled = _device(device), None
+    with _refusals():
+        pjrt.check_version()
+        artefact.check_output(pathlib.Path(output))
+        description = None if target is None else _target(target)
+        step = source.step()
+        if options is not None and description is not None:
+            made, exported, compiled = _fitted(step, options, spec, description)
+        else:
+            made = _obeyed(step, obeyed, spec) if options is None else _planned(step, options, spec)
+            exported = _stablehlo(step, made.plan)
+            if description is not None:
+                compiled = _compiled(exported, description)
+        artefact.write(exported, output)
+    _hush()
+    print(f"{output}: {exported.manifest}")
+    if compiled is not None:
+        judged = made.judge()
+        peak = judged.plain.peak_bytes if made.plan.is_empty else judged.planned.allocated_peak_bytes
+        print(f"predicted   {format_bytes(peak)} on the device\n{compiled}")
+    return 0
+
+
+def _fitted(step: offline.Step, options: Options, device: DeviceSpec | None, target: str) -> tuple[Any, Any, Any]:
+    """A plan, its step and what a compiler makes of it: planned again until that keeps the budget, too."""
+    budget = asked = options.memory_budget
+    taken = 0
+    for _ in range(_TIGHTENINGS):
+        try:
+            made = _planned(step, dataclasses.replace(options, memory_budget=asked), device)
+        except InfeasibleBudgetError:
+            if not taken:
+                raise
+            break
+        exported = _stablehlo(step, made.plan)
+        compiled = _compiled(exported, target)
+        if not isinstance(budget, int) or compiled.memory.device <= budget:
+            return made, exported, compiled
+        taken = compiled.memory.device
+        asked = int(_MARGIN * int(asked) * budget / taken)
+    raise CommandError(
+        f"expected a plan whose module takes at most {format_bytes(int(budget))} on this target, received one that "
+        f"takes {format_bytes(taken)}, and found no tighter one. Raise the budget."
+    )
+
+
+def _obeyed(step: offline.Step, path: str | None, device: DeviceSpec | None) -> plan_file.PlanFile:
+    """The plan in a file, or none, with its costs."""
+    plan, cost_model = (Plan(), None) if path is None else plan_file.given(path, step.graph)
+    return plan_file.PlanFile(plan, step.graph, cost_model or CostModel(device or DeviceSpec()))
+
+
+def _stablehlo(step: offline.Step, plan: Plan) -> Any:
+    from graphswap import stablehlo_export
+
+    _say("export")
+    return stablehlo_export.export(step.func_graph, step.graph, plan)
+
+
+def _compiled(exported: Any, target: str) -> Any:
+    from graphswap import pjrt
+
+    _say("compile")
+    return pjrt.compile_for(exported, target)
+
+
+_TIGHTENINGS, _MARGIN = 4, 0.98
+
+
+def _target(path: str) -> str:
+    """XLA's description of a GPU."""
+    try:
+        return pathlib.Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no text"
+        raise CommandError(
+            f"--target: expected the text of XLA's GpuTargetConfigProto, received '{path}', which can't be read: "
+            f"{reason}."
+        ) from error
 
 
 # --- flags --------------------------------------------------------------------------------------------------------
@@ -260,7 +370,8 @@ def export(argv: Sequence[str]) -> int:
 class _Source:
     """The flags that name a step."""
 
-    def __init__(self, has_models: bool = True, function: str = "step"):
+    def __init__(self, has_models: bool = True, function: str | None = "step"):
+        self.default = function or ""
         self.values = flags.FlagValues()
         self._saved_model = flags.DEFINE_string(
             "saved_model", None, "Directory of a SavedModel.", flag_values=self.values
@@ -288,12 +399,12 @@ class _Source:
         return None if self._model is None else self._model.value
 
     @property
-    def saved_model(self) -> str:
-        return str(self._saved_model.value)
+    def saved_model(self) -> str | None:
+        return self._saved_model.value
 
     @property
     def name(self) -> str:
-        return str(self._function.value)
+        return self._function.value or self.default
 
     @property
     def batch_size(self) -> int | None:
@@ -304,7 +415,7 @@ class _Source:
         from graphswap import saved_model
 
         _say("load")
-        return saved_model.load(self.saved_model, self.name)
+        return saved_model.load(str(self.saved_model), self.name)
 
     def step(self) -> offline.Step:
         """The step, traced."""
@@ -387,11 +498,13 @@ def _device(name: str) -> DeviceSpec | None:
         ) from error
 
 
-def _planning_flags(values: flags.FlagValues, has_budget: bool = True) -> Callable[[], Options]:
+def _planning_flags(
+    values: flags.FlagValues, has_budget: bool = True, default: str | None = "auto"
+) -> Callable[[], Options]:
     budget = None
     if has_budget:
         budget = flags.DEFINE_string(
-            "memory_budget", "auto", "A size such as 2GiB; auto, free or min.", flag_values=values
+            "memory_budget", default, "A size such as 2GiB; auto, free or min.", flag_values=values
         )
     strategy = flags.DEFINE_string(
         "strategy", str(Options.strategy), f"One of {', '.join(STRATEGIES)}.", flag_values=values
@@ -401,7 +514,7 @@ def _planning_flags(values: flags.FlagValues, has_budget: bool = True) -> Callab
     def options() -> Options:
         try:
             return Options(
-                "auto" if budget is None else budget.value,
+                "auto" if budget is None else str(budget.value),
                 strategy=strategy.value,
                 swap_to="host",
                 planning_seconds=seconds.value,
@@ -441,8 +554,8 @@ class _refusals:  # noqa: N801 (used as a function)
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         _hush()
-        # SavedModelError, InfeasibleBudgetError, UnsupportedGraphError
-        if isinstance(error, (ValueError, NoRoom, SolverError)):
+        # SavedModelError, InfeasibleBudgetError, UnsupportedGraphError; an extra that is missing
+        if isinstance(error, (ValueError, ImportError, NoRoom, SolverError)):
             raise CommandError(" ".join(str(error).split())) from error
         tensorflow: Any = sys.modules.get("tensorflow")
         if tensorflow and isinstance(error, tensorflow.errors.ResourceExhaustedError):

@@ -114,7 +114,7 @@ COMMANDS = {
         commands.rewrite,
     ),
     "export": Command(
-        "Exports the forward function of a SavedModel, rewritten or not.",
+        "Exports a forward function as ONNX, or a training step as StableHLO for PJRT.",
         "graphswap export --saved_model=DIR --format=onnx --output=model.onnx",
         commands.export,
     ),
