@@ -1,0 +1,314 @@
+"""What XLA makes of a GPT's training step for a GPU that is not here: memory and copies, compiled, not run.
+
+    JAX_PLATFORMS=cpu python -m graphswap.tools.targets --target=h200.txtpb --out=targets.json
+
+The same step as Keras traces it, plain and under plans for one budget, and written in JAX, with JAX's own policies. The
+budget is a share of what the plain step takes, compiled. XLA's own rematerialisation gets it as the size of the memory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+import pathlib
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import keras
+from absl import app, flags
+
+from graphswap import devices, graphdef, ir, liveness, offline, pjrt, simulator, stablehlo_export
+from graphswap.cost_model import CostModel, DeviceSpec, Link
+from graphswap.options import format_bytes
+from graphswap.plan import Plan
+from graphswap.strategies import Auto, gaps
+from graphswap.strategies.base import InfeasibleBudgetError
+from graphswap.tools import models
+from graphswap.tools.benchmark import markdown_table
+
+COLUMNS = (
+    "step",
+    "device",
+    "of it temporary",
+    "host",
+    "predicted",
+    "copies out and back",
+    "beside kernels",
+    "compiling",
+)
+_ROUNDS = 4
+_MARGIN = 0.98
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """Of a GPT."""
+
+    blocks: int
+    width: int
+    heads: int
+    length: int
+    batch: int
+
+
+def traced(size: Size) -> offline.Step:
+    """The training step of `models.gpt`."""
+    import tensorflow as tf
+
+    training = models.gpt(**dataclasses.asdict(size))
+    model, optimizer = training.model, training.optimizer
+    loss: Any = training.loss
+    optimizer.build(model.trainable_variables)
+
+    def step(words: tf.Tensor, following: tf.Tensor) -> tf.Tensor:
+        with tf.GradientTape() as tape:
+            value = loss(following, model(words, training=True))
+        optimizer.apply(tape.gradient(value, model.trainable_variables), model.trainable_variables)
+        return value
+
+    spec = tf.TensorSpec((size.batch, size.length), tf.int32)
+    return offline.trace("gpt", lambda *batch: graphdef.call_inline(step, batch, {}), (spec, spec), model)
+
+
+def planned(graph: ir.Graph, device: DeviceSpec, way: str, budget: int, seconds: float) -> Plan:
+    """A plan that only swaps, only repeats nodes, or may do both."""
+    if way == "recompute":
+        closed = Link(0.0, 0.0)
+        device = dataclasses.replace(device, links=dict.fromkeys(device.links, closed))
+    candidates = graph
+    if way == "swap":  # what is stateful is never run twice; views of what came back are made anew
+        nodes = (dataclasses.replace(n, stateful=n.stateful or liveness.alias_of(n, 0) is None) for n in graph.nodes)
+        candidates = graph.replace(nodes=tuple(nodes))
+    plan = Auto(seconds).plan(candidates, CostModel(device), budget)
+    return plan.replace(fingerprint=graph.fingerprint)
+
+
+def rows(size: Size, target: str, device: DeviceSpec, share: float, seconds: float) -> Iterator[dict[str, Any]]:
+    """Compiles everything, one after the other."""
+    step = traced(size)
+
+    def compile_(name: str, plan: Plan, text: str = target, **options: str) -> dict[str, Any]:
+        exported = stablehlo_export.export(step.func_graph, step.graph, plan)
+        light = dataclasses.replace(exported, state=())
+        del exported
+        return _row(name, functools.partial(pjrt.compile_for, light, text, options))
+
+    plain = compile_("plain", Plan())
+    predicted = simulator.simulate(step.graph, Plan(), CostModel(device)).peak_bytes
+    yield {**plain, "predicted_bytes": predicted}
+    budget = int(share * plain["device_bytes"])
+    small = re.sub(r"device_memory_size: \d+", f"device_memory_size: {budget}", target)
+    yield compile_("XLA's rematerialisation", Plan(), small, xla_disable_hlo_passes="")
+    offloading = {"xla_gpu_enable_host_memory_offloading": "True", "xla_disable_hlo_passes": ""}
+    yield compile_("XLA's rematerialisation and offloading", Plan(), small, **offloading)
+    for way in ("recompute", "swap", "both"):
+        asked = budget
+        for number in range(_ROUNDS):
+            try:
+                plan = planned(step.graph, device, way, asked, seconds)
+            except (InfeasibleBudgetError, gaps.CantRecompute) as error:
+                yield {"name": f"graphswap, {way}", "budget_bytes": budget, "error": str(error)}
+                break
+            judged = simulator.judge(step.graph, plan, CostModel(device))
+            row = compile_(f"graphswap, {way}", plan)
+            row |= {
+                "budget_bytes": budget,
+                "round": number,
+                "predicted_bytes": judged.allocated_peak_bytes,
+                "predicted_seconds": judged.seconds,
+                "swaps": len(plan.swaps),
+                "repeated_nodes": sum(len(decision.nodes) for decision in plan.recomputes),
+            }
+            yield row
+            if row["device_bytes"] <= budget:
+                break
+            asked = int(_MARGIN * asked * budget / row["device_bytes"])
+    for name, policy in POLICIES.items():
+        yield _row(f"JAX, {name}", functools.partial(jax_step, size, target, policy))
+
+
+def _row(name: str, compile_: Callable[[], pjrt.Compiled]) -> dict[str, Any]:
+    begun = time.perf_counter()
+    try:
+        made = compile_()
+    except pjrt.DeviceError as error:
+        return {"name": name, "error": str(error)}
+    out = sum(copy.is_out for copy in made.copies)
+    return {
+        "name": name,
+        "device_bytes": made.memory.device,
+        "temp_bytes": made.memory.temp,
+        "host_bytes": made.memory.host_temp,
+        "planned_copies": made.planned,
+        "copies": (out, len(made.copies) - out),
+        "copied_bytes": sum(copy.nbytes for copy in made.copies),
+        "beside_kernels": sum(copy.beside > 0 for copy in made.copies),
+        "compile_seconds": time.perf_counter() - begun,
+    }
+
+
+# --- the same in JAX ----------------------------------------------------------------------------------------------
+
+POLICIES = {"plain": "", "remat of blocks": "remat", "saves products": "dots", "offloads what blocks read": "offload"}
+
+
+def jax_step(size: Size, target: str, policy: str) -> pjrt.Compiled:
+    """The step of the same GPT in JAX: blocks in a scan, Adam, float32.
+
+    Args:
+        size: Of the GPT.
+        target: XLA's description of the GPU.
+        policy: What is kept for the backward pass: "" all, "remat" what blocks read, "dots" also products without a
+            batch dimension, "offload" what blocks read, in the host's memory.
+    """
+    import jax
+    import jax.numpy as jnp
+    from jax.ad_checkpoint import checkpoint_name
+
+    width, heads, depth = size.width, size.heads, size.width // size.heads
+
+    def normalised(x: Any, p: Any) -> Any:
+        mean, variance = x.mean(-1, keepdims=True), x.var(-1, keepdims=True)
+        return (x - mean) * jax.lax.rsqrt(variance + 1e-3) * p["gamma"] + p["beta"]
+
+    def block(x: Any, p: Any) -> tuple[Any, None]:
+        x = checkpoint_name(x, "read")
+        y = normalised(x, p["norm1"])
+        q, k, v = (jnp.einsum("btd,dhk->bthk", y, p[n]) + p[f"{n}_bias"] for n in ("query", "key", "value"))
+        scores = jnp.einsum("bthk,bshk->bhts", q / math.sqrt(depth), k)
+        scores = jnp.where(jnp.tril(jnp.ones(scores.shape[-2:], bool)), scores, -1e9)
+        y = jnp.einsum("bhts,bshk->bthk", jax.nn.softmax(scores), v)
+        x = x + jnp.einsum("bthk,hkd->btd", y, p["out"]) + p["out_bias"]
+        y = jax.nn.gelu(normalised(x, p["norm2"]) @ p["up"] + p["up_bias"], approximate=False)
+        return x + y @ p["down"] + p["down_bias"], None
+
+    policies = jax.checkpoint_policies
+    wrapped = {
+        "": block,
+        "remat": jax.checkpoint(block, prevent_cse=False),
+        "dots": jax.checkpoint(block, prevent_cse=False, policy=policies.dots_with_no_batch_dims_saveable),
+        "offload": jax.checkpoint(
+            block,
+            prevent_cse=False,
+            policy=policies.save_and_offload_only_these_names(
+                names_which_can_be_saved=[],
+                names_which_can_be_offloaded=["read"],
+                offload_src="device",
+                offload_dst="pinned_host",
+            ),
+        ),
+    }[policy]
+
+    def loss(p: Any, words: Any, following: Any) -> Any:
+        x = jax.lax.scan(wrapped, p["words"][words] + p["places"], p["blocks"])[0]
+        scores = jax.nn.log_softmax(normalised(x, p["norm"]) @ p["head"] + p["head_bias"])
+        return -jnp.take_along_axis(scores, following[..., None], -1).mean()
+
+    def step(state: Any, words: Any, following: Any) -> tuple[Any, Any]:
+        p, m, v, count = state
+        value, gradient = jax.value_and_grad(loss)(p, words, following)
+        m = jax.tree.map(lambda a, g: a + (g - a) * 0.1, m, gradient)
+        v = jax.tree.map(lambda a, g: a + (g * g - a) * 0.001, v, gradient)
+        rate = 3e-4 * jnp.sqrt(1 - 0.999**count) / (1 - 0.9**count)
+        p = jax.tree.map(lambda w, a, b: w - rate * a / (jnp.sqrt(b) + 1e-7), p, m, v)
+        return (p, m, v, count + 1), value
+
+    device = pjrt.target_device(target)
+    placed = jax.sharding.SingleDeviceSharding(device)
+
+    def array(*shape: int, dtype: Any = jnp.float32) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=placed)
+
+    def norm(*stacked: int) -> Any:
+        return {"gamma": array(*stacked, width), "beta": array(*stacked, width)}
+
+    count = size.blocks
+    projections = {n: array(count, width, heads, depth) for n in ("query", "key", "value")}
+    projections |= {f"{n}_bias": array(count, heads, depth) for n in ("query", "key", "value")}
+    blocks = {
+        **projections,
+        "norm1": norm(count),
+        "norm2": norm(count),
+        "out": array(count, heads, depth, width),
+        "out_bias": array(count, width),
+        "up": array(count, width, 4 * width),
+        "up_bias": array(count, 4 * width),
+        "down": array(count, 4 * width, width),
+        "down_bias": array(count, width),
+    }
+    parameters = {
+        "words": array(models.VOCABULARY, width),
+        "places": array(size.length, width),
+        "blocks": blocks,
+        "norm": norm(),
+        "head": array(width, models.VOCABULARY),
+        "head_bias": array(models.VOCABULARY),
+    }
+    words = array(size.batch, size.length, dtype=jnp.int32)
+    state = (parameters, parameters, parameters, array())
+    lowered = jax.jit(step, donate_argnums=0).lower(state, words, words)
+    return pjrt.inspected(lowered.compile(compiler_options=dict(pjrt.TARGET_OPTIONS)))
+
+
+# --- the table ----------------------------------------------------------------------------------------------------
+
+
+def cells(row: dict[str, Any]) -> Sequence[str]:
+    """A row of the table."""
+    if "error" in row:
+        return (row["name"], row["error"], *[""] * (len(COLUMNS) - 2))
+    predicted = row.get("predicted_bytes")
+    counts = "{} of {}, {} of {}".format(
+        *(n for pair in zip(row["copies"], row["planned_copies"], strict=True) for n in pair)
+    )
+    return (
+        row["name"],
+        format_bytes(row["device_bytes"]),
+        format_bytes(row["temp_bytes"]),
+        format_bytes(row["host_bytes"]),
+        "" if predicted is None else f"{format_bytes(predicted)} ({predicted / row['device_bytes'] - 1:+.1%})",
+        counts if any(row["planned_copies"]) else str(sum(row["copies"]) or ""),
+        str(row["beside_kernels"] or ""),
+        f"{row['compile_seconds']:.0f} s",
+    )
+
+
+def main(argv: Sequence[str]) -> int:
+    """Prints the table, and writes JSON."""
+    values = FLAGS
+    if len(argv) > 1 or values.target is None:
+        raise app.UsageError(f"expected --target=FILE and flags only, received {', '.join(argv[1:]) or 'no --target'}.")
+    keras.utils.set_random_seed(0)
+    size = Size(values.blocks, values.width, values.heads, values.length, values.batch)
+    target = pathlib.Path(values.target).read_text(encoding="utf-8")
+    found = []
+    for row in rows(size, target, devices.DEVICES[values.device], values.share, values.planning_seconds):
+        found.append(row)
+        print(json.dumps(row), file=sys.stderr, flush=True)
+    if values.out:
+        pathlib.Path(values.out).write_text(json.dumps({"size": dataclasses.asdict(size), "rows": found}, indent=1))
+    print(markdown_table(COLUMNS, [cells(row) for row in found]))
+    return 0
+
+
+FLAGS = flags.FLAGS
+
+
+def _define() -> None:
+    flags.DEFINE_string("target", None, "XLA's description of the GPU, a GpuTargetConfigProto as text.")
+    flags.DEFINE_string("device", "h200", "Whose data sheet plans are made with.")
+    flags.DEFINE_string("out", None, "File for the JSON.")
+    flags.DEFINE_float("share", 0.5, "Of what the plain step takes: the budget.", 0.0, 1.0)
+    flags.DEFINE_float("planning_seconds", 20.0, "For each plan.")
+    for name, default in dataclasses.asdict(Size(12, 1024, 16, 1024, 16)).items():
+        flags.DEFINE_integer(name, default, "Of the GPT.", 1)
+
+
+if __name__ == "__main__":
+    _define()
+    app.run(main)
