@@ -20,10 +20,10 @@ FLOORS = (
     {"simulator", "walk"},
     {"incremental", "picture"},
     {"strategies", "rewrites"},
-    {"options"},
-    {"plan_file", "page", "perfetto", "explanation"},
+    {"options", "artefact"},
+    {"pjrt", "plan_file", "page", "perfetto", "explanation"},
     {"report", "planning", "saved_model"},
-    {"pipeline", "onnx_export"},
+    {"pipeline", "onnx_export", "stablehlo_export"},
     {"keras_compile", "distribute", "emulate", "callback", "offline"},
     {"graphswap"},
     {"tools"},
@@ -56,6 +56,8 @@ STEPS = {
 TENSORFLOW_DOORS = {"graphdef", "tiers", "placement", "profiler"}
 PRIVATE_TENSORFLOW_DOORS = {"graphdef", "profiler"}
 PRIVATE_KERAS_DOORS = {"keras_compile"}
+JAX_DOORS = {"pjrt", "tools/targets"}
+PRIVATE_JAX_DOORS = {"pjrt"}
 
 
 def sources() -> dict[str, list[str]]:
@@ -132,6 +134,8 @@ def test_tensorflow_stays_at_its_doors(name):
         # Lower, Keras's import could meet a half-imported module: see graphswap/_keras_import.py.
         "keras": floor >= place("keras_compile")[0],
         "keras.src": name in PRIVATE_KERAS_DOORS,
+        "jax": name in JAX_DOORS,
+        "jax._src": name in PRIVATE_JAX_DOORS,
     }
     for dotted in imported(name):
         for door, open_here in doors.items():
