@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import math
 import re
@@ -797,7 +798,7 @@ def export_function(func_graph: FuncGraph, graph: ir.Graph, far_tiers: tiers.Tie
 
 
 def build_function(
-    func_graph: FuncGraph, graph: ir.Graph, far_tiers: tiers.Tiers
+    func_graph: FuncGraph, graph: ir.Graph, far_tiers: tiers.Tiers, for_xla: bool = False
 ) -> concrete_function_lib.ConcreteFunction:
     """Builds a new function that computes `graph` with the arguments and captures of `func_graph`.
 
@@ -805,6 +806,7 @@ def build_function(
         func_graph: The function that the graph was imported from; it stays as it is.
         graph: The graph; its nodes are those of `func_graph` or inserted ones.
         far_tiers: Where swapped values go.
+        for_xla: Whether XLA compiles it.
 
     Returns:
         A function of `func_graph.inputs`, captures passed by the caller like arguments, flat.
@@ -819,7 +821,8 @@ def build_function(
     target.control_outputs = [op for name in graph.control_outputs for op in exporter.done[name]]
     signature = [tf.TensorSpec.from_tensor(tensor) for tensor in target.inputs]
     target.structured_input_signature = (tuple(signature), {})
-    return concrete_function_lib.ConcreteFunction.from_func_graph(target, None, {})
+    attrs = {_COMPILED: attr_value_pb2.AttrValue(b=True)} if for_xla else {}
+    return concrete_function_lib.ConcreteFunction.from_func_graph(target, None, attrs)
 
 
 def run_built(
@@ -947,6 +950,8 @@ class _Exporter:
             self._add_swap(node)
         elif node.op in (ir.BARRIER, ir.PLACE):
             self._add_for_xla(node)
+        elif node.op == ir.ANCHOR:
+            self._add_anchor(node)
         elif node.like or self.target is not self.source:
             self._add_copy(node)
         else:
@@ -1079,6 +1084,23 @@ class _Exporter:
         for tensor, source in zip(operation.outputs, inputs, strict=True):
             tensor.set_shape(source.shape)
         self._bind(node, operation)
+
+    def _add_anchor(self, node: ir.Node) -> None:
+        """A select whose condition always holds, which XLA can't know: an integer has a last bit of 0 or 1."""
+        value, *tokens = map(self.tensor, node.inputs)
+        with self.target.as_default(), tf.control_dependencies(None), tf.name_scope(node.name + "/"):
+            conditions = []
+            for token in tokens:
+                bits = tf.bitcast(tf.reshape(token, [-1])[0], _BITS[token.dtype.size])
+                one = tf.ones((), bits.dtype)
+                conditions.append(tf.bitwise.bitwise_and(bits, one) <= one)
+            anchored = tf.where(functools.reduce(tf.logical_and, conditions), value, tf.zeros((), value.dtype))
+        self.tensors[node.name] = anchored
+        self.done[node.name] = [anchored.op]
+
+
+_BITS = {2: tf.uint16, 4: tf.uint32, 8: tf.uint64}
+"""Size of a float in bytes -> integers that hold its bits."""
 
 
 # --- variables --------------------------------------------------------------------------------------------------
@@ -1220,7 +1242,8 @@ def _callee(func_graph: FuncGraph, operation: Any) -> FuncGraph | None:
     return _body(func_graph, operation.get_attr("f").name)
 
 
-_KEPT_WHOLE = ("_XlaMustCompile", "_noinline")
+_COMPILED = "_XlaMustCompile"
+_KEPT_WHOLE = (_COMPILED, "_noinline")
 
 
 # --- trace time -------------------------------------------------------------------------------------------------

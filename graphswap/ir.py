@@ -43,6 +43,8 @@ BARRIER = "XlaOptimizationBarrier"
 """Passes each input on as an output once all of them are there. XLA merges and moves nothing across it."""
 PLACE = "Place"
 """Copies its input to a kind of memory, its attribute `memory_kind`, in a graph for XLA."""
+ANCHOR = "Anchor"
+"""Its first input, bit for bit, but not before its other inputs are there: a wait that XLA keeps."""
 
 RESIDENT_OPS = frozenset({"Placeholder", "Const", "VarHandleOp"})
 """Ops whose outputs are in memory before the step starts and stay there."""
@@ -268,13 +270,13 @@ def verify(graph: Graph) -> Graph:
 def origin(graph: Graph) -> Mapping[str, str]:
     """For every value, the value of the user's graph that it is a copy of, often itself.
 
-    A SwapIn's output is a copy of what its SwapOut read, a repeated node's outputs are copies of the
-    first one's.
+    A SwapIn's output is a copy of what its SwapOut read, an Anchor's is its first input, a repeated node's
+    outputs are copies of the first one's.
     """
     origins: dict[str, str] = {}
     for node in graph.nodes:
         for index, reference in enumerate(node.refs()):
-            if node.op in (SWAP_OUT, SWAP_IN):
+            if node.op in (SWAP_OUT, SWAP_IN, ANCHOR):
                 origins[reference] = origins[node.inputs[0]]
             elif node.like:
                 first = ref(node.like, index)  # may be gone: `rewrites.prune`

@@ -27,6 +27,7 @@ ALIASES: Mapping[str, int] = dict.fromkeys(
         "EnsureShape",
         "ReadVariableOp",
         "PlaceholderWithDefault",
+        ir.ANCHOR,  # XLA makes it a part of what reads it
     ),
     0,
 )

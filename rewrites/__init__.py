@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from graphswap import ir
 from graphswap.plan import Plan
 from graphswap.rewrites import pass_manager
+from graphswap.rewrites.anchor import anchor
 from graphswap.rewrites.barriers import barriers
 from graphswap.rewrites.ordering import ordering
 from graphswap.rewrites.prune import prune
@@ -19,6 +20,14 @@ PASSES: tuple[pass_manager.RewritePass, ...] = (
     prune,  # after swap: a value that is swapped out has a reader
     ordering,  # last: chains whatever was inserted
 )
+
+JIT_PASSES: tuple[pass_manager.RewritePass, ...] = (
+    schedule,
+    recompute,
+    anchor,  # in the place of control edges
+    prune,
+)
+"""For a step that XLA compiles inside TensorFlow, where nothing can be swapped."""
 
 PJRT_PASSES: tuple[pass_manager.RewritePass, ...] = (
     schedule,
@@ -36,4 +45,13 @@ def rewrite(graph: ir.Graph, plan: Plan, passes: Sequence[pass_manager.RewritePa
     Raises:
         ir.GraphError: If a pass leaves a broken graph.
     """
-    return pass_manager.run_passes(graph, plan, passes)
+    return graph if plan.is_empty else pass_manager.run_passes(graph, plan, passes)
+
+
+def rewrite_for_jit(graph: ir.Graph, plan: Plan) -> ir.Graph:
+    """Carries out a plan without swaps, for XLA inside TensorFlow to compile. An empty plan adds anchors alone.
+
+    Raises:
+        ir.GraphError: If a pass leaves a broken graph.
+    """
+    return pass_manager.run_passes(graph, plan, JIT_PASSES)

@@ -10,7 +10,8 @@ from graphswap.plan import Plan
 
 
 def prune(graph: ir.Graph, plan: Plan) -> ir.Graph:
-    """Returns the graph less the runs, first or repeated, of nodes of `Recompute` decisions that nobody reads.
+    """Returns the graph less the runs, first or repeated, of nodes of `Recompute` decisions that nobody reads,
+    and less their anchors.
 
     TensorFlow would not run them either. What such a node waited for, the next node waits for; what waited
     for it, waits for the node before it.
@@ -23,7 +24,7 @@ def prune(graph: ir.Graph, plan: Plan) -> ir.Graph:
         readers.update(node.inputs)
     unread = set()
     for node in reversed(graph.nodes):
-        if (node.like or node.name) in repeated and not any(map(readers.get, node.refs())):
+        if (node.op == ir.ANCHOR or (node.like or node.name) in repeated) and not any(map(readers.get, node.refs())):
             unread.add(node.name)
             readers.subtract(node.inputs)
     return _without(graph, unread) if unread else graph
