@@ -284,3 +284,7 @@ def _convolution_workspace(graph: ir.Graph, node: ir.Node) -> int:
     item = ir.ITEM_BYTES.get(image.dtype, 4)
     shard = 1 if node.op == "Conv2DBackpropInput" else -(-(30 * _MIB // item) // unit)
     return shard * pixels * taps * item
+
+
+NO_LINK = Link(0.0, 0.0, 0.0)
+"""A link that nothing gets through."""

@@ -862,13 +862,13 @@ def hlo(func_graph: FuncGraph, graph: ir.Graph) -> Any:
             stage="hlo_serialized",
         )
     except (tf.errors.OpError, ValueError, TypeError) as error:
-        raise UnsupportedGraphError(_not_compiled(graph.name, str(error))) from error
+        raise UnsupportedGraphError(not_compiled(graph.name, str(error))) from error
     module = hlo_pb2.HloModuleProto()
     module.ParseFromString(serialized)
     return module
 
 
-def _not_compiled(name: str, message: str) -> str:
+def not_compiled(name: str, message: str) -> str:
     """What XLA's refusal of a step means, in one line."""
     node = re.search(r"\{\{node ([^}]+)\}\}", message)
     where = f" at node '{node[1]}'" if node else ""

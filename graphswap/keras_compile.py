@@ -49,13 +49,15 @@ def disable() -> None:
 
 def _compile(self: Any, *args: Any, graphswap: Any = None, **kwargs: Any) -> None:
     options = None if graphswap is None else Options.from_value(graphswap)
+    session = None
     if options is not None:
         _refuse(self, args, kwargs)
-        kwargs["jit_compile"] = False
+        kwargs["jit_compile"] = kwargs.get("jit_compile") is True
+        session = Session(options, kwargs["jit_compile"])
     _originals["compile"](self, *args, **kwargs)
     # Keras tracks what is set as an attribute; a session is none of the model's parts.
     object.__setattr__(self, "_graphswap_options", options)
-    object.__setattr__(self, "_graphswap_session", None if options is None else Session(options))
+    object.__setattr__(self, "_graphswap_session", session)
 
 
 def _refuse(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -71,11 +73,6 @@ def _refuse(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         raise ValueError(
             "graphswap: expected run_eagerly=False, received True. graphswap rewrites the graph of the training step, "
             "and an eager step has none. Leave run_eagerly out, or compile without graphswap."
-        )
-    if given.get("jit_compile") is True:
-        raise ValueError(
-            "graphswap: expected jit_compile='auto' or False, received True. XLA would ignore the rewritten graph. "
-            "Leave jit_compile out, or compile without graphswap."
         )
     if given.get("optimizer", "rmsprop") is None:
         raise ValueError(

@@ -13,8 +13,8 @@ from typing import Any
 
 import tensorflow as tf
 
-from graphswap import allocator, graphdef, ir, placement, planning, profiler, replanning, rewrites, tiers
-from graphswap.cost_model import DeviceSpec, Profile
+from graphswap import allocator, graphdef, ir, placement, planning, profiler, replanning, rewrites, tiers, xla
+from graphswap.cost_model import CostModel, DeviceSpec, Profile
 from graphswap.graphdef import UnsupportedGraphError
 from graphswap.options import Options
 from graphswap.plan import Plan
@@ -70,10 +70,21 @@ class Session:
 
     Args:
         options: What the user asked for.
+        jit_compile: Whether XLA compiles the step.
+
+    Raises:
+        ValueError: If XLA can't do what the options ask for.
     """
 
-    def __init__(self, options: Options):
+    def __init__(self, options: Options, jit_compile: bool = False):
+        if jit_compile and options.swap_to != "auto":
+            raise ValueError(
+                f"graphswap: expected swap_to='auto' with jit_compile=True, received '{options.swap_to}'. XLA inside "
+                "TensorFlow keeps on the device what is placed on the host, so that nothing can be swapped; the plan "
+                "recomputes. Leave swap_to out, or set jit_compile=False."
+            )
         self.options = options
+        self.jit_compile = jit_compile
         self.report = Report()
         self._tiers = tiers.Tiers(options.swap_directory())
         self._planner = planning.Planner(options, self._tiers)
@@ -356,11 +367,14 @@ class Session:
             clock = _Clock(progress)
             shapes = self._argument_shapes(func_graph)
             with clock("measure"):
-                device = self._planner.device()
+                device = self._planner.device(can_swap=not self.jit_compile)
                 self._arrange(device)
             try:
                 with clock("import"):
-                    graph = imported(func_graph, shapes)
+                    is_compiled = self.jit_compile
+                    graph = (
+                        graphdef.import_function(func_graph, shapes) if is_compiled else imported(func_graph, shapes)
+                    )
             except UnsupportedGraphError as error:
                 if self.options.on_unsupported == "raise":
                     raise
@@ -375,6 +389,9 @@ class Session:
             budget, share = self._planner.budget(device, self._scale)
             replanned, rounds = self._replanned.pop(shapes, (None, []))
             try:
+                if self.jit_compile:
+                    self._compile(func_graph, shapes, graph, cost_model, budget, share, clock)
+                    return
                 if replanned is not None and replanned.graph.fingerprint == graph.fingerprint:
                     with clock("plan"):
                         planned = self._planner.resume(replanned, cost_model)
@@ -396,6 +413,39 @@ class Session:
                 self._watched[shapes] = _Watched(
                     planned, rewritten, step, int(budget / share), profiler.memory_in_use("peak")
                 )
+
+    def _compile(
+        self,
+        func_graph: graphdef.FuncGraph,
+        shapes: tuple[graphdef.Shape, ...],
+        graph: ir.Graph,
+        cost_model: CostModel,
+        budget: int,
+        share: float,
+        clock: _Clock,
+    ) -> None:
+        """Rewrites a step that XLA will compile."""
+
+        def compiled(candidate: ir.Graph) -> profiler.Compiled:
+            with clock("compile"):
+                return profiler.compiled(func_graph, candidate, self._arguments)
+
+        with clock("plan"):
+            found = xla.plan(
+                self._planner.strategy(graph),
+                graph,
+                xla.costs(cost_model),
+                budget or self.options.memory_budget,
+                compiled,
+            )
+        clock.seconds["plan"] -= clock.seconds["compile"]
+        if found.rewritten is not graph:
+            with clock("rewrite"):
+                graphdef.export_function(func_graph, found.rewritten, self._tiers)
+        step = _step_report(found.planned, share / self._scale, clock.seconds, [], self.options.memory_budget)
+        step.status = "needs nothing" if found.rewritten is graph else "rewritten for XLA"
+        step.plain_peak_bytes, step.predicted_peak_bytes = found.plain_bytes, found.peak_bytes
+        self._add_report(func_graph, shapes, step)
 
     def _arrange(self, device: DeviceSpec) -> None:
         """Lays the device out as `simulator` takes it to be: building the model has left holes."""
@@ -447,20 +497,23 @@ def imported(func_graph: graphdef.FuncGraph, shapes: Sequence[graphdef.Shape]) -
     return graphdef.import_function(func_graph, shapes, folding)
 
 
-def function(step: Callable[..., Any] | None = None, *, memory_budget: int | str, **options: Any) -> Any:
+def function(
+    step: Callable[..., Any] | None = None, *, memory_budget: int | str, jit_compile: bool = False, **options: Any
+) -> Any:
     """Makes a `tf.function` of a training step that keeps a memory budget. Also a decorator.
 
     Args:
         step: A Python function or tf.function: forward pass, gradients and updates.
         memory_budget: As in `Options`.
+        jit_compile: Whether XLA compiles the step, as in `tf.function`.
         **options: Further fields of `Options`.
 
     Returns:
         A function with the arguments and results of `step`. `graphswap.report` takes it.
     """
     if step is None:
-        return functools.partial(function, memory_budget=memory_budget, **options)
-    session = Session(Options(memory_budget, **options))
+        return functools.partial(function, memory_budget=memory_budget, jit_compile=jit_compile, **options)
+    session = Session(Options(memory_budget, **options), jit_compile)
     python_function = getattr(step, "python_function", step)
 
     def make() -> Callable[..., Any]:
@@ -468,7 +521,7 @@ def function(step: Callable[..., Any] | None = None, *, memory_budget: int | str
         def traced(*args: Any, **kwargs: Any) -> Any:
             return session.trace(python_function, *args, **kwargs)
 
-        return tf.function(traced, reduce_retracing=True)
+        return tf.function(traced, reduce_retracing=True, jit_compile=jit_compile or None)
 
     @functools.wraps(python_function)
     def call(*args: Any, **kwargs: Any) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from graphswap import graphdef, ir, plan_file, profiler, replanning, rewrites, simulator, strategies, tiers
+from graphswap import graphdef, ir, liveness, plan_file, profiler, replanning, rewrites, simulator, strategies, tiers
 from graphswap.cost_model import MEMORY_VARIABLE, CostModel, DeviceSpec, Profile
 from graphswap.options import Options, format_bytes
 from graphswap.plan import Plan
@@ -82,13 +82,13 @@ class Planner:
         self._options = options
         self._tiers = far_tiers
 
-    def device(self) -> DeviceSpec:
-        """This machine's device, its links measured."""
+    def device(self, can_swap: bool = True) -> DeviceSpec:
+        """This machine's device, its links measured if anything can be swapped."""
         emulated = os.environ.get(MEMORY_VARIABLE)
         directory = self._options.swap_directory()
         if directory is None and self._far_tier() == "disk":
             directory = tiers.default_directory()
-        return profiler.device_spec(int(emulated) if emulated else None, directory)
+        return profiler.device_spec(int(emulated) if emulated else None, directory, can_swap)
 
     def cost_model(self, device: DeviceSpec, graph: ir.Graph, fence_bytes: int) -> CostModel:
         """Analytic costs of the graph on the device as it is now, less the fences, which `simulator` lays itself."""
@@ -237,6 +237,20 @@ class Planner:
             return "disk" if profiler.memory_in_use() is None else "host"
         return "host" if swap_to == "host" else "disk"
 
+    def strategy(self, graph: ir.Graph) -> Strategy:
+        """What makes the plans: the options' strategy, or what a file holds.
+
+        Raises:
+            PlanError: If the options name a file that is no plan, or one for another graph.
+        """
+        path = self._options.plan
+        # It is asked several times.
+        return (
+            self._strategy(self._options.planning_seconds / 3)
+            if path is None
+            else _Given(plan_file.given(str(path), graph)[0])
+        )
+
     def _strategy(self, planning_seconds: float | None = None) -> Strategy:
         strategy = self._options.strategy
         if isinstance(strategy, str):
@@ -281,6 +295,16 @@ class Planner:
                 return profile
         notes.append(f"costs are analytic, not measured: {summary(error)}")
         return None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Given:
+    """A strategy that has one plan."""
+
+    only: Plan
+
+    def plan(self, graph: ir.Graph, cost_model: CostModel, memory_budget: int) -> Plan:
+        return self.only
 
 
 def _judged(graph: ir.Graph, plan: Plan, cost_model: CostModel, budget: int) -> Planned:
@@ -346,12 +370,12 @@ def _resident_bytes(graph: ir.Graph) -> int:
     current = profiler.memory_in_use()
     if current is None:
         return 0
-    shown = sum(
-        sum(dict(node.attrs).get("held_bytes", ())) or sum(v.nbytes for v in node.outputs)  # pyright: ignore[reportArgumentType, reportCallIssue]
-        for node in graph.nodes
-        if node.op == "Placeholder"
-    )
-    return max(0, current - shown)
+    return max(0, current - argument_bytes(graph))
+
+
+def argument_bytes(graph: ir.Graph) -> int:
+    """Device bytes of the step's arguments and variables."""
+    return sum(sum(liveness.output_bytes(node)) for node in graph.nodes if node.op == "Placeholder")
 
 
 def is_out_of_memory(error: Exception) -> bool:

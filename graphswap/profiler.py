@@ -1,7 +1,7 @@
 """Measures: the device, the links to the far tiers, and every node of a step.
 
 Private TensorFlow used here (2.21): the profiler's XSpace protobuf, `ConcreteFunction._call_flat`, the list of local
-devices and the eager context's initialisation.
+devices, the eager context's initialisation and its compiler IR, and XLA's HloProto.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from typing import Any, NamedTuple
 
 import tensorflow as tf
+from tensorflow.compiler.xla.service import hlo_pb2
 from tensorflow.python.client import device_lib
 from tensorflow.python.eager import context
 from tensorflow.tsl.profiler.protobuf import xplane_pb2
 
 from graphswap import allocator, devices, graphdef, ir, liveness, tiers
-from graphswap.cost_model import CostModel, DeviceSpec, Link, Profile, Workspace
+from graphswap.cost_model import NO_LINK, CostModel, DeviceSpec, Link, Profile, Workspace
 
 _PROFILE_VERSION = 5
 """Of what is measured and how: profiles of another version are not read."""
@@ -82,15 +83,18 @@ def memory_in_use(kind: str = "current") -> int | None:
         return None
 
 
-def device_spec(emulated_bytes: int | None, swap_directory: str | os.PathLike[str] | None = None) -> DeviceSpec:
+def device_spec(
+    emulated_bytes: int | None, swap_directory: str | os.PathLike[str] | None = None, can_swap: bool = True
+) -> DeviceSpec:
     """Describes this machine's device: memory, and links as measured.
 
     Args:
         emulated_bytes: Memory of the emulated accelerator; None if there is none.
         swap_directory: Where the disk tier would go.
+        can_swap: If not, no link is measured, and there is none.
     """
     if device_name() != "CPU:0":
-        return _gpu_spec(swap_directory)
+        return _gpu_spec(swap_directory, can_swap)
     limit = os.environ.get("TF_CPU_BFC_MEM_LIMIT_IN_MB")
     counts = memory_in_use() is not None
     if emulated_bytes is not None:
@@ -99,6 +103,8 @@ def device_spec(emulated_bytes: int | None, swap_directory: str | os.PathLike[st
         memory = int(limit) << 20
     else:
         memory = None
+    if not can_swap:
+        return DeviceSpec(f"{device_name()}/{os.cpu_count()}", memory, links={"host": NO_LINK, "disk": NO_LINK})
     room = _LINK_BYTES if memory is None else max(0, memory - (memory_in_use() or 0)) // 8
     nbytes = max(_LEAST_LINK_BYTES, min(_LINK_BYTES, 1 << (room.bit_length() - 1) if room else 0))
     links = {"host": measure_link("host", None, nbytes)}
@@ -122,14 +128,16 @@ def gpu_architecture() -> str | None:
     return ".".join(map(str, details.get("compute_capability", (8, 0))))
 
 
-def _gpu_spec(swap_directory: str | os.PathLike[str] | None) -> DeviceSpec:
+def _gpu_spec(swap_directory: str | os.PathLike[str] | None, can_swap: bool) -> DeviceSpec:
     """The GPU's memory as TensorFlow has been given it, links as measured, rates of its kind, else those of an A100."""
     physical = tf.config.list_physical_devices("GPU")[0]
     kind = tf.config.experimental.get_device_details(physical).get("device_name", "")
     known = max((name for name in devices.DEVICES if name in kind.lower()), key=len, default="a100")
-    links = {"host": _measure_pinned_link() or devices.DEVICES[known].links["host"]}
-    if swap_directory is not None:
-        links["disk"] = measure_link("disk", os.fspath(swap_directory))
+    links = {"host": NO_LINK, "disk": NO_LINK}
+    if can_swap:
+        links = {"host": _measure_pinned_link() or devices.DEVICES[known].links["host"]}
+        if swap_directory is not None:
+            links["disk"] = measure_link("disk", os.fspath(swap_directory))
     return dataclasses.replace(
         devices.DEVICES[known],
         name=kind,
@@ -270,6 +278,59 @@ def measure_step(
         seconds = {node.name: known.seconds(graph, node) for node in graph.nodes if not node.like}
     host = [event for event in events if _KERNEL not in event[3]]
     return Profile(fingerprint, seconds, _node_workspace(host, harmless))
+
+
+class Compiled(NamedTuple):
+    """The device memory of a step as XLA compiled it, beside variables and arguments.
+
+    Attributes:
+        temporary_bytes: Of the one buffer that everything between arguments and results shares.
+        result_bytes: Of results that lie in no argument's place.
+    """
+
+    temporary_bytes: int
+    result_bytes: int
+
+
+def compiled(func_graph: graphdef.FuncGraph, graph: ir.Graph, arguments: Sequence[Any]) -> Compiled:
+    """Has XLA compile the step, and reads which buffers it assigned. Nothing runs.
+
+    Args:
+        func_graph: The traced step; it stays as it is.
+        graph: What to compile: the step's graph, usually rewritten.
+        arguments: Tensors or arrays of the step's shapes, in the order of the function's inputs.
+
+    Raises:
+        UnsupportedGraphError: If XLA can't compile it.
+    """
+    function = graphdef.build_function(func_graph, graph, tiers.Tiers(), for_xla=True)
+    captures = [external for external, _ in func_graph.captures]
+    with tf.init_scope():
+        tensors = [
+            tf.convert_to_tensor(argument, dtype=tensor.dtype)
+            for tensor, argument in zip(func_graph.inputs, arguments, strict=False)
+        ]
+        try:
+            serialized = context.context().get_compiler_ir(
+                device_name=f"/job:localhost/replica:0/task:0/device:{device_name()}",
+                platform_name=None,
+                function_name=function.name,
+                flat_args=tensors,
+                captured_inputs=captures,
+                stage="optimized_hlo_proto_serialized",
+            )
+        except (tf.errors.OpError, ValueError, TypeError) as error:
+            raise graphdef.UnsupportedGraphError(graphdef.not_compiled(graph.name, str(error))) from error
+    program = hlo_pb2.HloProto.FromString(serialized)
+    own = [
+        buffer
+        for buffer in program.buffer_assignment.buffer_allocations
+        if not (buffer.is_entry_computation_parameter or buffer.is_constant)
+    ]
+    return Compiled(
+        sum(buffer.size for buffer in own if not buffer.maybe_live_out),
+        sum(buffer.size for buffer in own if buffer.maybe_live_out),
+    )
 
 
 class Recorded(NamedTuple):

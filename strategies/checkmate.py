@@ -28,7 +28,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from graphswap import bound, ir
-from graphswap.cost_model import CostModel, Link
+from graphswap.cost_model import NO_LINK, CostModel
 from graphswap.plan import Decision, Plan, Recompute
 from graphswap.strategies import base, fitting, gaps, relaxation, solver
 
@@ -69,11 +69,10 @@ class Checkmate:
 
 @functools.lru_cache(maxsize=4)
 def _without_links(cost_model: CostModel) -> CostModel:
-    closed = Link(0.0, 0.0, 0.0)
-    device = dataclasses.replace(cost_model.device, links=dict.fromkeys(cost_model.device.links, closed))
+    device = dataclasses.replace(cost_model.device, links=dict.fromkeys(cost_model.device.links, NO_LINK))
     profile = cost_model.profile
     if profile is not None:
-        profile = dataclasses.replace(profile, links=dict.fromkeys(profile.links, closed))
+        profile = dataclasses.replace(profile, links=dict.fromkeys(profile.links, NO_LINK))
     return dataclasses.replace(cost_model, device=device, profile=profile)
 
 

@@ -23,6 +23,7 @@ FLOORS = (
     {"options", "artefact"},
     {"pjrt", "plan_file", "page", "perfetto", "explanation"},
     {"report", "planning", "saved_model"},
+    {"xla"},
     {"pipeline", "onnx_export", "stablehlo_export"},
     {"keras_compile", "distribute", "emulate", "callback", "offline"},
     {"graphswap"},

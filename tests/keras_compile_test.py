@@ -36,7 +36,10 @@ def compiled(**arguments):
     ("arguments", "message"),
     [
         ({"run_eagerly": True}, "expected run_eagerly=False, received True"),
-        ({"jit_compile": True}, "expected jit_compile='auto' or False, received True"),
+        (
+            {"jit_compile": True, "graphswap": graphswap.Options("1GiB", swap_to="host")},
+            "expected swap_to='auto' with jit_compile=True, received 'host'",
+        ),
         ({"optimizer": None}, "expected an optimizer, received optimizer=None"),
         ({"graphswap": "2GiBB"}, "memory_budget: expected bytes as an int"),
         ({"graphswap": "0MiB"}, "memory_budget: expected bytes as an int"),
@@ -155,9 +158,10 @@ def test_models_without_the_option_are_left_alone():
     assert model._graphswap_session is None
 
 
-def test_jit_compile_auto_resolves_to_off():
+def test_jit_compile_is_on_only_where_it_is_asked_for():
     assert compiled(jit_compile="auto").jit_compile is False
     assert compiled(jit_compile=False).jit_compile is False
+    assert compiled(jit_compile=True).jit_compile is True
 
 
 def test_the_option_is_none_of_the_models_parts():
