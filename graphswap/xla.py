@@ -59,8 +59,9 @@ def plan(
 ) -> Planned:
     """Finds a plan whose compiled program keeps the budget, the fastest that a few attempts come by.
 
-    Plans of falling simulated peaks are compiled until one fits; then the gap to the last that did not is
-    halved, as long as attempts are left.
+    Plans of falling simulated peaks are compiled until one fits, or until none is found; then the gap to the last
+    one that was too large is halved, as long as attempts are left. A program may need more than that of a plan with a
+    larger simulated peak, so that a faster plan may be missed.
 
     Args:
         strategy: Makes the plans.
@@ -86,27 +87,28 @@ def plan(
         search.attempt(budgets.smallest(strategy, graph, cost_model))
         return search.best(plain_bytes, search.least_bytes)
     plain = simulator.simulate(graph, Plan(), cost_model)
-    too_large, fits = plain.peak_bytes, 0
-    target = int(too_large * budget / anchored)
+    low, high = (
+        0,
+        plain.peak_bytes,
+    )  # simulated peaks: of a plan that fits, or of none; of one whose program does not fit
+    target = int(high * budget / anchored)
     for _ in range(_ATTEMPTS):
         try:
             proposed = strategy.plan(graph, cost_model, target)
-        except InfeasibleBudgetError as error:
-            if fits or not target < error.smallest_bytes < _NEAR * too_large:
-                break
-            target = error.smallest_bytes
-            continue
-        needed = search.attempt(proposed)
-        if needed <= budget:
-            fits = target
-            seconds = simulator.simulate(graph, proposed, cost_model).seconds
-            if needed >= _NEAR * budget or seconds <= _CHEAP * plain.seconds:
-                break
+        except InfeasibleBudgetError:
+            low = target
         else:
-            too_large = target
-        if fits >= _NEAR * too_large:
+            needed = search.attempt(proposed)
+            if needed > budget:
+                high = target
+            else:
+                low = target
+                seconds = simulator.simulate(graph, proposed, cost_model).seconds
+                if needed >= _NEAR * budget or seconds <= _CHEAP * plain.seconds:
+                    break
+        if low >= _NEAR * high:
             break
-        target = (fits + too_large) // 2 if fits else int(target * min(_NEAR, budget / needed))
+        target = (low + high) // 2 if low else int(target * min(_NEAR, budget / needed))
     if search.least_bytes > budget:
         worst = simulator.simulate(graph, search.least_plan, cost_model).peak_step.name
         raise InfeasibleBudgetError(budget, search.least_bytes, worst)

@@ -132,6 +132,36 @@ GPU_MODELS: Mapping[str, Callable[[], Training]] = {
 }
 """Large enough to keep a GPU busy."""
 
+JIT_MODELS: Mapping[str, Callable[[], Training]] = {
+    "gpt_12": functools.partial(gpt, blocks=12, width=128),
+    "resnet50_64": functools.partial(resnet50, size=64, batch=32),
+}
+"""Of sizes that XLA compiles in a minute or two."""
+
+
+class _Recomputed(layers.Layer):
+    """A part of a model that is run again for its gradients."""
+
+    def __init__(self, part: keras.Model):
+        super().__init__()
+        self.part = part
+
+    def call(self, x: Any, training: bool | None = None) -> Any:
+        return tf.recompute_grad(lambda t: self.part(t, training=training))(x)
+
+
+def recomputed_by_hand(training: Training) -> Training:
+    """The same training with `tf.recompute_grad` around every block of a GPT or a ResNet, as one places it by hand."""
+    model = training.model
+    outputs = [layer.output for layer in model.layers if layer.name.endswith("_out") and "block" in layer.name]
+    if not outputs:  # a transformer: the embeddings' sum, and of the two sums in each block the second
+        outputs = [operation.output for operation in model.operations if type(operation).__name__ == "Add"][::2]
+    x = keras.Model(model.input, outputs[0])(model.input)
+    for start, end in itertools.pairwise(outputs):
+        x = _Recomputed(keras.Model(start, end))(x)
+    x = keras.Model(outputs[-1], model.output)(x)
+    return dataclasses.replace(training, model=keras.Model(model.input, x))
+
 
 def _batches(inputs: np.ndarray, targets: np.ndarray, size: int) -> Iterator[Batch]:
     """Whole batches, over and over."""

@@ -46,6 +46,8 @@ class Trial:
         strategy: As in `Options`.
         planning_seconds: As in `Options`.
         on_gpu: Whether the device is the first GPU rather than an emulated one.
+        jit_compile: Whether XLA compiles the step.
+        by_hand: Whether the model's blocks are recomputed by `tf.recompute_grad`.
     """
 
     model: str
@@ -56,6 +58,8 @@ class Trial:
     strategy: str = str(Options.strategy)
     planning_seconds: float = Options.planning_seconds
     on_gpu: bool = False
+    jit_compile: bool = False
+    by_hand: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +112,7 @@ class Process:
         command += [f"--graphswap={trial.graphswap}", f"--steps={trial.steps}", f"--result={self._result}"]
         command += [f"--strategy={trial.strategy}", f"--planning_seconds={trial.planning_seconds}", "--in_turns"]
         command += [] if trial.memory_optimizer else ["--nomemory_optimizer"]
+        command += [f"--{name}" for name in ("jit_compile", "by_hand") if getattr(trial, name)]
         emulated = {} if trial.on_gpu else emulate.environment(trial.memory_bytes)
         variables = {**os.environ, **emulated, **(environment or {})}
         with self._errors.open("w") as stderr:
@@ -158,7 +163,13 @@ def telling_lines(errors: str) -> str:
 
 
 def train(
-    model: str, option: Options | None, steps: int, memory_optimizer: bool = True, in_turns: bool = False
+    model: str,
+    option: Options | None,
+    steps: int,
+    memory_optimizer: bool = True,
+    in_turns: bool = False,
+    jit_compile: bool = False,
+    by_hand: bool = False,
 ) -> Result:
     """Trains a model of `models` in this process, on a device that counts its bytes, and tells each step.
 
@@ -168,6 +179,8 @@ def train(
         steps: How many steps to train.
         memory_optimizer: As in `Trial`.
         in_turns: Whether to wait for a line of input before each step.
+        jit_compile: As in `Trial`.
+        by_hand: Likewise.
     """
     import keras
     import tensorflow as tf
@@ -179,9 +192,10 @@ def train(
     # Otherwise TensorFlow rearranges arithmetic by what stands nearby, and the last bits change with the graph.
     tf.config.optimizer.set_experimental_options({"arithmetic_optimization": False})
     keras.utils.set_random_seed(0)
-    training = {**models.MODELS, **models.GPU_MODELS}[model]()
-    # On a GPU Keras would have XLA compile the plain step; its kernels are others.
-    compile_options = {"jit_compile": False, **({"graphswap": option} if option else {})}
+    training = {**models.MODELS, **models.GPU_MODELS, **models.JIT_MODELS}[model]()
+    training = models.recomputed_by_hand(training) if by_hand else training
+    # Left alone, Keras would have XLA compile the plain step on a GPU; its kernels are others.
+    compile_options = {"jit_compile": jit_compile, **({"graphswap": option} if option else {})}
     training.model.compile(training.optimizer, training.loss, **compile_options)
     device = profiler.device_name()
     losses, seconds, peaks = [], [], []
@@ -269,6 +283,8 @@ def _main(argv: Sequence[str]) -> None:
     gpu_memory = flags.DEFINE_integer(
         "gpu_memory", 0, "Bytes of the first GPU's memory to use; 0 for an emulated device.", flag_values=values
     )
+    jit_compile = flags.DEFINE_bool("jit_compile", False, "Whether XLA compiles the step.", flag_values=values)
+    by_hand = flags.DEFINE_bool("by_hand", False, "Whether blocks are in tf.recompute_grad.", flag_values=values)
     path = flags.DEFINE_string("result", None, "File to write the result to, as JSON.", flag_values=values)
     if values(argv)[1:]:
         raise app.UsageError(f"expected flags, received {values(argv)[1:]}.")
@@ -277,7 +293,8 @@ def _main(argv: Sequence[str]) -> None:
         option = Options(graphswap.value, strategy=strategy.value, planning_seconds=planning_seconds.value)
     if gpu_memory.value:
         _use_gpu(gpu_memory.value)
-    result = train(model.value, option, steps.value, memory_optimizer.value, in_turns.value)
+    ways = memory_optimizer.value, in_turns.value, jit_compile.value, by_hand.value
+    result = train(model.value, option, steps.value, *ways)
     if path.value is not None:
         pathlib.Path(path.value).write_text(json.dumps(dataclasses.asdict(result)))
 
