@@ -101,6 +101,9 @@ def plan(
             needed = search.attempt(proposed)
             if needed > budget:
                 high = target
+                if not low:
+                    target = int(target * min(_NEAR, budget / needed))
+                    continue
             else:
                 low = target
                 seconds = simulator.simulate(graph, proposed, cost_model).seconds
@@ -108,7 +111,7 @@ def plan(
                     break
         if low >= _NEAR * high:
             break
-        target = (low + high) // 2 if low else int(target * min(_NEAR, budget / needed))
+        target = (low + high) // 2
     if search.least_bytes > budget:
         worst = simulator.simulate(graph, search.least_plan, cost_model).peak_step.name
         raise InfeasibleBudgetError(budget, search.least_bytes, worst)
