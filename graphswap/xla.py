@@ -87,10 +87,8 @@ def plan(
         search.attempt(budgets.smallest(strategy, graph, cost_model))
         return search.best(plain_bytes, search.least_bytes)
     plain = simulator.simulate(graph, Plan(), cost_model)
-    low, high = (
-        0,
-        plain.peak_bytes,
-    )  # simulated peaks: of a plan that fits, or of none; of one whose program does not fit
+    # Simulated peaks: for the lower one no plan was found, or one that fits; for the higher one a plan that does not.
+    low, high = 0, plain.peak_bytes
     target = int(high * budget / anchored)
     for _ in range(_ATTEMPTS):
         try:

@@ -42,5 +42,90 @@ def test_a_compiled_step_keeps_its_budget(model, share):
     np.testing.assert_allclose(ours["losses"], plain["losses"], rtol=1e-6)
 
 
+ODD = np.array([-0.0, 0.0, np.nan, np.inf, -np.inf, 1e-40, -1e-40, 1.5], "float32")
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16", "int32", "bool"])
+def test_an_anchor_changes_no_bit_and_is_not_folded(dtype):
+    import tensorflow as tf
+
+    from graphswap import graphdef, ir, tiers
+
+    def step(x, token):
+        return tf.identity(x), token + 1.0
+
+    odd = tf.cast(ODD if tf.as_dtype(dtype).is_floating else np.nan_to_num(ODD), dtype)
+    traced = tf.function(step).get_concrete_function(odd, ODD)
+    graph = graphdef.import_function(traced.graph)
+    anchor = ir.Node("anchor", ir.ANCHOR, graph.inputs, outputs=(graph.value(graph.inputs[0]),))
+    graph = ir.verify(
+        graph.replace(nodes=(*graph.nodes, anchor), outputs=("anchor", *graph.outputs[1:]), control_outputs=())
+    )
+    function = graphdef.build_function(traced.graph, graph, tiers.Tiers(), for_xla=True)
+    anchored, _ = graphdef.run_built(function, traced.graph, [odd, tf.constant(ODD)])
+    assert anchored.numpy().tobytes() == odd.numpy().tobytes()
+    program = graphdef.hlo(traced.graph, graph)
+    assert any(i.opcode == "select" for computation in program.computations for i in computation.instructions)
+
+
+def _base(x, w):
+    import tensorflow as tf
+
+    with tf.GradientTape() as tape:
+        loss = tf.reduce_mean(tf.tanh(x @ w))
+    w.assign_sub(0.1 * tape.gradient(loss, w))
+    return loss
+
+
+def _with_strings(x, w):
+    import tensorflow as tf
+
+    return tf.strings.as_string(_base(x, w))
+
+
+def _with_sizes_of_values(x, w):
+    import tensorflow as tf
+
+    return _base(tf.boolean_mask(x, x[:, 0] > 0), w)
+
+
+def _with_a_loop_of_unknown_trips(x, w):
+    import tensorflow as tf
+
+    trips = tf.cast(tf.reduce_sum(x), tf.int32)
+    with tf.GradientTape() as tape:
+        _, y = tf.while_loop(lambda i, _: i < trips, lambda i, y: (i + 1, tf.tanh(y @ w)), (0, x))
+        loss = tf.reduce_mean(y)
+    w.assign_sub(0.1 * tape.gradient(loss, w))
+    return loss
+
+
+@pytest.mark.parametrize(
+    ("step", "message"),
+    [
+        (_with_strings, "expected ops that XLA has kernels for, received 'AsString' at node 'AsString'"),
+        (_with_sizes_of_values, "expected known shapes"),
+        (_with_a_loop_of_unknown_trips, "expected loops whose trips XLA can count, received one at node"),
+    ],
+)
+def test_what_xla_cannot_compile_is_refused(step, message):
+    import tensorflow as tf
+
+    import graphswap
+
+    w = tf.Variable(tf.eye(64))
+    function = graphswap.function(lambda x: step(x, w), memory_budget="1KiB", jit_compile=True)
+    with pytest.raises(graphswap.UnsupportedGraphError, match=message):
+        function(tf.ones((32, 64)))
+    assert (w.numpy() == np.eye(64)).all()
+
+
+def test_swaps_are_refused():
+    import graphswap
+
+    with pytest.raises(ValueError, match="expected swap_to='auto' with jit_compile=True, received 'disk'"):
+        graphswap.function(_base, memory_budget="1MiB", jit_compile=True, swap_to="disk")
+
+
 if __name__ == "__main__":
     emulated.main(globals())
