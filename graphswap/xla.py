@@ -18,7 +18,9 @@ from graphswap.profiler import Compiled
 from graphswap.strategies import budgets
 from graphswap.strategies.base import InfeasibleBudgetError, Strategy
 
-_ATTEMPTS = 6
+_ATTEMPTS = 7
+_DESCENT = 0.8
+"""How fast simulated peaks fall until one fits: what is repeated first, XLA often would not have kept."""
 _NEAR = 0.97
 """A plan that needs this share of the budget is taken: the next one would hardly be faster."""
 _CHEAP = 1.02
@@ -100,7 +102,7 @@ def plan(
             if needed > budget:
                 high = target
                 if not low:
-                    target = int(target * min(_NEAR, budget / needed))
+                    target = int(target * min(_DESCENT, budget / needed))
                     continue
             else:
                 low = target

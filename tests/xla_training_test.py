@@ -29,7 +29,7 @@ def train(model_name, share):
     return result
 
 
-@pytest.mark.parametrize(("model", "share"), [("cnn", 0.6), ("gpt", 0.6)])
+@pytest.mark.parametrize(("model", "share"), [("cnn", 0.57), ("gpt", 0.6)])
 def test_a_compiled_step_keeps_its_budget(model, share):
     plain = emulated.call(1 << 30, __file__, "train", model, None)
     budget = int(share * plain["peak"])
