@@ -798,7 +798,7 @@ def export_function(func_graph: FuncGraph, graph: ir.Graph, far_tiers: tiers.Tie
 
 
 def build_function(
-    func_graph: FuncGraph, graph: ir.Graph, far_tiers: tiers.Tiers, for_xla: bool = False
+    func_graph: FuncGraph, graph: ir.Graph, far_tiers: tiers.Tiers
 ) -> concrete_function_lib.ConcreteFunction:
     """Builds a new function that computes `graph` with the arguments and captures of `func_graph`.
 
@@ -806,7 +806,6 @@ def build_function(
         func_graph: The function that the graph was imported from; it stays as it is.
         graph: The graph; its nodes are those of `func_graph` or inserted ones.
         far_tiers: Where swapped values go.
-        for_xla: Whether XLA compiles it.
 
     Returns:
         A function of `func_graph.inputs`, captures passed by the caller like arguments, flat.
@@ -821,8 +820,7 @@ def build_function(
     target.control_outputs = [op for name in graph.control_outputs for op in exporter.done[name]]
     signature = [tf.TensorSpec.from_tensor(tensor) for tensor in target.inputs]
     target.structured_input_signature = (tuple(signature), {})
-    attrs = {_COMPILED: attr_value_pb2.AttrValue(b=True)} if for_xla else {}
-    return concrete_function_lib.ConcreteFunction.from_func_graph(target, None, attrs)
+    return concrete_function_lib.ConcreteFunction.from_func_graph(target, None, {})
 
 
 def run_built(
@@ -848,27 +846,48 @@ def hlo(func_graph: FuncGraph, graph: ir.Graph) -> Any:
     Raises:
         UnsupportedGraphError: If XLA can't compile an op.
     """
+    device = tf.config.list_logical_devices("CPU")[0].name
+    return hlo_pb2.HloModuleProto.FromString(_compiler_ir(func_graph, graph, device, "hlo_serialized"))
+
+
+def compiled_hlo(func_graph: FuncGraph, graph: ir.Graph, device: str) -> Any:
+    """What XLA compiles the graph to, for one of TensorFlow's devices. Nothing runs.
+
+    Args:
+        func_graph: The function that the graph was imported from.
+        graph: The graph, without swaps.
+        device: "CPU:0" or "GPU:0".
+
+    Returns:
+        An HloProto: the module and its buffer assignment.
+
+    Raises:
+        UnsupportedGraphError: If XLA can't compile an op.
+    """
+    device = f"/job:localhost/replica:0/task:0/device:{device}"
+    return hlo_pb2.HloProto.FromString(_compiler_ir(func_graph, graph, device, "optimized_hlo_proto_serialized"))
+
+
+def _compiler_ir(func_graph: FuncGraph, graph: ir.Graph, device: str, stage: str) -> bytes:
     function = build_function(func_graph, graph, tiers.Tiers())
     captures = [external for external, _ in func_graph.captures]
     arguments = zip(graph.inputs, func_graph.inputs[: len(graph.inputs) - len(captures)], strict=False)
     specs = [tf.TensorSpec(graph.value(name).shape, tensor.dtype) for name, tensor in arguments]
     try:
-        serialized = context_lib.context().get_compiler_ir(
-            device_name=tf.config.list_logical_devices("CPU")[0].name,
-            platform_name=None,
-            function_name=function.name,
-            flat_args=specs,
-            captured_inputs=captures,
-            stage="hlo_serialized",
-        )
+        with tf.init_scope():
+            return context_lib.context().get_compiler_ir(
+                device_name=device,
+                platform_name=None,
+                function_name=function.name,
+                flat_args=specs,
+                captured_inputs=captures,
+                stage=stage,
+            )
     except (tf.errors.OpError, ValueError, TypeError) as error:
-        raise UnsupportedGraphError(not_compiled(graph.name, str(error))) from error
-    module = hlo_pb2.HloModuleProto()
-    module.ParseFromString(serialized)
-    return module
+        raise UnsupportedGraphError(_not_compiled(graph.name, str(error))) from error
 
 
-def not_compiled(name: str, message: str) -> str:
+def _not_compiled(name: str, message: str) -> str:
     """What XLA's refusal of a step means, in one line."""
     node = re.search(r"\{\{node ([^}]+)\}\}", message)
     where = f" at node '{node[1]}'" if node else ""
@@ -1242,8 +1261,7 @@ def _callee(func_graph: FuncGraph, operation: Any) -> FuncGraph | None:
     return _body(func_graph, operation.get_attr("f").name)
 
 
-_COMPILED = "_XlaMustCompile"
-_KEPT_WHOLE = (_COMPILED, "_noinline")
+_KEPT_WHOLE = ("_XlaMustCompile", "_noinline")
 
 
 # --- trace time -------------------------------------------------------------------------------------------------

@@ -428,7 +428,7 @@ class Session:
 
         def compiled(candidate: ir.Graph) -> profiler.Compiled:
             with clock("compile"):
-                return profiler.compiled(func_graph, candidate, self._arguments)
+                return profiler.compiled(func_graph, candidate)
 
         with clock("plan"):
             found = xla.plan(

@@ -1,7 +1,7 @@
 """Measures: the device, the links to the far tiers, and every node of a step.
 
 Private TensorFlow used here (2.21): the profiler's XSpace protobuf, `ConcreteFunction._call_flat`, the list of local
-devices, the eager context's initialisation and its compiler IR, and XLA's HloProto.
+devices and the eager context's initialisation.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from typing import Any, NamedTuple
 
 import tensorflow as tf
-from tensorflow.compiler.xla.service import hlo_pb2
 from tensorflow.python.client import device_lib
 from tensorflow.python.eager import context
 from tensorflow.tsl.profiler.protobuf import xplane_pb2
@@ -292,36 +291,17 @@ class Compiled(NamedTuple):
     result_bytes: int
 
 
-def compiled(func_graph: graphdef.FuncGraph, graph: ir.Graph, arguments: Sequence[Any]) -> Compiled:
+def compiled(func_graph: graphdef.FuncGraph, graph: ir.Graph) -> Compiled:
     """Has XLA compile the step, and reads which buffers it assigned. Nothing runs.
 
     Args:
         func_graph: The traced step; it stays as it is.
         graph: What to compile: the step's graph, usually rewritten.
-        arguments: Tensors or arrays of the step's shapes, in the order of the function's inputs.
 
     Raises:
         UnsupportedGraphError: If XLA can't compile it.
     """
-    function = graphdef.build_function(func_graph, graph, tiers.Tiers(), for_xla=True)
-    captures = [external for external, _ in func_graph.captures]
-    with tf.init_scope():
-        tensors = [
-            tf.convert_to_tensor(argument, dtype=tensor.dtype)
-            for tensor, argument in zip(func_graph.inputs, arguments, strict=False)
-        ]
-        try:
-            serialized = context.context().get_compiler_ir(
-                device_name=f"/job:localhost/replica:0/task:0/device:{device_name()}",
-                platform_name=None,
-                function_name=function.name,
-                flat_args=tensors,
-                captured_inputs=captures,
-                stage="optimized_hlo_proto_serialized",
-            )
-        except (tf.errors.OpError, ValueError, TypeError) as error:
-            raise graphdef.UnsupportedGraphError(graphdef.not_compiled(graph.name, str(error))) from error
-    program = hlo_pb2.HloProto.FromString(serialized)
+    program = graphdef.compiled_hlo(func_graph, graph, device_name())
     own = [
         buffer
         for buffer in program.buffer_assignment.buffer_allocations

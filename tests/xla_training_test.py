@@ -61,8 +61,8 @@ def test_an_anchor_changes_no_bit_and_is_not_folded(dtype):
     graph = ir.verify(
         graph.replace(nodes=(*graph.nodes, anchor), outputs=("anchor", *graph.outputs[1:]), control_outputs=())
     )
-    function = graphdef.build_function(traced.graph, graph, tiers.Tiers(), for_xla=True)
-    anchored, _ = graphdef.run_built(function, traced.graph, [odd, tf.constant(ODD)])
+    function = graphdef.build_function(traced.graph, graph, tiers.Tiers())
+    anchored, _ = tf.function(function, jit_compile=True)(odd, tf.constant(ODD))
     assert anchored.numpy().tobytes() == odd.numpy().tobytes()
     program = graphdef.hlo(traced.graph, graph)
     assert any(i.opcode == "select" for computation in program.computations for i in computation.instructions)
