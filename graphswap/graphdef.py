@@ -871,7 +871,8 @@ def compiled_hlo(func_graph: FuncGraph, graph: ir.Graph, device: str) -> Any:
 def _compiler_ir(func_graph: FuncGraph, graph: ir.Graph, device: str, stage: str) -> bytes:
     function = build_function(func_graph, graph, tiers.Tiers())
     captures = [external for external, _ in func_graph.captures]
-    arguments = zip(graph.inputs, func_graph.inputs[: len(graph.inputs) - len(captures)], strict=False)
+    count = len(graph.inputs) - len(captures)
+    arguments = zip(graph.inputs[:count], func_graph.inputs[:count], strict=True)
     specs = [tf.TensorSpec(graph.value(name).shape, tensor.dtype) for name, tensor in arguments]
     try:
         with tf.init_scope():
@@ -883,6 +884,8 @@ def _compiler_ir(func_graph: FuncGraph, graph: ir.Graph, device: str, stage: str
                 captured_inputs=captures,
                 stage=stage,
             )
+    except tf.errors.ResourceExhaustedError:
+        raise
     except (tf.errors.OpError, ValueError, TypeError) as error:
         raise UnsupportedGraphError(_not_compiled(graph.name, str(error))) from error
 

@@ -52,7 +52,7 @@ def _compile(self: Any, *args: Any, graphswap: Any = None, **kwargs: Any) -> Non
     session = None
     if options is not None:
         _refuse(self, args, kwargs)
-        kwargs["jit_compile"] = kwargs.get("jit_compile") is True
+        args, kwargs["jit_compile"] = args[:_JIT_COMPILE], _named(args, kwargs).get("jit_compile") is True
         session = Session(options, kwargs["jit_compile"])
     _originals["compile"](self, *args, **kwargs)
     # Keras tracks what is set as an attribute; a session is none of the model's parts.
@@ -60,10 +60,21 @@ def _compile(self: Any, *args: Any, graphswap: Any = None, **kwargs: Any) -> Non
     object.__setattr__(self, "_graphswap_session", session)
 
 
+_NAMES = (
+    *("optimizer", "loss", "loss_weights", "metrics", "weighted_metrics", "run_eagerly"),
+    *("steps_per_execution", "jit_compile"),
+)
+"""What `Trainer.compile` takes by position."""
+_JIT_COMPILE = _NAMES.index("jit_compile")
+
+
+def _named(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {**dict(zip(_NAMES, args, strict=False)), **kwargs}
+
+
 def _refuse(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Raises for what graphswap can't be combined with, before anything is compiled."""
-    names = ("optimizer", "loss", "loss_weights", "metrics", "weighted_metrics", "run_eagerly")
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    given = _named(args, kwargs)
     if keras.backend.backend() != "tensorflow":
         raise ValueError(
             f"graphswap: expected Keras on the TensorFlow backend, received '{keras.backend.backend()}'. "

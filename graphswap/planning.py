@@ -86,7 +86,7 @@ class Planner:
         """This machine's device, its links measured if anything can be swapped."""
         emulated = os.environ.get(MEMORY_VARIABLE)
         directory = self._options.swap_directory()
-        if directory is None and self._far_tier() == "disk":
+        if directory is None and can_swap and self._far_tier() == "disk":
             directory = tiers.default_directory()
         return profiler.device_spec(int(emulated) if emulated else None, directory, can_swap)
 
@@ -244,12 +244,9 @@ class Planner:
             PlanError: If the options name a file that is no plan, or one for another graph.
         """
         path = self._options.plan
-        # It is asked several times.
-        return (
-            self._strategy(self._options.planning_seconds / 3)
-            if path is None
-            else _Given(plan_file.given(str(path), graph)[0])
-        )
+        if path is not None:
+            return Given(plan_file.given(str(path), graph)[0], str(path))
+        return self._strategy(self._options.planning_seconds / 3)  # it will be asked several times
 
     def _strategy(self, planning_seconds: float | None = None) -> Strategy:
         strategy = self._options.strategy
@@ -298,10 +295,16 @@ class Planner:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Given:
-    """A strategy that has one plan."""
+class Given:
+    """A strategy that has one plan, from a file.
+
+    Attributes:
+        only: The plan.
+        path: The file.
+    """
 
     only: Plan
+    path: str
 
     def plan(self, graph: ir.Graph, cost_model: CostModel, memory_budget: int) -> Plan:
         return self.only

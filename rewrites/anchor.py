@@ -33,6 +33,8 @@ _OF_UPDATES = (
     )
 )
 """Ops that may stand between the gradients and the variables."""
+_REDUCTIONS = frozenset("All Any Max Mean Min Prod Sum".split())
+_RESIDENT = ir.RESIDENT_OPS | {"ReadVariableOp"}
 _CONVOLUTIONS = frozenset(
     f"{kind}{what}"
     for kind, what in (
@@ -56,6 +58,7 @@ def anchor(graph: ir.Graph, plan: Plan) -> ir.Graph:
       and holds the copies from when they can be made.
     * A gradient is used when all other readers of its variable have run: else XLA copies the variable first, to
       write the new value in its place.
+    * A gradient of pooling finds the maxima in the first run of what was pooled, whatever the plan repeats.
 
     Args:
         graph: The step, its nodes repeated as the plan says.
@@ -75,13 +78,13 @@ class _Tokens:
 
     def __init__(self, graph: ir.Graph):
         self._graph = graph
-        varying: set[str] = set()
+        self._varying: set[str] = set()
         self._usable: set[str] = set()
         for node in graph.nodes:
             if node.op in _CONSTANT_OPS:
                 continue
-            if not node.inputs or node.stateful or not varying.isdisjoint(map(ir.producer, node.inputs)):
-                varying.add(node.name)
+            if not node.inputs or node.stateful or not self._varying.isdisjoint(map(ir.producer, node.inputs)):
+                self._varying.add(node.name)
                 if node.op not in ir.RESIDENT_OPS and node.op not in liveness.ALIASES:
                     self._usable.update(ref for ref in node.refs() if self._is_large(graph.value(ref)))
 
@@ -98,6 +101,10 @@ class _Tokens:
         ]
         return max(usable, key=self.position, default=None)
 
+    def can_hold(self, reference: str) -> bool:
+        """Whether a value may wait: shapes, axes and other numbers that XLA has to know may not."""
+        return self._graph.value(reference).dtype in _FLOATS and ir.producer(reference) in self._varying
+
     def position(self, reference: str) -> int:
         return self._graph.position[ir.producer(reference)]
 
@@ -111,25 +118,27 @@ def _of_repeats(graph: ir.Graph, tokens: _Tokens) -> Waits:
             group.append(node)
             continue
         token = tokens.newest(node.inputs, of_first_runs=True)
+        waiting: set[str] = set()
         for repeated in group:
             is_old = token is None or tokens.position(token) <= graph.position.get(repeated.like, -1)
-            waits.update(_of_repeat(graph, repeated, last if is_old else token))
+            found: Waits = {}
+            if waiting.isdisjoint(map(ir.producer, repeated.inputs)):  # else what it reads waits already
+                found = _of_repeat(graph, tokens, repeated, last if is_old else token)
+                waits.update(found)
+            if found or not waiting.isdisjoint(map(ir.producer, repeated.inputs)):
+                waiting.add(repeated.name)
         group = []
         last = tokens.newest(node.refs()) or last
     return waits
 
 
-def _of_repeat(graph: ir.Graph, node: ir.Node, token: str | None) -> Waits:
-    if token is None or any(graph.by_name[ir.producer(reference)].like for reference in node.inputs):
-        return {}  # what it reads waits already
-    held = [
-        reference
-        for reference in dict.fromkeys(node.inputs)
-        if graph.value(reference).dtype in ir.ITEM_BYTES and graph.by_name[ir.producer(reference)].op != "Const"
-    ]
+def _of_repeat(graph: ir.Graph, tokens: _Tokens, node: ir.Node, token: str | None) -> Waits:
+    held = [reference for reference in dict.fromkeys(node.inputs) if tokens.can_hold(reference) and reference != token]
+    if token is None or not held:
+        return {}
     if node.op in _PRODUCTS:  # an operand's anchor is a copy of it: the smallest will do
         held = sorted(held, key=lambda reference: graph.value(reference).nbytes)[:1]
-    return {(node.name, reference): (token,) for reference in held if reference != token}
+    return {(node.name, reference): (token,) for reference in held}
 
 
 def _of_operands(graph: ir.Graph, tokens: _Tokens) -> Waits:
@@ -200,19 +209,28 @@ def _readers(graph: ir.Graph, updates: set[str]) -> Mapping[str, list[str]]:
 
 
 def _gradient(graph: ir.Graph, assigned: str, updates: set[str]) -> str | None:
-    """The newest value of the variable's size that arithmetic makes the assigned one of."""
-    nbytes = graph.value(assigned).nbytes
+    """The newest value of the variable's shape that arithmetic makes the assigned one of, element by element.
+
+    Reductions lead to all gradients where their norm is limited.
+    """
+    elements = _elements(graph.value(assigned))
     newest: str | None = None
     pending, seen = [assigned], {assigned}
     while pending:
         reference = pending.pop()
         node = graph.by_name[ir.producer(reference)]
+        if node.op in _REDUCTIONS:
+            continue
         if node.name in updates:
             pending += [read for read in dict.fromkeys(node.inputs) if read not in seen]
             seen.update(node.inputs)
-        elif node.op not in ir.RESIDENT_OPS and node.op != "ReadVariableOp" and graph.value(reference).nbytes == nbytes:
+        elif node.op not in _RESIDENT and _elements(graph.value(reference)) == elements:
             newest = max(newest or reference, reference, key=lambda r: graph.position[ir.producer(r)])
     return newest
+
+
+def _elements(value: ir.Value) -> int:
+    return value.nbytes // ir.ITEM_BYTES.get(value.dtype, 1)
 
 
 def _updates_last(graph: ir.Graph) -> ir.Graph:

@@ -110,6 +110,48 @@ def test_a_gradient_that_needs_all_readers_waits_for_nothing():
     assert anchors(anchored(parser.parse(text))) == {}
 
 
+def test_under_mixed_precision_gradients_wait_before_they_are_cast():
+    text = UPDATED.replace("%dw = MatMul(%x, %y) : (float32[32,32])", "%half = MatMul(%x, %y) : (float16[32,32])")
+    cast = "  %dw = Cast(%half) : (float32[32,32])\n"
+    text = text.replace("  %m = Read", cast + "  %m = Read")
+    assert anchors(anchored(parser.parse(text))) == {"dw/anchor": ("half", "dx")}
+
+
+def test_a_limited_norm_does_not_lead_to_other_gradients():
+    norm = """
+  %z = MatMul(%other, %y) : (float32[32,32])
+  %squares = Square(%z) : (float32[32,32])
+  %norm = Sum(%squares) : (float32[])
+  %scaled = Mul(%dw, %norm) : (float32[32,32])
+"""
+    dx = "  %dx = MatMul(%y, %w) : (float32[32,32])\n  %other = Tanh(%dx) : (float32[32,32])"
+    text = UPDATED.replace(dx + "\n", "").replace(
+        "  %step = AddV2(%m, %dw)", dx + norm + "  %step = AddV2(%m, %scaled)"
+    )
+    assert anchors(anchored(parser.parse(text))) == {"scaled/anchor": ("dw", "dx")}
+
+
+def test_a_node_repeated_later_than_what_it_reads_waits_for_its_own_reader():
+    repeats = Recompute(("f1",), before="b3"), Recompute(("f2",), before="b1")
+    assert anchors(anchored(CHAIN, *repeats)) == {
+        "f1/recompute/anchor": ("x", "f3"),
+        "f2/recompute/anchor": ("f1/recompute", "b2"),
+    }
+
+
+def test_shapes_do_not_wait_as_xla_has_to_know_them():
+    graph = parser.parse("""
+    graph g(%x, %n) -> (%b) {
+      %x = Placeholder() : (float32[8,8])
+      %n = Placeholder() : (int32[2])
+      %f = Reshape(%x, %n) : (float32[8,8])
+      %late = Sin(%f) : (float32[8,8])
+      %b = Mul(%late, %f) : (float32[8,8])
+    }
+    """)
+    assert anchors(anchored(graph, Recompute(("f",), before="b"))) == {"f/recompute/anchor": ("x", "late")}
+
+
 POOLED = parser.parse("""
 graph g(%x) -> (%b) {
   %x = Placeholder() : (float32[4,8,8,16])

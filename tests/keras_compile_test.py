@@ -162,6 +162,9 @@ def test_jit_compile_is_on_only_where_it_is_asked_for():
     assert compiled(jit_compile="auto").jit_compile is False
     assert compiled(jit_compile=False).jit_compile is False
     assert compiled(jit_compile=True).jit_compile is True
+    model = small_model()
+    model.compile("sgd", "mse", None, None, None, False, 1, True, graphswap="1GiB")
+    assert model.jit_compile is True
 
 
 def test_the_option_is_none_of_the_models_parts():

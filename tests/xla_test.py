@@ -4,9 +4,10 @@ import dataclasses
 
 import pytest
 
-from graphswap import ir, parser, xla
+from graphswap import ir, parser, planning, xla
 from graphswap.cost_model import CostModel
-from graphswap.plan import Plan, PlanError
+from graphswap.graphdef import UnsupportedGraphError
+from graphswap.plan import Plan, PlanError, Recompute
 from graphswap.profiler import Compiled
 from graphswap.simulator import simulate
 from graphswap.strategies import Greedy
@@ -82,6 +83,39 @@ def test_a_budget_that_no_program_keeps_is_refused_with_the_smallest_that_was_fo
 def test_the_smallest_is_what_the_attempts_found():
     found = planned("min", Compiler(MIB))
     assert found.peak_bytes < PLAIN + MIB
+
+
+def test_anchors_that_cost_more_than_they_save_are_left_out():
+    found = planned("free", Compiler(-MIB))
+    assert found.rewritten is GRAPH
+    assert found.plain_bytes == found.peak_bytes
+
+
+def test_a_given_plan_is_taken_as_it_is():
+    only = Plan(decisions=(Recompute(("f0", "f1"), "b1"),))
+    found = planned(PLAIN + 9 * MIB, Compiler(), planning.Given(only, "plan.json"))
+    assert found.planned.plan is only
+    assert found.planned.notes[0] == "the plan is that of 'plan.json'"
+    with pytest.raises(InfeasibleBudgetError):
+        planned(2 * MIB, Compiler(), planning.Given(only, "plan.json"))
+
+
+def test_plans_that_differ_by_their_order_are_compiled():
+    compiler = Compiler()
+    order = tuple(node.name for node in GRAPH.nodes)
+    planned(PLAIN + 9 * MIB, compiler, planning.Given(Plan(order=order), "plan.json"))
+    assert compiler.calls == 2
+
+
+def test_a_program_that_xla_refuses_is_one_that_does_not_fit():
+    def compiler(graph):
+        if any(node.like for node in graph.nodes):
+            raise UnsupportedGraphError("not this one")
+        return Compiler(MIB)(graph)
+
+    with pytest.raises(InfeasibleBudgetError) as caught:
+        planned(PLAIN - 2 * MIB, compiler)
+    assert caught.value.smallest_bytes == PLAIN + MIB
 
 
 def test_anchors_are_free():
