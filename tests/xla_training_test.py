@@ -68,6 +68,35 @@ def test_an_anchor_changes_no_bit_and_is_not_folded(dtype):
     assert any(i.opcode == "select" for computation in program.computations for i in computation.instructions)
 
 
+def _reshaped(x, w):
+    import tensorflow as tf
+
+    with tf.GradientTape() as tape:
+        y = x
+        for _ in range(4):
+            y = tf.tanh(tf.reshape(tf.tanh(y @ w), [tf.shape(x)[0], 64]))
+        loss = tf.reduce_mean(y)
+    w.assign_sub(0.1 * tape.gradient(loss, w))
+    return loss
+
+
+def test_batches_of_many_sizes_share_a_compiled_step():
+    import tensorflow as tf
+    import trainings
+
+    import graphswap
+
+    def losses(function):
+        return [float(function(tf.ones((size, 64)))) for size in (32, 40, 48, 56, 64, 60, 52)]
+
+    plain, ours = tf.Variable(tf.eye(64)), tf.Variable(tf.eye(64))
+    expected = losses(tf.function(lambda x: _reshaped(x, plain), jit_compile=True))
+    evict = trainings.EvictAll(("recompute",))
+    step = graphswap.function(lambda x: _reshaped(x, ours), memory_budget="min", strategy=evict, jit_compile=True)
+    assert losses(step) == pytest.approx(expected, rel=1e-6)  # as above
+    np.testing.assert_allclose(ours.numpy(), plain.numpy(), rtol=1e-6)
+
+
 def _base(x, w):
     import tensorflow as tf
 
