@@ -198,6 +198,12 @@ def test_plan_writes_a_page_and_a_trace(planned):
     assert sorted(file.name for file in folder.iterdir()) == ["plan.html", "plan.json", "plan.trace"]
 
 
+def test_explain_of_a_plan_file_is_that_of_its_step(planned, saved):
+    _, folder = planned
+    fields = json.loads(done("explain", folder / "plan.json", "--device=v100", "--format=json"))
+    assert fields == json.loads(done("explain", *step_of(saved), "--device=v100", "--format=json"))
+
+
 def test_simulate_gives_exactly_the_figures_of_plan(planned):
     fields, folder = planned
     again = json.loads(done("simulate", folder / "plan.json", "--format=json"))

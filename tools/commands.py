@@ -51,25 +51,32 @@ class HelpAsked(Exception):
 
 
 def explain(argv: Sequence[str]) -> int:
-    """Where the memory of a step goes."""
-    source, form, values = _Source(), _Format(), flags.FlagValues()
+    """Where the memory of a step goes, a saved one's or that of a plan file."""
+    form, values = _Format(), flags.FlagValues()
+    source = None if argv[1:] and not argv[1].startswith("-") else _Source()
     device = _device_flag(values)
     has_budgets = flags.DEFINE_bool(
         "budgets", None, "Whether to look for the smallest and the free budget.", flag_values=values
     )
-    _parse(argv, values, source, form)
-    step = source.step()
-    from graphswap import explanation, offline
+    if source is None:
+        (path,) = _parse(argv, values, form, takes="a plan file")
+        made, spec, recorded = _read(path), _device(device.value), None
+        graph, cost_model = made.graph, CostModel(spec) if spec else made.cost_model
+    else:
+        _parse(argv, values, source, form)
+        step, spec = source.step(), _device(device.value)
+        from graphswap import offline
 
-    spec = _device(device.value)
+        with _refusals():
+            # First: what measuring the costs leaves on the device would count.
+            recorded, notes = (None, []) if spec else offline.Planner(step, Options("auto"), _say).recorded()
+        _tell(notes)
+        graph, cost_model = step.graph, _cost_model(step, spec)
+    from graphswap import explanation
+
     with _refusals():
-        # First: what measuring the costs leaves on the device would count.
-        recorded, notes = (None, []) if spec else offline.Planner(step, Options("auto"), _say).recorded()
-    _tell(notes)
-    cost_model = _cost_model(step, spec)
-    with _refusals():
-        found = explanation.explain(step.graph, cost_model, recorded)
-        if has_budgets.value or (has_budgets.value is None and len(step.graph.nodes) <= _MOST_NODES):
+        found = explanation.explain(graph, cost_model, recorded)
+        if has_budgets.value or (has_budgets.value is None and len(graph.nodes) <= _MOST_NODES):
             found = explanation.with_budgets(found, cost_model, _EXPLAINING)
     form.show(found.fields(), str(found))
     return 0
