@@ -371,10 +371,8 @@ class Session:
                 self._arrange(device)
             try:
                 with clock("import"):
-                    is_compiled = self.jit_compile
-                    graph = (
-                        graphdef.import_function(func_graph, shapes) if is_compiled else imported(func_graph, shapes)
-                    )
+                    importer = graphdef.import_function if self.jit_compile else imported
+                    graph = importer(func_graph, shapes)
             except UnsupportedGraphError as error:
                 if self.options.on_unsupported == "raise":
                     raise

@@ -192,6 +192,9 @@ class _Search:
     def planned(self, taken: _Tried, budget: int, *notes: str) -> Planned:
         plain = simulator.simulate(self._graph, Plan(), self._cost_model)
         timeline = simulator.simulate(self._graph, taken.plan, self._cost_model)
+        refused = sum(tried.nbytes == sys.maxsize for tried in self.tried)
+        if refused:
+            notes = (*notes, f"XLA could not compile {refused} of the plans")
         notes = (*notes, f"{len(self.tried)} programs were compiled: their memory decided, seconds are estimates")
         planned = planning.Planned(self._graph, self._cost_model, budget, taken.plan, timeline, plain, notes)
         return Planned(planned, taken.rewritten, self.plain_bytes, taken.nbytes)

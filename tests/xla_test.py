@@ -116,6 +116,7 @@ def test_a_program_that_xla_refuses_is_one_that_does_not_fit():
     with pytest.raises(InfeasibleBudgetError) as caught:
         planned(PLAIN - 2 * MIB, compiler)
     assert caught.value.smallest_bytes == PLAIN + MIB
+    assert "XLA could not compile 1 of the plans" in planned("min", compiler).planned.notes
 
 
 def test_anchors_are_free():
