@@ -13,13 +13,13 @@ import io
 import json
 import os
 import pathlib
-import shutil
-import tempfile
 import zipfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
+from graphswap import new_directory
 
 FORMAT = "graphswap step 1"
 
@@ -120,8 +120,6 @@ def write(artefact: Artefact, output: str | os.PathLike[str]) -> None:
     Raises:
         ArtefactError: If it exists or can't be written.
     """
-    target = pathlib.Path(output)
-    check_output(target)
     state = io.BytesIO()
     arrays: Any = {str(index): _as_bytes(value) for index, value in enumerate(artefact.state)}
     np.savez(state, **arrays)
@@ -132,33 +130,14 @@ def write(artefact: Artefact, output: str | os.PathLike[str]) -> None:
         "sha256": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
     }
     files[_MANIFEST] = json.dumps(fields, indent=1).encode()
-    try:
-        temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    except OSError as error:
-        raise _cant_write(target, error) from error
-    try:
+    with new_directory.made(pathlib.Path(output), ArtefactError) as directory:
         for name, content in files.items():
-            (temporary / name).write_bytes(content)
-        temporary.chmod(0o755)
-        os.rename(temporary, target)
-    except OSError as error:
-        raise _cant_write(target, error) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+            (directory / name).write_bytes(content)
 
 
 def check_output(target: pathlib.Path) -> None:
     """Raises ArtefactError if a directory can't be made there."""
-    if target.exists():
-        raise ArtefactError(
-            f"expected an output directory that does not exist, received '{target}', which does. "
-            "Remove it, or name another one."
-        )
-    if not (target.parent.is_dir() and os.access(target.parent, os.W_OK | os.X_OK)):
-        raise ArtefactError(
-            f"expected an output directory in a folder that can be written to, received '{target}'. "
-            "Make the folder, or name another one."
-        )
+    new_directory.check(target, ArtefactError)
 
 
 def read(directory: str | os.PathLike[str]) -> Artefact:
@@ -253,11 +232,4 @@ def _damaged(path: pathlib.Path, reason: str) -> ArtefactError:
     return ArtefactError(
         f"expected a step as written by `graphswap export --format=stablehlo`, received '{path}', which is damaged: "
         f"{reason}. Export the step again."
-    )
-
-
-def _cant_write(target: pathlib.Path, error: OSError) -> ArtefactError:
-    return ArtefactError(
-        f"writing '{target}' failed: {error.strerror or error}. Nothing was left there. "
-        "Free space, or name another place."
     )

@@ -11,7 +11,6 @@ import os
 import pathlib
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -19,7 +18,7 @@ import tensorflow as tf
 from tensorflow.core.framework import function_pb2, node_def_pb2, types_pb2
 from tensorflow.core.protobuf import saved_model_pb2
 
-from graphswap import graphdef
+from graphswap import graphdef, new_directory
 
 _FILE = "saved_model.pb"
 _FINGERPRINT = "fingerprint.pb"
@@ -145,43 +144,17 @@ def write(function: Function, new: Any, output: str | os.PathLike[str]) -> None:
     added = _named(new, f"{function.definition}_planned", set(definitions))
     _call(definitions[function.definition], added[0], [tensor.shape for tensor in new.graph.inputs])
     library.extend(added)
-    try:
-        temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    except OSError as error:
-        raise _cant_write(target, error) from error
-    try:
+    with new_directory.made(target, SavedModelError) as directory:
         shutil.copytree(
-            function.directory, temporary, dirs_exist_ok=True, ignore=shutil.ignore_patterns(_FILE, _FINGERPRINT)
+            function.directory, directory, dirs_exist_ok=True, ignore=shutil.ignore_patterns(_FILE, _FINGERPRINT)
         )
-        (temporary / _FILE).write_bytes(model.SerializeToString(deterministic=True))
-        temporary.chmod(0o755)
-        graphdef.write_fingerprint(str(temporary))
-        os.rename(temporary, target)
-    except OSError as error:
-        raise _cant_write(target, error) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        (directory / _FILE).write_bytes(model.SerializeToString(deterministic=True))
+        graphdef.write_fingerprint(str(directory))
 
 
 def check_output(target: pathlib.Path) -> None:
     """Raises SavedModelError if a directory can't be made there."""
-    if target.exists():
-        raise SavedModelError(
-            f"expected an output directory that does not exist, received '{target}', which does. "
-            "Remove it, or name another one."
-        )
-    if not (target.parent.is_dir() and os.access(target.parent, os.W_OK | os.X_OK)):
-        raise SavedModelError(
-            f"expected an output directory in a folder that can be written to, received '{target}'. "
-            "Make the folder, or name another one."
-        )
-
-
-def _cant_write(target: pathlib.Path, error: OSError) -> SavedModelError:
-    return SavedModelError(
-        f"writing '{target}' failed: {error.strerror or error}. Nothing was left there. "
-        "Free space, or name another place."
-    )
+    new_directory.check(target, SavedModelError)
 
 
 def _read(path: pathlib.Path) -> Any:
