@@ -23,7 +23,7 @@ import keras
 from absl import app, flags
 
 from graphswap import devices, graphdef, ir, liveness, offline, pjrt, simulator, stablehlo_export
-from graphswap.cost_model import CostModel, DeviceSpec, Link
+from graphswap.cost_model import NO_LINK, CostModel, DeviceSpec
 from graphswap.options import format_bytes
 from graphswap.plan import Plan
 from graphswap.strategies import Auto, gaps
@@ -78,8 +78,7 @@ def traced(size: Size) -> offline.Step:
 def planned(graph: ir.Graph, device: DeviceSpec, way: str, budget: int, seconds: float) -> Plan:
     """A plan that only swaps, only repeats nodes, or may do both."""
     if way == "recompute":
-        closed = Link(0.0, 0.0)
-        device = dataclasses.replace(device, links=dict.fromkeys(device.links, closed))
+        device = dataclasses.replace(device, links=dict.fromkeys(device.links, NO_LINK))
     candidates = graph
     if way == "swap":  # what is stateful is never run twice; views of what came back are made anew
         nodes = (dataclasses.replace(n, stateful=n.stateful or liveness.alias_of(n, 0) is None) for n in graph.nodes)
