@@ -15,7 +15,7 @@ import tensorflow as tf
 from graphswap import graphdef, ir, liveness, plan_file, profiler, replanning, rewrites, simulator, strategies, tiers
 from graphswap.cost_model import MEMORY_VARIABLE, CostModel, DeviceSpec, Profile
 from graphswap.options import Options, format_bytes
-from graphswap.plan import Plan
+from graphswap.plan import Plan, PlanError
 from graphswap.strategies import budgets, gaps
 from graphswap.strategies.base import InfeasibleBudgetError, Strategy
 
@@ -146,9 +146,20 @@ class Planner:
             is_free = self._options.memory_budget == "free"
             room = int(_USABLE * _memory_bytes(cost_model.device)) if is_free else budget
             profile = settled or self.profile(func_graph, graph, arguments, cost_model, room, notes)
+        cost_model = dataclasses.replace(cost_model, profile=profile)
         with clock("plan"):
-            planned = self._plan(graph, dataclasses.replace(cost_model, profile=profile), budget)
+            planned = self._settled(graph, cost_model, budget, question) if settled and question else None
+            planned = planned or self._plan(graph, cost_model, budget)
         return dataclasses.replace(planned, notes=tuple(notes), is_settled=bool(settled))
+
+    def _settled(self, graph: ir.Graph, cost_model: CostModel, budget: int, question: str) -> Planned | None:
+        """The plan that an earlier run ended with, if the device has room for it as it is now."""
+        plan = profiler.cached_plan(graph.fingerprint, cost_model.device.name, question)
+        with contextlib.suppress(PlanError, simulator.NoRoom):
+            if plan is not None and budget:
+                planned = _judged(graph, plan.check(graph), cost_model, budget)
+                return planned if planned.timeline.allocated_peak_bytes <= budget else None
+        return None
 
     def replan(
         self, planned: Planned, costs: Profile, seen: replanning.Observation
@@ -195,10 +206,12 @@ class Planner:
         return self._plan(planned.graph, cost_model, planned.budget)
 
     def settle(self, planned: Planned) -> None:
-        """Keeps the costs that led to the plan, so that later runs make the same one and leave it at that."""
+        """Keeps the plan and the costs that led to it, so that later runs take it and leave it at that."""
         profile, question = planned.cost_model.profile, self._question(planned.budget)
         if profile is not None and question:
-            profiler.store_profile(profile, planned.cost_model.device.name, question)
+            device = planned.cost_model.device.name
+            profiler.store_profile(profile, device, question)
+            profiler.store_plan(planned.plan, device, question)
 
     def _question(self, budget: int) -> str:
         """What a plan depends on besides the step, the device and the costs; "" if the strategy has no name for it."""

@@ -27,6 +27,7 @@ from tensorflow.tsl.profiler.protobuf import xplane_pb2
 
 from graphswap import allocator, devices, graphdef, ir, liveness, tiers
 from graphswap.cost_model import NO_LINK, CostModel, DeviceSpec, Link, Profile, Workspace
+from graphswap.plan import Plan, PlanError
 
 _PROFILE_VERSION = 5
 """Of what is measured and how: profiles of another version are not read."""
@@ -712,27 +713,43 @@ def cached_profile(fingerprint: str, device: str, question: str = "") -> Profile
         question: What the profile was refined for; "" for the one that is measured first and serves all questions.
     """
     try:
-        return Profile.from_json(_cache_file(fingerprint, device, question).read_text())
+        return Profile.from_json(_cache_file("profiles", fingerprint, device, question).read_text())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
 def store_profile(profile: Profile, device: str, question: str = "") -> None:
     """Keeps a profile for later runs. A directory that can't be written is no error: it is only a cache."""
-    path = _cache_file(profile.fingerprint, device, question)
+    _store(_cache_file("profiles", profile.fingerprint, device, question), profile.to_json())
+
+
+def cached_plan(fingerprint: str, device: str, question: str) -> Plan | None:
+    """The plan that an earlier run ended with; None if there is none that can be read. As `cached_profile`."""
+    try:
+        return Plan.from_json(_cache_file("plans", fingerprint, device, question).read_text())
+    except (OSError, PlanError):
+        return None
+
+
+def store_plan(plan: Plan, device: str, question: str) -> None:
+    """Keeps a plan for later runs, as `store_profile`."""
+    _store(_cache_file("plans", plan.fingerprint, device, question), plan.to_json())
+
+
+def _store(path: pathlib.Path, text: str) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-            file.write(profile.to_json())
+            file.write(text)
         os.replace(file.name, path)
     except OSError:
         return
 
 
-def _cache_file(fingerprint: str, device: str, question: str) -> pathlib.Path:
+def _cache_file(what: str, fingerprint: str, device: str, question: str) -> pathlib.Path:
     root = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
     onednn = os.environ.get("TF_ENABLE_ONEDNN_OPTS", "1")
     kind = f"{device.translate(str.maketrans('/ ', '--', ':'))}-{tf.__version__}-{onednn}"
     refined = f"-{hashlib.sha256(question.encode()).hexdigest()[:16]}" if question else ""
     name = f"{fingerprint}-{kind}-v{_PROFILE_VERSION}{refined}.json"
-    return pathlib.Path(root) / "graphswap" / "profiles" / name
+    return pathlib.Path(root) / "graphswap" / what / name

@@ -11,6 +11,7 @@ from tensorflow.tsl.profiler.protobuf import xplane_pb2
 from graphswap import graphdef, ir, parser, profiler, tiers
 from graphswap.cost_model import CostModel, Link, Profile, Workspace
 from graphswap.devices import DEVICES
+from graphswap.plan import Plan, Recompute
 
 # --- the device -------------------------------------------------------------------------------------------------
 
@@ -315,6 +316,17 @@ def test_profiles_are_kept_per_graph_and_device(tmp_path, monkeypatch):
     assert profiler.cached_profile("abc", "CPU:0/2") == profile
     assert profiler.cached_profile("abc", "GPU:0/2") is None
     assert profiler.cached_profile("abd", "CPU:0/2") is None
+
+
+def test_plans_are_kept_per_question(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    plan = Plan(decisions=(Recompute(("a",), "b"),), memory_budget=1024, fingerprint="abc")
+    profiler.store_plan(plan, "CPU:0/2", "1024")
+    assert profiler.cached_plan("abc", "CPU:0/2", "1024") == plan
+    assert profiler.cached_plan("abc", "CPU:0/2", "2048") is None
+    assert profiler.cached_profile("abc", "CPU:0/2", "1024") is None
+    next(tmp_path.rglob("plans/*")).write_text("no plan")
+    assert profiler.cached_plan("abc", "CPU:0/2", "1024") is None
 
 
 def test_a_cache_that_can_not_be_written_is_no_error(tmp_path, monkeypatch):
