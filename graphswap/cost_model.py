@@ -188,9 +188,15 @@ class CostModel:
 
     def seconds(self, graph: ir.Graph, node: ir.Node) -> float:
         """Seconds that the node computes. A repeated node costs what the first one costs."""
+        measured = self.profile and self.profile.seconds.get(node.like or node.name)
+        if measured is not None:
+            return measured
+        if node.op == ir.FETCH:
+            return self.link(_tier(node)).in_seconds(node.outputs[0].nbytes)
+        if node.op == ir.STORE:
+            return self.link(_tier(node)).out_seconds(graph.value(node.inputs[0]).nbytes)
         if self.profile is not None:
-            measured = self.profile.seconds.get(node.like or node.name)
-            return self.device.launch_seconds if measured is None else measured
+            return self.device.launch_seconds
         if not any(value.nbytes for value in node.outputs) or node.op in NO_COMPUTE:
             return self.device.launch_seconds
         moved = sum(graph.value(r).nbytes for r in node.inputs) + sum(v.nbytes for v in node.outputs)
@@ -206,6 +212,9 @@ class CostModel:
             measured = self.profile.workspace.get(node.like or node.name)
             if measured is not None:
                 return measured
+        if node.op == ir.FETCH:
+            pieces = ir.swap_pieces(node.outputs[0])
+            return Workspace(late=(node.outputs[0].nbytes // pieces,)) if pieces > 1 else Workspace()
         nbytes: Any = dict(node.attrs).get("workspace_bytes", 0)
         if not nbytes and self.device.has_cpu_kernels:
             if node.op == "MaxPoolGrad":
@@ -219,6 +228,10 @@ class CostModel:
         if self.profile is not None and tier in self.profile.links:
             return self.profile.links[tier]
         return self.device.links[tier]
+
+
+def _tier(node: ir.Node) -> str:
+    return str(dict(node.attrs)["tier"])
 
 
 NO_COMPUTE = frozenset(

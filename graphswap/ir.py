@@ -39,6 +39,11 @@ SWAP_OUT = "SwapOut"
 SWAP_IN = "SwapIn"
 """Brings the value behind a SwapOut's handle back to the device."""
 
+FETCH = "Fetch"
+"""Brings the value of a variable that lies in a far tier to the device. Reads the handles of its pieces there."""
+STORE = "Store"
+"""Gives such a variable a new value: its first input. The others are the handles."""
+
 BARRIER = "XlaOptimizationBarrier"
 """Passes each input on as an output once all of them are there. XLA merges and moves nothing across it."""
 PLACE = "Place"
@@ -170,6 +175,11 @@ class Graph:
             for value in dict.fromkeys(node.inputs):
                 found.setdefault(value, []).append(node.name)
         return {value: tuple(names) for value, names in found.items()}
+
+    @functools.cached_property
+    def stores(self) -> Mapping[str, str]:
+        """Handle of a variable in a far tier to the name of the node that gives it a new value."""
+        return {node.inputs[1]: node.name for node in self.nodes if node.op == STORE}
 
     @functools.cached_property
     def fingerprint(self) -> str:

@@ -8,6 +8,8 @@ what the user's nodes made:
   device bytes are free from there on; SwapIn starts right after `in_after`; `in_before` is the first
   consumer that reads the copy. A later Swap of the same value uses the far copy that is already there.
 * `Recompute`: the nodes are repeated, in this order, right before `before`; they read current copies.
+* `Place`: a variable lives in a far tier between steps. It is carried out first: the other decisions name nodes of the
+  graph that `rewrites.place` makes, and the plan's fingerprint is that graph's.
 * `SideBySide`: `second`, which stands right after `first`, does not wait for it. Both ask for memory before either
   lets go of any.
 
@@ -88,7 +90,22 @@ class SideBySide:
     reason: str = ""
 
 
-Decision = Swap | Recompute | SideBySide
+@dataclasses.dataclass(frozen=True, slots=True)
+class Place:
+    """Keeps a variable in a far tier: it is fetched where it is used, and its new value is stored.
+
+    Attributes:
+        variable: Name of the node that stands for it.
+        tier: "host" or "disk".
+        reason: Why, for people.
+    """
+
+    variable: str
+    tier: str = "host"
+    reason: str = ""
+
+
+Decision = Swap | Recompute | SideBySide | Place
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -136,6 +153,10 @@ class Plan:
         return tuple(d for d in self.decisions if isinstance(d, Recompute))
 
     @property
+    def places(self) -> tuple[Place, ...]:
+        return tuple(d for d in self.decisions if isinstance(d, Place))
+
+    @property
     def pairs(self) -> tuple[SideBySide, ...]:
         return tuple(d for d in self.decisions if isinstance(d, SideBySide))
 
@@ -161,7 +182,7 @@ class Plan:
         Raises:
             PlanError: If the text is no plan.
         """
-        kinds = {"Swap": Swap, "Recompute": Recompute, "SideBySide": SideBySide}
+        kinds = {"Swap": Swap, "Recompute": Recompute, "SideBySide": SideBySide, "Place": Place}
         try:
             fields = json.loads(text)
             decisions = []
@@ -204,6 +225,8 @@ class Plan:
                     _check_swap(decision, graph, position)
                 elif isinstance(decision, Recompute):
                     _check_recompute(decision, graph, position)
+                elif isinstance(decision, Place):
+                    _check_place(decision, graph)
                 else:
                     _check_pair(decision, graph, position)
                     if not paired.isdisjoint((decision.first, decision.second)):
@@ -226,6 +249,8 @@ class Plan:
                 lines.append(
                     f"  recompute  {', '.join(decision.nodes)}  before {decision.before}{_because(decision.reason)}"
                 )
+            elif isinstance(decision, Place):
+                lines.append(f"  place      {decision.variable}  {decision.tier}{_because(decision.reason)}")
             else:
                 lines.append(f"  together   {decision.first}, {decision.second}{_because(decision.reason)}")
         lines += [f"  keep       {d.value}  {d.reason}" for d in self.declined]
@@ -260,8 +285,19 @@ def _check_recompute(recompute: Recompute, graph: ir.Graph, position: Mapping[st
             raise _Misfit(f"'{name}' ({node.op}) is in memory all the time.")
         if position[name] >= position[recompute.before]:
             raise _Misfit(f"'{name}' runs only after '{recompute.before}'.")
+        stored = graph.stores.get(node.inputs[0]) if node.op == ir.FETCH else None
+        if stored and position[stored] < position[recompute.before]:
+            raise _Misfit(f"'{name}' would bring back what '{stored}' has stored.")
     if list(recompute.nodes) != sorted(set(recompute.nodes), key=position.__getitem__):
         raise _Misfit("expected the nodes in execution order, each once.")
+
+
+def _check_place(place: Place, graph: ir.Graph) -> None:
+    if place.tier not in TIERS:
+        raise _Misfit(f"expected a tier out of {TIERS}, received {place.tier!r}.")
+    _check_names((place.variable,), graph.by_name)
+    if any(nbytes for nbytes in dict(graph.by_name[place.variable].attrs).get("held_bytes", (0,))):  # pyright: ignore
+        raise _Misfit(f"'{place.variable}' is on the device in this graph, which `rewrites.place` has not made.")
 
 
 def _check_pair(pair: SideBySide, graph: ir.Graph, position: Mapping[str, int]) -> None:

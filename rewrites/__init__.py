@@ -8,6 +8,7 @@ from graphswap.rewrites import pass_manager
 from graphswap.rewrites.anchor import anchor
 from graphswap.rewrites.barriers import barriers
 from graphswap.rewrites.ordering import ordering
+from graphswap.rewrites.place import place as place
 from graphswap.rewrites.prune import prune
 from graphswap.rewrites.recompute import recompute
 from graphswap.rewrites.schedule import schedule

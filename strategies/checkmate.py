@@ -53,7 +53,7 @@ class Checkmate:
 
     def plan(self, graph: ir.Graph, cost_model: CostModel, memory_budget: int) -> Plan:
         """Implements `Strategy.plan`."""
-        problem = gaps.problem(graph, _without_links(cost_model))
+        problem = gaps.problem(graph, _without_swaps(cost_model))
         search = _Search(problem, self.planning_seconds)
         try:
             return fitting.fit(problem, [search.attempt], memory_budget, "checkmate", actions=("recompute",))
@@ -68,12 +68,10 @@ class Checkmate:
 
 
 @functools.lru_cache(maxsize=4)
-def _without_links(cost_model: CostModel) -> CostModel:
-    device = dataclasses.replace(cost_model.device, links=dict.fromkeys(cost_model.device.links, NO_LINK))
-    profile = cost_model.profile
-    if profile is not None:
-        profile = dataclasses.replace(profile, links=dict.fromkeys(profile.links, NO_LINK))
-    return dataclasses.replace(cost_model, device=device, profile=profile)
+def _without_swaps(cost_model: CostModel) -> CostModel:
+    """The costs where swaps go nowhere. Variables in far tiers are still fetched from there."""
+    device = dataclasses.replace(cost_model.device, links={**cost_model.device.links, "nowhere": NO_LINK})
+    return dataclasses.replace(cost_model, device=device, far_tier="nowhere")
 
 
 class _Search:

@@ -382,6 +382,9 @@ class _Restorer:
         node = self.graph.by_name[name]
         if not self.gaps.can_repeat(node):
             raise CantRecompute(f"'{name}' ({node.op}) can't be repeated")
+        stored = self.graph.stores.get(node.inputs[0]) if node.op == ir.FETCH else None
+        if stored and self.graph.position[stored] < position:
+            raise CantRecompute(f"'{stored}' has changed what '{name}' fetches")
         self.seconds_left -= self.gaps.seconds[self.graph.position[name]]
         if self.seconds_left < 0.0:
             raise CantRecompute(f"with '{name}' it takes longer than it may")

@@ -71,6 +71,8 @@ def _list_schedule(graph: ir.Graph, depth_first: bool) -> list[str]:
         node = nodes[index]
         if node.op in liveness.ASSIGNS or node.op in liveness.UPDATES:
             return -_URGENT if old_readers[index] else 2 * _URGENT
+        if node.op == ir.STORE:
+            return 2 * _URGENT
         if node.op in _AT_ONCE or node.name in urgent or not any(sizes[r] for r in node.refs()):
             return _URGENT
         return min(growth(index), 0)
@@ -293,7 +295,7 @@ def _only_for_updates(graph: ir.Graph) -> frozenset[str]:
     results = {ir.producer(reference) for reference in graph.outputs}
     ends: dict[str, frozenset[str]] = {}
     for node in reversed(graph.nodes):
-        if node.op in liveness.ASSIGNS or node.op in liveness.UPDATES:
+        if node.op in liveness.ASSIGNS or node.op in liveness.UPDATES or node.op == ir.STORE:
             ends[node.name] = frozenset({node.name})
             continue
         consumers = [name for reference in node.refs() for name in graph.consumers.get(reference, ())]

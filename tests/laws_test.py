@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from graphswap import ir, liveness, rewrites
 from graphswap.allocator import Allocator
 from graphswap.cost_model import CostModel, DeviceSpec, Link
-from graphswap.plan import Plan, SideBySide
+from graphswap.plan import Place, Plan, SideBySide
+from graphswap.rewrites.place import values
 from graphswap.simulator import NoRoom, simulate
 from graphswap.strategies import STRATEGIES, budgets, gaps
 from graphswap.strategies.base import InfeasibleBudgetError
@@ -28,7 +29,19 @@ COST_MODELS = st.sampled_from([BESIDE_COMPUTE, IN_THE_WAY])
 RANDOMS = st.randoms(use_true_random=False)
 
 
-# --- random plans -----------------------------------------------------------------------------------------------
+# --- random graphs and plans ------------------------------------------------------------------------------------------
+
+
+def with_places(rng: random.Random, graph: ir.Graph) -> ir.Graph:
+    """The graph, some of its variables in a far tier."""
+    chosen = [variable for variable in values(graph) if rng.random() < 0.7]
+    return rewrites.place(graph, Plan(decisions=tuple(Place(v, rng.choice(["host", "disk"])) for v in chosen)))
+
+
+def graphs(max_layers: int, batch: int = 8) -> st.SearchStrategy[ir.Graph]:
+    """Random steps, their variables on the device or not."""
+    plain = testing.random_graphs(max_layers, batch)
+    return st.one_of(plain, st.builds(with_places, st.randoms(use_true_random=False), plain))
 
 
 def random_order(rng: random.Random, graph: ir.Graph) -> tuple[str, ...]:
@@ -103,7 +116,13 @@ def evaluate(graph: ir.Graph) -> Outcome:
         elif node.op in liveness.ASSIGNS:
             variables[roots[node.inputs[0]]] = inputs[1]
         elif node.op in liveness.UPDATES:
-            variables[roots[node.inputs[0]]] = hash((variables.get(roots[node.inputs[0]], inputs[0]), *inputs))
+            old = variables.get(roots[node.inputs[0]], inputs[0])
+            variables[roots[node.inputs[0]]] = hash((f"{node.name}/value", 0, old, inputs[1]))
+        elif node.op == ir.FETCH:
+            variable = node.inputs[0].removesuffix("/store")
+            outputs = [variables.get(variable, hash((variable, 0)))]
+        elif node.op == ir.STORE:
+            variables[node.inputs[1].removesuffix("/store")] = inputs[0]
         values.update(zip(node.refs(), outputs, strict=True))
         if node.stateful:
             log.append((node.name, inputs))
@@ -136,17 +155,26 @@ def placed(graph: ir.Graph, plan: Plan, cost_model: CostModel, limit_bytes: int 
         return error.after, error.nbytes, error.layout
 
 
-@given(testing.random_graphs(5), RANDOMS, COST_MODELS)
+@given(testing.random_graphs(5), RANDOMS)
+def test_placing_changes_no_value(graph, rng):
+    placed_graph = ir.verify(with_places(rng, graph))
+    assert evaluate(placed_graph)[:2] == evaluate(graph)[:2]
+    other_order = random_order(rng, placed_graph)
+    reordered = placed_graph.replace(nodes=tuple(placed_graph.by_name[name] for name in other_order))
+    assert evaluate(reordered)[:2] == evaluate(graph)[:2]
+
+
+@given(graphs(5), RANDOMS, COST_MODELS)
 def test_rewriting_does_what_the_plan_says(graph, rng, cost_model):
     check_rewrite(graph, random_plan(rng, graph), cost_model)
 
 
-@given(testing.random_graphs(16, batch=LARGE), RANDOMS, COST_MODELS)
+@given(graphs(16, batch=LARGE), RANDOMS, COST_MODELS)
 def test_rewriting_does_what_evictions_say(graph, rng, cost_model):
     check_rewrite(graph, evicting_plan(rng, graph, cost_model), cost_model)
 
 
-@given(testing.random_graphs(16, batch=LARGE), RANDOMS, COST_MODELS)
+@given(graphs(16, batch=LARGE), RANDOMS, COST_MODELS)
 def test_no_evictions_get_below_the_memory_bound(graph, rng, cost_model):
     plan = evicting_plan(rng, graph, cost_model)
     least = budgets.least_peak(gaps.Gaps(graph, plan.order, cost_model))
@@ -162,7 +190,7 @@ def test_an_empty_plan_returns_the_same_object(graph):
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
-@given(graph=testing.random_graphs(16, batch=LARGE), cost_model=COST_MODELS, fraction=st.floats(0.3, 1.2))
+@given(graph=graphs(16, batch=LARGE), cost_model=COST_MODELS, fraction=st.floats(0.3, 1.2))
 def test_a_plan_keeps_the_budget_or_an_error_says_that_none_does(name, graph, cost_model, fraction):
     budget = int(simulate(graph, Plan(), cost_model).peak_bytes * fraction)
     try:

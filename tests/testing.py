@@ -78,7 +78,8 @@ def random_recompute(rng: random.Random, graph: ir.Graph, names: tuple[str, ...]
     """Any valid recompute, likewise."""
     before = rng.randrange(len(names))
     nodes = [graph.by_name[name] for name in names[:before]]
-    pure = [node.name for node in nodes if not node.stateful and node.op not in ir.RESIDENT_OPS]
+    stored = {handle for handle, store in graph.stores.items() if store in names[:before]}
+    pure = [n.name for n in nodes if not n.stateful and n.op not in ir.RESIDENT_OPS and stored.isdisjoint(n.inputs)]
     return Recompute(tuple(name for name in pure if rng.random() < 0.3), names[before])
 
 

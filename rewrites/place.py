@@ -1,0 +1,181 @@
+"""Moves variables to a far tier: fetched where they are used, stored when they have a new value."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from graphswap import ir, liveness
+from graphswap.plan import Place, Plan, PlanError
+
+_READS = {"ReadVariableOp", "ResourceGather"}
+_SUMS = {"AssignAddVariableOp": "AddV2", "AssignSubVariableOp": "Sub"}
+_GATHER = "GatherV2"
+
+
+def place(graph: ir.Graph, plan: Plan) -> ir.Graph:
+    """Returns the graph with the plan's `Place` decisions carried out, whatever else the plan says.
+
+    The variable's own node stays, and holds no bytes. Behind the other arguments come handles of the pieces of the far
+    copy, "v/store", "v/store_1" ... A `FETCH` stands before the first reader. What reads the variable after its update
+    reads the new value; a `STORE` stands where the last update did, after all that read the fetched value: what is
+    repeated later would fetch the new one.
+
+    Raises:
+        PlanError: If a variable can't be placed; see `unplaceable`.
+    """
+    if not plan.places:
+        return graph
+    declined = unplaceable(graph)
+    for decision in plan.places:
+        if decision.variable not in values(graph):
+            raise PlanError(f"{decision} does not fit graph '{graph.name}': it has no such variable.")
+        if decision.variable in declined:
+            raise PlanError(f"{decision} does not fit graph '{graph.name}': {declined[decision.variable]}.")
+    return _Placer(graph, plan.places).graph()
+
+
+def values(graph: ir.Graph) -> dict[str, ir.Value]:
+    """The graph's variables with the types of their values, as far as a node that reads or assigns them tells."""
+    found: dict[str, ir.Value] = {}
+    variables = {node.name for node in graph.nodes if node.op == "Placeholder" and node.outputs[0].dtype == "resource"}
+    for node in graph.nodes:
+        variable = node.inputs[0] if node.inputs else ""
+        if variable in variables and node.op == "ReadVariableOp":
+            found[variable] = node.outputs[0]
+        elif variable in variables and node.op in liveness.ASSIGNS | liveness.UPDATES:
+            found.setdefault(variable, graph.value(node.inputs[1]))
+    return found
+
+
+def unplaceable(graph: ir.Graph) -> dict[str, str]:
+    """Variables that have to stay on the device, with the reason."""
+    reasons: dict[str, str] = {}
+    known = values(graph)
+    updated: dict[str, str] = {}  # variable -> its last update
+    read_from: dict[str, str] = {}  # value -> the variable whose old value it is
+    for node in graph.nodes:
+        for reference in node.inputs:
+            variable = read_from.get(reference)
+            if variable in updated:
+                reasons[variable] = f"'{node.name}' reads its old value after its update '{updated[variable]}'"
+        for index, reference in enumerate(node.inputs):
+            if graph.value(reference).dtype == "resource" and (
+                index or node.op not in _READS | liveness.ASSIGNS | liveness.UPDATES
+            ):
+                reasons[reference] = f"'{node.name}' ({node.op}) takes the variable itself"
+        variable = node.inputs[0] if node.inputs else ""
+        if variable not in known:
+            continue
+        if node.op in liveness.ASSIGNS | liveness.UPDATES:
+            updated[variable] = node.name
+        elif node.op == "ReadVariableOp" and variable not in updated:
+            read_from[node.name] = variable
+    for variable, value in known.items():
+        if not value.is_resolved or not value.nbytes:
+            reasons[variable] = f"its size is open: {value}"
+    return reasons
+
+
+class _Placer:
+    def __init__(self, graph: ir.Graph, places: tuple[Place, ...]):
+        self.source = graph
+        self.tiers = {decision.variable: decision.tier for decision in places}
+        self.values = values(graph)
+        self.taken = set(graph.by_name)
+        self.handles: dict[str, tuple[str, ...]] = {}
+        self.current: dict[str, str] = {}  # variable -> its value, as it is now
+        self.readers: dict[str, list[str]] = {}  # FETCH -> what reads it
+        self.stand_in: dict[str, str] = {}  # reference to what is gone -> reference to what is read instead
+        self.waited: dict[str, tuple[str, ...]] = {}  # node that is gone -> what to wait for instead
+        self.nodes: list[ir.Node] = []
+
+    def graph(self) -> ir.Graph:
+        source = self.source
+        last: dict[str, str] = {}
+        for node in source.nodes:
+            if node.op in liveness.ASSIGNS | liveness.UPDATES and node.inputs[0] in self.tiers:
+                last[node.inputs[0]] = node.name
+        arguments = []
+        for variable in self.tiers:
+            pieces = ir.swap_pieces(self.values[variable])
+            names = tuple(ir.fresh_name(f"{variable}/store", self.taken) for _ in range(pieces))
+            self.handles[variable] = names
+            arguments += names
+        for name in arguments:
+            self._add(ir.Node(name, "Placeholder", outputs=(ir.Value("resource"),)))
+        for node in source.nodes:
+            variable = node.inputs[0] if node.inputs and node.inputs[0] in self.tiers else ""
+            if node.name in self.tiers:
+                held = tuple((name, value) for name, value in node.attrs if name != "held_bytes")
+                self._add(dataclasses.replace(node, attrs=held))
+            elif node.op == "ReadVariableOp" and variable:
+                self.stand_in[node.name] = self._value(variable)
+                self.waited[node.name] = ()
+            elif node.op in liveness.ASSIGNS | liveness.UPDATES and variable:
+                self._update(node, variable, is_last=last[variable] == node.name)
+            else:
+                self._keep(node, variable)
+        waits = (self.waited.get(name, (name,)) for name in source.control_outputs)
+        stores = (node.name for node in self.nodes if node.op == ir.STORE)
+        return source.replace(
+            nodes=tuple(self.nodes),
+            inputs=(*source.inputs, *arguments),
+            outputs=tuple(self._read(reference) for reference in source.outputs),
+            control_outputs=tuple(sorted({*(name for names in waits for name in names), *stores})),
+        )
+
+    def _read(self, reference: str) -> str:
+        return self.stand_in.get(reference, reference)
+
+    def _controls(self, node: ir.Node) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(w for name in node.control_inputs for w in self.waited.get(name, (name,))))
+
+    def _keep(self, node: ir.Node, variable: str) -> None:
+        inputs = tuple(self._read(reference) for reference in node.inputs)
+        if variable:  # a gather: of the whole variable, which is there for the time
+            inputs = (self._value(variable), *inputs[1:])
+            node = dataclasses.replace(node, op=_GATHER, stateful=False, attrs=(_INSERTED,))
+        controls = self._controls(node)
+        if (inputs, controls) != (node.inputs, node.control_inputs):
+            node = dataclasses.replace(node, inputs=inputs, control_inputs=controls)
+        self._add(node)
+
+    def _value(self, variable: str) -> str:
+        """The variable's value now, which is fetched if it has not been yet."""
+        if variable not in self.current:
+            name = ir.fresh_name(f"{variable}/fetch", self.taken)
+            attrs = (("tier", self.tiers[variable]),)
+            outputs = (self.values[variable],)
+            self._add(ir.Node(name, ir.FETCH, self.handles[variable], outputs=outputs, attrs=attrs))
+            self.current[variable] = name
+            self.readers[name] = []
+        return self.current[variable]
+
+    def _update(self, node: ir.Node, variable: str, is_last: bool) -> None:
+        given = self._read(node.inputs[1])
+        if node.op in _SUMS:
+            value = self.values[variable]
+            name = ir.fresh_name(f"{node.name}/value", self.taken)
+            inputs = (self._value(variable), given)
+            self._add(ir.Node(name, _SUMS[node.op], inputs, outputs=(value,), attrs=(_INSERTED,)))
+            given = name
+        old = self.current.get(variable, "")
+        self.current[variable] = given
+        self.waited[node.name] = ()
+        if is_last:
+            name = ir.fresh_name(f"{node.name}/store", self.taken)
+            readers = [reader for reader in self.readers.get(old, ()) if reader != ir.producer(given)]
+            controls = tuple(dict.fromkeys((*self._controls(node), *readers)))
+            attrs = (("tier", self.tiers[variable]),)
+            self._add(ir.Node(name, ir.STORE, (given, *self.handles[variable]), controls, stateful=True, attrs=attrs))
+            self.waited[node.name] = (name,)
+
+    def _add(self, node: ir.Node) -> None:
+        self.nodes.append(node)
+        for reference in dict.fromkeys(node.inputs):
+            if reference in self.readers:
+                self.readers[reference].append(node.name)
+
+
+_INSERTED = ("is_inserted", True)
+"""Of a node that is not in TensorFlow's graph, and no repeat of one that is."""

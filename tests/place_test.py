@@ -1,0 +1,166 @@
+import pytest
+import testing
+
+from graphswap import ir, parser
+from graphswap.cost_model import CostModel, DeviceSpec, Link
+from graphswap.plan import Place, Plan, PlanError, Recompute
+from graphswap.rewrites.place import place, unplaceable, values
+from graphswap.simulator import simulate
+
+STEP = parser.parse(
+    """
+    graph step(%x, %w, %m) -> (%loss) after(%assign_m, %assign_w) {
+      %x = Placeholder() : (float32[8,8])
+      %w = Placeholder() {"held_bytes": [256]} : (resource[])
+      %m = Placeholder() {"held_bytes": [256]} : (resource[])
+      %read_w = ReadVariableOp!(%w) : (float32[8,8])
+      %y = MatMul(%x, %read_w) : (float32[8,8])
+      %loss = L2Loss(%y) : (float32[])
+      %grad = MatMul(%x, %y) : (float32[8,8])
+      %assign_m = AssignAddVariableOp!(%m, %grad) : ()
+      %read_m = ReadVariableOp!(%m) after(%assign_m) : (float32[8,8])
+      %grad_x = MatMul(%y, %read_w) : (float32[8,8])
+      %assign_w = AssignSubVariableOp!(%w, %read_m) after(%read_w) : ()
+      %done = NoOp!() after(%assign_w, %grad_x) : ()
+    }
+    """
+)
+BOTH = Plan(decisions=(Place("w"), Place("m", "disk")))
+
+
+def test_variables_are_fetched_before_their_readers_and_stored_after_them():
+    testing.assert_graph_text(
+        ir.verify(place(STEP, BOTH)),
+        """
+        graph step(%x, %w, %m, %w/store, %m/store) -> (%loss) after(%assign_m/store, %assign_w/store) {
+          %w/store = Placeholder() : (resource[])
+          %m/store = Placeholder() : (resource[])
+          %x = Placeholder() : (float32[8,8])
+          %w = Placeholder() : (resource[])
+          %m = Placeholder() : (resource[])
+          %w/fetch = Fetch(%w/store) {"tier": "host"} : (float32[8,8])
+          %y = MatMul(%x, %w/fetch) : (float32[8,8])
+          %loss = L2Loss(%y) : (float32[])
+          %grad = MatMul(%x, %y) : (float32[8,8])
+          %m/fetch = Fetch(%m/store) {"tier": "disk"} : (float32[8,8])
+          %assign_m/value = AddV2(%m/fetch, %grad) {"is_inserted": true} : (float32[8,8])
+          %assign_m/store = Store!(%assign_m/value, %m/store) {"tier": "disk"} : ()
+          # What reads m after its update reads the new value, without waiting for the store.
+          %grad_x = MatMul(%y, %w/fetch) : (float32[8,8])
+          %assign_w/value = Sub(%w/fetch, %assign_m/value) {"is_inserted": true} : (float32[8,8])
+          # After all that read the old value: they might be repeated.
+          %assign_w/store = Store!(%assign_w/value, %w/store) {"tier": "host"} after(%y, %grad_x) : ()
+          %done = NoOp!() after(%assign_w/store, %grad_x) : ()
+        }
+        """,
+    )
+
+
+def test_of_several_updates_the_last_one_is_stored():
+    graph = parser.parse(
+        """
+        graph twice(%v, %d) -> () after(%first, %second) {
+          %v = Placeholder() {"held_bytes": [256]} : (resource[])
+          %d = Placeholder() : (float32[8])
+          %first = AssignVariableOp!(%v, %d) : ()
+          %second = AssignAddVariableOp!(%v, %d) after(%first) : ()
+        }
+        """
+    )
+    placed = place(graph, Plan(decisions=(Place("v"),)))
+    assert [str(node) for node in placed.nodes if node.op in (ir.FETCH, ir.STORE, "AddV2")] == [
+        '%second/value = AddV2(%d, %d) {"is_inserted": true} : (float32[8])',
+        '%second/store = Store!(%second/value, %v/store) {"tier": "host"} : ()',
+    ]
+
+
+def test_a_gather_reads_the_whole_variable():
+    graph = parser.parse(
+        """
+        graph embed(%table, %rows) -> (%out) {
+          %table = Placeholder() {"held_bytes": [1024]} : (resource[])
+          %rows = Placeholder() : (int32[2])
+          %all = ReadVariableOp!(%table) : (float32[32,8])
+          %out = ResourceGather!(%table, %rows) {"only_reads": true} : (float32[2,8])
+        }
+        """
+    )
+    placed = place(graph, Plan(decisions=(Place("table"),)))
+    assert str(placed.by_name["out"]) == '%out = GatherV2(%table/fetch, %rows) {"is_inserted": true} : (float32[2,8])'
+
+
+def test_large_variables_have_several_pieces():
+    graph = parser.parse(
+        """
+        graph large(%v) -> (%read) {
+          %v = Placeholder() {"held_bytes": [33554432]} : (resource[])
+          %read = ReadVariableOp!(%v) : (float32[8388608])
+        }
+        """
+    )
+    placed = place(graph, Plan(decisions=(Place("v"),)))
+    pieces = ir.swap_pieces(ir.Value("float32", (8388608,)))
+    assert placed.inputs == ("v", "v/store", *(f"v/store_{i}" for i in range(1, pieces)))
+    assert placed.by_name["v/fetch"].inputs == placed.inputs[1:]
+    model = CostModel(DeviceSpec(links={"host": Link(1e9, 2**30, 0.0)}))
+    assert model.seconds(placed, placed.by_name["v/fetch"]) == 1 / 32
+    assert simulate(placed, Plan(), model).peak_bytes == (32 << 20) + (32 << 20) // pieces
+
+
+def test_without_places_it_is_the_same_object():
+    assert place(STEP, Plan(order=tuple(STEP.by_name))) is STEP
+
+
+def test_values_are_what_reads_and_assigns_say():
+    assert values(STEP) == dict.fromkeys(("w", "m"), ir.Value("float32", (8, 8)))
+
+
+@pytest.mark.parametrize(
+    ("last_node", "reason"),
+    [
+        ("%late = Relu(%read_w) after(%assign_w) : (float32[8,8])", "'late' reads its old value after its update"),
+        ("%branch = If!(%loss, %w) : (float32[8,8])", "'branch' (If) takes the variable itself"),
+    ],
+)
+def test_some_variables_have_to_stay(last_node, reason):
+    text = str(STEP).removesuffix("}")
+    graph = parser.parse(f"{text}  {last_node}\n}}")
+    assert unplaceable(graph)["w"].startswith(reason)
+    assert "m" not in unplaceable(graph)
+    with pytest.raises(PlanError, match="Place.* does not fit graph 'step': '"):
+        place(graph, BOTH)
+
+
+def test_variables_of_open_size_have_to_stay():
+    graph = parser.parse(
+        """
+        graph open(%v) -> (%read) {
+          %v = Placeholder() : (resource[])
+          %read = ReadVariableOp!(%v) : (float32[?])
+        }
+        """
+    )
+    assert unplaceable(graph) == {"v": "its size is open: float32[?]"}
+
+
+def test_what_is_no_variable_is_refused():
+    with pytest.raises(PlanError, match="variable='x'.* it has no such variable"):
+        place(STEP, Plan(decisions=(Place("x"),)))
+
+
+def test_plans_with_places_are_for_the_graph_that_was_made():
+    placed = place(STEP, BOTH)
+    assert BOTH.check(placed) is BOTH
+    assert Plan.from_json(BOTH.to_json()) == BOTH
+    assert "place      m  disk" in str(BOTH)
+    with pytest.raises(PlanError, match="'w' is on the device in this graph"):
+        BOTH.check(STEP)
+    with pytest.raises(PlanError, match="expected a tier out of .* received 'tape'"):
+        Plan(decisions=(Place("w", "tape"),)).check(placed)
+
+
+def test_nothing_is_fetched_again_once_it_is_stored():
+    placed = place(STEP, BOTH)
+    Plan(decisions=(Recompute(("w/fetch",), "grad_x"),)).check(placed)
+    with pytest.raises(PlanError, match="'w/fetch' would bring back what 'assign_w/store' has stored"):
+        Plan(decisions=(Recompute(("w/fetch",), "done"),)).check(placed)
