@@ -17,6 +17,7 @@ from graphswap import _keras_import
 if TYPE_CHECKING:
     from graphswap.callback import ReportCallback
     from graphswap.graphdef import UnsupportedGraphError
+    from graphswap.host_variable import host_variables
     from graphswap.keras_compile import disable, enable
     from graphswap.options import Options
     from graphswap.pipeline import function
@@ -35,6 +36,7 @@ __all__ = [
     "disable",
     "enable",
     "function",
+    "host_variables",
     "report",
 ]
 
@@ -47,6 +49,7 @@ _HOMES = {
     "disable": "keras_compile",
     "enable": "keras_compile",
     "function": "pipeline",
+    "host_variables": "host_variable",
     "report": "report",
 }
 

@@ -29,8 +29,8 @@ from tensorflow.python.framework import func_graph as func_graph_lib
 from tensorflow.python.framework import importer, meta_graph
 from tensorflow.python.grappler import cluster as cluster_lib
 from tensorflow.python.grappler import tf_optimizer
-from tensorflow.python.ops import handle_data_util
-from tensorflow.python.saved_model import fingerprinting_utils
+from tensorflow.python.ops import control_flow_v2_func_graphs, handle_data_util, resource_variable_ops
+from tensorflow.python.saved_model import fingerprinting_utils, save_context
 
 from graphswap import allocator, ir, placement, tiers
 
@@ -795,6 +795,36 @@ def export_function(func_graph: FuncGraph, graph: ir.Graph, far_tiers: tiers.Tie
     exporter = _Exporter(func_graph, func_graph, graph.inputs, far_tiers)
     for node in graph.nodes:
         exporter.add(node)
+    placed = [exporter.inputs[variable] for variable in graph.placed]
+    if placed:
+        _remove_accesses(func_graph, placed)
+        func_graph.outputs = [
+            tensor if tensor.op in func_graph.get_operations() else exporter.tensor(reference)
+            for tensor, reference in zip(func_graph.outputs, graph.outputs, strict=True)
+        ]
+        ends = [op for node in graph.nodes if node.op == ir.STORE for op in exporter.done[node.name]]
+        func_graph.control_outputs = [*func_graph.control_outputs, *ends]
+
+
+def _remove_accesses(func_graph: FuncGraph, handles: Sequence[Any]) -> None:
+    """Takes out what reads or writes variables, and what reads that.
+
+    TensorFlow's graphs only grow; what becomes the function's definition is what `get_operations` lists.
+    """
+    pending = [reader for handle in handles for reader in handle.outputs[0].consumers()]
+    removed = set(pending)
+    while pending:
+        found = {reader for tensor in pending.pop().outputs for reader in tensor.consumers()} - removed
+        removed |= found
+        pending += found
+    kept = [operation for operation in func_graph.get_operations() if operation not in removed]
+    for operation in kept:
+        controls = [control for control in operation.control_inputs if control not in removed]
+        if len(controls) < len(operation.control_inputs):
+            operation._remove_all_control_inputs()
+            operation._add_control_inputs(controls)
+    func_graph.control_outputs = [operation for operation in func_graph.control_outputs if operation not in removed]
+    setattr(func_graph, "get_operations", lambda: kept)  # noqa: B010 (a method, to type checkers)
 
 
 def build_function(
@@ -970,6 +1000,10 @@ class _Exporter:
     def add(self, node: ir.Node) -> None:
         if node.op in (ir.SWAP_OUT, ir.SWAP_IN):
             self._add_swap(node)
+        elif node.op in (ir.FETCH, ir.STORE):
+            self._add_access(node)
+        elif dict(node.attrs).get("is_inserted"):
+            self._add_inserted(node)
         elif node.op in (ir.BARRIER, ir.PLACE):
             self._add_for_xla(node)
         elif node.op == ir.ANCHOR:
@@ -1065,13 +1099,7 @@ class _Exporter:
 
     def _add_swap(self, node: ir.Node) -> None:
         attrs = dict(node.attrs)
-        with (
-            self.target.as_default(),
-            tf.control_dependencies(None),
-            tf.control_dependencies(self._controls(node)),
-            tf.device(node.device or None),
-            tf.name_scope(node.name + "/"),
-        ):
+        with self._placed(node):
             if node.op == ir.SWAP_OUT:
                 copy = self.tiers.swap_out(self.tensor(node.inputs[0]), str(attrs["tier"]))
                 self.copies[node.name] = copy
@@ -1083,6 +1111,43 @@ class _Exporter:
             tensor = self.tiers.swap_in(copy, value.dtype, value.shape)
         self.tensors[node.name] = tensor
         self.done[node.name] = [tensor.op]
+
+    def _add_access(self, node: ir.Node) -> None:
+        """Adds the ops that read or write a variable in a far tier."""
+        tier = str(dict(node.attrs)["tier"])
+        inputs = [self.tensor(reference) for reference in node.inputs]
+        with self._placed(node):
+            if node.op == ir.STORE:
+                self.done[node.name] = self.tiers.store(inputs[0], inputs[1:], tier)
+                return
+            value = node.outputs[0]
+            tensor = self.tiers.fetch(inputs, value.dtype, value.shape, tier)
+        self.tensors[node.name] = tensor
+        self.done[node.name] = [tensor.op]
+
+    def _add_inserted(self, node: ir.Node) -> None:
+        """Adds what stands in the place of an op on a variable itself."""
+        inputs = [self.tensor(reference) for reference in node.inputs]
+        with self._placed(node):
+            if node.op == "GatherV2":
+                axis = self.source.get_operation_by_name(node.like or node.name).get_attr("batch_dims")
+                tensor = tf.raw_ops.GatherV2(params=inputs[0], indices=inputs[1], axis=axis, batch_dims=axis)
+            else:
+                tensor = getattr(tf.raw_ops, node.op)(x=inputs[0], y=inputs[1])
+        self.tensors[node.name] = tensor
+        self.done[node.name] = [tensor.op]
+
+    @contextlib.contextmanager
+    def _placed(self, node: ir.Node) -> Iterator[None]:
+        """For ops of an inserted node: after what it waits for, on its device, named after it."""
+        with (
+            self.target.as_default(),
+            tf.control_dependencies(None),
+            tf.control_dependencies(self._controls(node)),
+            tf.device(node.device or None),
+            tf.name_scope(node.name + "/"),
+        ):
+            yield
 
     def _add_for_xla(self, node: ir.Node) -> None:
         inputs = [self.tensor(reference) for reference in node.inputs]
@@ -1144,6 +1209,33 @@ def variables(func_graph: FuncGraph) -> list[placement.Variable]:
     return found
 
 
+ResourceVariable: TypeAlias = resource_variable_ops.ResourceVariable
+
+
+def watch(variable: ResourceVariable) -> None:
+    """Tells gradient tapes and the function being traced that the variable is read."""
+    resource_variable_ops.variable_accessed(variable)
+
+
+def captured_variables(func_graph: FuncGraph) -> dict[str, ResourceVariable]:
+    """The variables that the function captures, by the names that `import_function` gives them."""
+    names = _capture_names(func_graph)
+    alive = [variable for reference in func_graph._weak_variables if (variable := reference()) is not None]
+    by_handle = {id(variable.handle): variable for variable in alive}
+    return {
+        names[internal.op.name]: by_handle[id(external)]
+        for external, internal in func_graph.captures
+        if id(external) in by_handle
+    }
+
+
+def capture(func_graph: FuncGraph, handles: Sequence[tf.Tensor]) -> None:
+    """Lets a function that is traced completely capture more resources, behind its other inputs."""
+    with func_graph.as_default():
+        for handle in handles:
+            func_graph.capture(handle)
+
+
 def _variable_type(handle: Any) -> Any:
     is_symbolic = not hasattr(handle, "numpy")
     data = handle_data_util.get_resource_handle_data(handle) if is_symbolic else handle._handle_data
@@ -1164,7 +1256,12 @@ def call_inline(step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
     Calling it would leave one opaque node for every nested tf.function.
     """
     outer: Any = tf.compat.v1.get_default_graph()
-    traced = tf.function(step, autograph=False).get_concrete_function(*args, **kwargs)
+
+    def planned(*args: Any, **kwargs: Any) -> Any:
+        setattr(tf.compat.v1.get_default_graph(), _PLANNED, True)
+        return step(*args, **kwargs)
+
+    traced = tf.function(planned, autograph=False).get_concrete_function(*args, **kwargs)
     arguments = [leaf for leaf in tf.nest.flatten((args, kwargs), expand_composites=True) if tf.is_tensor(leaf)]
     captures = _captured(outer, traced)
     tensors = _copy_operations(traced.graph, outer, [*arguments, *captures], [], "")[0]
@@ -1270,6 +1367,8 @@ _KEPT_WHOLE = ("_XlaMustCompile", "_noinline")
 # --- trace time -------------------------------------------------------------------------------------------------
 
 _MARK = "_graphswap_step"
+_PLANNED = "_graphswap_planned"
+"""Attributes of a FuncGraph: of a step, and of one whose operations will be copied into a step."""
 
 
 def mark_current_graph(mark: object) -> bool:
@@ -1279,6 +1378,24 @@ def mark_current_graph(mark: object) -> bool:
     graph = tf.compat.v1.get_default_graph()
     setattr(graph, _MARK, mark)
     return True
+
+
+def traces_variables() -> bool:
+    """Whether what is traced now is to read variables as if they were on the device.
+
+    A step that will be rewritten is, branches and loops in it included, and what goes into a SavedModel.
+    """
+    graph: Any = tf.compat.v1.get_default_graph()
+    while isinstance(graph, _BODIES):
+        graph = graph.outer_graph
+    return hasattr(graph, _MARK) or hasattr(graph, _PLANNED) or save_context.in_save_context()
+
+
+_BODIES = (
+    control_flow_v2_func_graphs.CondBranchFuncGraph,
+    control_flow_v2_func_graphs.WhileCondFuncGraph,
+    control_flow_v2_func_graphs.WhileBodyFuncGraph,
+)
 
 
 def on_traced(callback: Callable[[FuncGraph, Any], None]) -> None:

@@ -182,6 +182,12 @@ class Graph:
         return {node.inputs[1]: node.name for node in self.nodes if node.op == STORE}
 
     @functools.cached_property
+    def placed(self) -> Mapping[str, str]:
+        """Variables that live in far tiers, each with its tier."""
+        accesses = [dict(node.attrs) for node in self.nodes if node.op in (FETCH, STORE)]
+        return {str(attrs["variable"]): str(attrs["tier"]) for attrs in accesses}
+
+    @functools.cached_property
     def fingerprint(self) -> str:
         """Hash of the printed form: equal for equal graphs, in any process."""
         return hashlib.sha256(str(self).encode()).hexdigest()[:16]

@@ -8,7 +8,7 @@ import functools
 import gc
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -16,8 +16,9 @@ import tensorflow as tf
 from graphswap import allocator, graphdef, ir, placement, planning, profiler, replanning, rewrites, tiers, xla
 from graphswap.cost_model import CostModel, DeviceSpec, Profile
 from graphswap.graphdef import UnsupportedGraphError
+from graphswap.host_variable import HostVariable, adopt, can_adopt
 from graphswap.options import Options
-from graphswap.plan import Plan
+from graphswap.plan import Place, Plan
 from graphswap.plan_file import PlanFile
 from graphswap.report import Report, StepReport
 from graphswap.strategies.base import InfeasibleBudgetError
@@ -95,6 +96,7 @@ class Session:
         self._functions: dict[tuple[graphdef.Shape, ...], Callable[..., Any]] = {}
         self._arguments: list[Any] = []  # of the step that runs now
         self._variables = placement.Variables()
+        self._hosted: list[HostVariable] = []  # what the traces' plans keep in far tiers
         self._fences: list[Any] = []  # behind the holes for small buffers
         self._trials = _TRIALS
         self._watched: dict[tuple[graphdef.Shape, ...], _Watched] = {}
@@ -120,6 +122,8 @@ class Session:
             SwapSpaceError: If the swap directory is full or can't be written.
         """
         shapes = self._see((args, kwargs))
+        if any(variable.tier == "device" for variable in self._hosted):  # moved since the step was traced
+            self._forget()
         key = shapes if shapes in self._functions or len(self._functions) < _STATIC_TRACES else ()
         if key == () and self._outgrown(shapes):
             del self._functions[()]
@@ -230,6 +234,7 @@ class Session:
         self._planned.clear()
         self._watched.clear()
         self._replanned.clear()
+        self._hosted.clear()
         self._trials = _TRIALS
 
     def _keep_variables(self) -> None:
@@ -356,19 +361,18 @@ class Session:
             InfeasibleBudgetError: If no plan keeps the budget.
             UnsupportedGraphError: If the step can't be planned and `on_unsupported` is "raise".
         """
-        variables = graphdef.variables(func_graph)
         with tf.init_scope():
-            if not placement.are_initialized(variables):
+            if not placement.are_initialized(graphdef.variables(func_graph)):
                 return  # the trace that makes the variables; TensorFlow traces again
         if not self._inlines and graphdef.has_calls(func_graph):
             raise _NestedCalls
-        self._variables = placement.Variables(variables)
         with _progress(func_graph.name) as progress:
             clock = _Clock(progress)
             shapes = self._argument_shapes(func_graph)
+            captured = graphdef.captured_variables(func_graph)
             with clock("measure"):
                 device = self._planner.device(can_swap=not self.jit_compile)
-                self._arrange(device)
+                self._arrange(device, func_graph, captured)
             try:
                 with clock("import"):
                     importer = graphdef.import_function if self.jit_compile else imported
@@ -376,6 +380,7 @@ class Session:
             except UnsupportedGraphError as error:
                 if self.options.on_unsupported == "raise":
                     raise
+                self._move(captured, ())
                 self._add_report(
                     func_graph,
                     shapes,
@@ -383,8 +388,10 @@ class Session:
                 )
                 return
             fences = len(self._fences) * allocator.ALIGNMENT_BYTES
-            cost_model = self._planner.cost_model(device, graph, fences)
+            cost_model = self._planner.cost_model(device, rewrites.place(graph, _away(captured)), fences)
             budget, share = self._planner.budget(device, self._scale)
+            with clock("place"):
+                graph = self._place(func_graph, graph, captured, device, cost_model, budget)
             replanned, rounds = self._replanned.pop(shapes, (None, []))
             try:
                 if self.jit_compile:
@@ -445,8 +452,48 @@ class Session:
         step.plain_peak_bytes, step.predicted_peak_bytes = found.plain_bytes, found.peak_bytes
         self._add_report(func_graph, shapes, step)
 
-    def _arrange(self, device: DeviceSpec) -> None:
+    def _place(
+        self,
+        func_graph: graphdef.FuncGraph,
+        graph: ir.Graph,
+        captured: Mapping[str, tf.Variable],
+        device: DeviceSpec,
+        cost_model: CostModel,
+        budget: int,
+    ) -> ir.Graph:
+        """Moves variables to where they will live between steps. Returns the step with what fetches and stores them."""
+        places: tuple[Place, ...] = ()
+        if not self.jit_compile:
+            movable = [name for name, variable in captured.items() if can_adopt(variable)]
+            fixed = [Place(n, v.tier) for n, v in captured.items() if any(v is known for known in self._hosted)]
+            places = self._planner.place(graph, cost_model, budget, movable, fixed)
+        if self._move(captured, places):
+            self._arrange(device, func_graph, captured)
+        if not places:
+            return graph
+        placed = [adopt(captured[place.variable]) for place in places]
+        self._hosted = list({id(variable): variable for variable in (*self._hosted, *placed)}.values())
+        graphdef.capture(func_graph, [handle for variable in placed for handle in variable.store_handles])
+        return rewrites.place(graph, Plan(decisions=places))
+
+    def _move(self, captured: Mapping[str, tf.Variable], places: Sequence[Place]) -> bool:
+        """Brings variables to their tiers, those without a place to the device. Whether any has moved."""
+        tier_of = {place.variable: place.tier for place in places}
+        has_moved = False
+        # What leaves goes first, to make room for what comes.
+        for name in sorted(captured, key=lambda name: name not in tier_of):
+            tier, variable = tier_of.get(name, "device"), captured[name]
+            if tier != "device" or isinstance(variable, HostVariable):
+                has_moved |= adopt(variable).tier != tier
+                adopt(variable).move(tier)
+        return has_moved
+
+    def _arrange(
+        self, device: DeviceSpec, func_graph: graphdef.FuncGraph, captured: Mapping[str, tf.Variable]
+    ) -> None:
         """Lays the device out as `simulator` takes it to be: building the model has left holes."""
+        away = {id(captured[place.variable].handle) for place in _away(captured).places}
+        self._variables = placement.Variables([v for v in graphdef.variables(func_graph) if id(v.handle) not in away])
         if profiler.memory_in_use() is None:
             return
         with tf.init_scope():
@@ -474,6 +521,12 @@ class Session:
             else self._largest.get(index)
             for index, tensor in enumerate(arguments)
         )
+
+
+def _away(captured: Mapping[str, tf.Variable]) -> Plan:
+    """Where the variables are now."""
+    variables = [(name, variable) for name, variable in captured.items() if isinstance(variable, HostVariable)]
+    return Plan(decisions=tuple(Place(name, v.tier) for name, v in variables if v.tier != "device"))
 
 
 def imported(func_graph: graphdef.FuncGraph, shapes: Sequence[graphdef.Shape]) -> ir.Graph:

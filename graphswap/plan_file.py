@@ -13,7 +13,7 @@ from typing import Any
 from graphswap import ir, parser, simulator
 from graphswap.cost_model import CostModel, DeviceSpec, Link, Profile
 from graphswap.options import format_bytes
-from graphswap.plan import TIERS, Plan, PlanError
+from graphswap.plan import TIERS, Place, Plan, PlanError
 
 _FORMAT = "graphswap plan 1"
 _DEVICE_FORMAT = "graphswap device 1"
@@ -163,6 +163,16 @@ def given(path: str | os.PathLike[str], graph: ir.Graph) -> tuple[Plan, CostMode
             f"{_first_difference(made.graph, graph)} Plan again for this graph."
         )
     return made.plan.check(graph), made.cost_model
+
+
+def places(path: str | os.PathLike[str]) -> tuple[Place, ...]:
+    """Which variables a plan in a file keeps in a far tier: its graph is known once they are.
+
+    Raises:
+        PlanError: If the file can't be read or is no plan.
+    """
+    text = _text(path)
+    return (PlanFile.from_json(text).plan if _is_plan_file(text) else Plan.from_json(text)).places
 
 
 def _first_difference(planned: ir.Graph, graph: ir.Graph) -> str:

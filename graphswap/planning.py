@@ -6,16 +6,28 @@ import contextlib
 import dataclasses
 import gc
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 import tensorflow as tf
 
-from graphswap import graphdef, ir, liveness, plan_file, profiler, replanning, rewrites, simulator, strategies, tiers
+from graphswap import (
+    graphdef,
+    ir,
+    liveness,
+    model_data,
+    plan_file,
+    profiler,
+    replanning,
+    rewrites,
+    simulator,
+    strategies,
+    tiers,
+)
 from graphswap.cost_model import MEMORY_VARIABLE, CostModel, DeviceSpec, Profile
 from graphswap.options import Options, format_bytes
-from graphswap.plan import Plan, PlanError
+from graphswap.plan import Place, Plan, PlanError
 from graphswap.strategies import budgets, gaps
 from graphswap.strategies.base import InfeasibleBudgetError, Strategy
 
@@ -138,7 +150,7 @@ class Planner:
         plain = simulator.simulate(graph, Plan(), cost_model)
         if budget and plain.peak_bytes * _WANDERING <= budget:
             notes = ("it fits the budget as it is",)
-            return Planned(graph, cost_model, budget, Plan(), plain, plain, notes)
+            return Planned(graph, cost_model, budget, Plan(decisions=_places(graph)), plain, plain, notes)
         notes = []
         with clock("measure"):
             question = self._question(budget)
@@ -205,6 +217,32 @@ class Planner:
                 return again
         return self._plan(planned.graph, cost_model, planned.budget)
 
+    def place(
+        self,
+        graph: ir.Graph,
+        cost_model: CostModel,
+        budget: int,
+        movable: Collection[str],
+        fixed: Sequence[Place],
+    ) -> tuple[Place, ...]:
+        """Chooses the variables that leave the device.
+
+        Args:
+            graph: The step, all variables on the device.
+            cost_model: From `cost_model`.
+            budget: Bytes to plan for; 0 for as few as the options' word asks for.
+            movable: Names of variables that may leave.
+            fixed: What has left already.
+
+        Raises:
+            PlanError: If the options name a file that is no plan.
+        """
+        if self._options.plan is not None:
+            return plan_file.places(str(self._options.plan))
+        if not budget or cost_model.far_tier != "host":
+            return tuple(fixed)
+        return model_data.choose(graph, cost_model, budget, movable, fixed)
+
     def settle(self, planned: Planned) -> None:
         """Keeps the plan and the costs that led to it, so that later runs take it and leave it at that."""
         profile, question = planned.cost_model.profile, self._question(planned.budget)
@@ -223,7 +261,7 @@ class Planner:
     def _plan(self, graph: ir.Graph, cost_model: CostModel, budget: int) -> Planned:
         reserved_bytes = cost_model.profile.reserved_bytes if cost_model.profile else 0
         plan, free_bound_bytes = self._choose(graph, cost_model, max(1, budget - reserved_bytes) if budget else 0)
-        plan.check(graph)
+        plan = plan.replace(decisions=(*plan.decisions, *_places(graph))).check(graph)
         return dataclasses.replace(_judged(graph, plan, cost_model, budget), free_bound_bytes=free_bound_bytes)
 
     def _choose(self, graph: ir.Graph, cost_model: CostModel, budget: int) -> tuple[Plan, int | None]:
@@ -321,6 +359,11 @@ class Given:
 
     def plan(self, graph: ir.Graph, cost_model: CostModel, memory_budget: int) -> Plan:
         return self.only
+
+
+def _places(graph: ir.Graph) -> tuple[Place, ...]:
+    """The decisions that have made the graph what it is."""
+    return tuple(Place(variable, tier) for variable, tier in graph.placed.items())
 
 
 def _judged(graph: ir.Graph, plan: Plan, cost_model: CostModel, budget: int) -> Planned:

@@ -426,6 +426,10 @@ def _seen_link(link: Link, tier: str, graph: ir.Graph, spent: Mapping[str, float
     return dataclasses.replace(link, **speeds)
 
 
+_FOLDERS = graphdef.OPAQUE | {ir.SWAP_OUT, ir.SWAP_IN, ir.FETCH, ir.STORE}
+"""Nodes that are made of several ops, called "<node>/..."."""
+
+
 def _spent(events: Sequence[Event], graph: ir.Graph) -> Mapping[str, float]:
     """Seconds of a step by node.
 
@@ -435,7 +439,7 @@ def _spent(events: Sequence[Event], graph: ir.Graph) -> Mapping[str, float]:
     Raises:
         CantMeasure: If none of the events is one of the graph.
     """
-    folders = {node.name for node in graph.nodes if node.op in (*graphdef.OPAQUE, ir.SWAP_OUT, ir.SWAP_IN)}
+    folders = {node.name for node in graph.nodes if node.op in _FOLDERS}
     owner_of = _owners(graph, folders)
     intervals = [(start, start + duration, owner_of(name)) for start, duration, name, _ in events]
     spent = _shares([interval for interval in intervals if interval[2]])

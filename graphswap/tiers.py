@@ -4,6 +4,8 @@
   tensor per piece. Strings live outside the device allocator.
 * disk: a file per piece in a private directory, removed at exit, or by the next process after a crash.
 
+Variables that live in a far tier are string variables there, one per piece (`fetch`, `store`).
+
 On its way to a string or a file a value above 16 MiB travels in pieces of about 4 MiB: glibc then serves the strings
 from memory it already has, and neither protobuf's 2 GiB limit nor a second full copy gets in the way. The bits do not
 change.
@@ -21,6 +23,7 @@ import os
 import pathlib
 import shutil
 import tempfile
+from collections.abc import Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -70,9 +73,7 @@ class Tiers:
         if tier == "host" and tf.config.list_logical_devices("GPU"):
             pinned = _copy(tensor, "_CopyFromGpuToHost")
             return FarCopy([pinned], [pinned.op], is_pinned=True)
-        count = ir.swap_pieces(ir.Value(tensor.dtype.name, tuple(tensor.shape.as_list())))
-        parts = [tensor] if count == 1 else _split(tensor, count)
-        strings = [tf.io.serialize_tensor(part) for part in parts]
+        strings = _strings(tensor)
         if tier == "host":
             return FarCopy(strings, [string.op for string in strings])
         names, writes = [], []
@@ -103,6 +104,34 @@ class Tiers:
                 part = _parse(piece, element, copy.is_file)
             target = tf.raw_ops.InplaceUpdate(x=target, i=[index], v=part)
         return tf.reshape(target, shape)
+
+    def fetch(self, handles: Sequence[Any], dtype: str, shape: tuple[int | None, ...] | None, tier: str) -> tf.Tensor:
+        """Adds the ops that bring a variable's value from a far tier to the device.
+
+        Args:
+            handles: Of the string variables that hold its pieces, or the names of their files.
+            dtype: Of the value.
+            shape: Of the value.
+            tier: "host" or "disk".
+        """
+        pieces = [tf.raw_ops.ReadVariableOp(resource=handle, dtype=tf.string) for handle in handles]
+        return self.swap_in(FarCopy(pieces, [], is_file=tier == "disk"), dtype, shape)
+
+    def store(self, tensor: tf.Tensor, handles: Sequence[Any], tier: str) -> list[Any]:
+        """Adds the ops that give a variable in a far tier a new value. Whoever waits for these may rely on it.
+
+        Args:
+            tensor: The value, of a static shape.
+            handles: As for `fetch`.
+            tier: "host" or "disk".
+        """
+        strings = _strings(tensor)
+        if tier == "disk":
+            raise NotImplementedError
+        return [
+            tf.raw_ops.AssignVariableOp(resource=handle, value=string)
+            for handle, string in zip(handles, strings, strict=True)
+        ]
 
     def used_directory(self) -> pathlib.Path | None:
         """The private directory, if anything was swapped to disk."""
@@ -149,6 +178,13 @@ def _copy(tensor: tf.Tensor, op: str) -> tf.Tensor:
     copied = tensor.graph.create_op(op, [tensor], [tensor.dtype], name="copy").outputs[0]
     copied.set_shape(tensor.shape)
     return copied
+
+
+def _strings(tensor: tf.Tensor) -> list[tf.Tensor]:
+    """The tensor's pieces as strings, which lie outside of the device."""
+    count = ir.swap_pieces(ir.Value(tensor.dtype.name, tuple(tensor.shape.as_list())))
+    parts = [tensor] if count == 1 else _split(tensor, count)
+    return [tf.io.serialize_tensor(part) for part in parts]
 
 
 def _split(tensor: tf.Tensor, count: int) -> list[tf.Tensor]:

@@ -144,8 +144,7 @@ class _Placer:
         """The variable's value now, which is fetched if it has not been yet."""
         if variable not in self.current:
             name = ir.fresh_name(f"{variable}/fetch", self.taken)
-            attrs = (("tier", self.tiers[variable]),)
-            outputs = (self.values[variable],)
+            outputs, attrs = (self.values[variable],), self._attrs(variable)
             self._add(ir.Node(name, ir.FETCH, self.handles[variable], outputs=outputs, attrs=attrs))
             self.current[variable] = name
             self.readers[name] = []
@@ -166,9 +165,12 @@ class _Placer:
             name = ir.fresh_name(f"{node.name}/store", self.taken)
             readers = [reader for reader in self.readers.get(old, ()) if reader != ir.producer(given)]
             controls = tuple(dict.fromkeys((*self._controls(node), *readers)))
-            attrs = (("tier", self.tiers[variable]),)
-            self._add(ir.Node(name, ir.STORE, (given, *self.handles[variable]), controls, stateful=True, attrs=attrs))
+            inputs, attrs = (given, *self.handles[variable]), self._attrs(variable)
+            self._add(ir.Node(name, ir.STORE, inputs, controls, stateful=True, attrs=attrs))
             self.waited[node.name] = (name,)
+
+    def _attrs(self, variable: str) -> tuple[tuple[str, ir.Attr], ...]:
+        return (("tier", self.tiers[variable]), ("variable", variable))
 
     def _add(self, node: ir.Node) -> None:
         self.nodes.append(node)

@@ -38,18 +38,18 @@ def test_variables_are_fetched_before_their_readers_and_stored_after_them():
           %x = Placeholder() : (float32[8,8])
           %w = Placeholder() : (resource[])
           %m = Placeholder() : (resource[])
-          %w/fetch = Fetch(%w/store) {"tier": "host"} : (float32[8,8])
+          %w/fetch = Fetch(%w/store) {"tier": "host", "variable": "w"} : (float32[8,8])
           %y = MatMul(%x, %w/fetch) : (float32[8,8])
           %loss = L2Loss(%y) : (float32[])
           %grad = MatMul(%x, %y) : (float32[8,8])
-          %m/fetch = Fetch(%m/store) {"tier": "disk"} : (float32[8,8])
+          %m/fetch = Fetch(%m/store) {"tier": "disk", "variable": "m"} : (float32[8,8])
           %assign_m/value = AddV2(%m/fetch, %grad) {"is_inserted": true} : (float32[8,8])
-          %assign_m/store = Store!(%assign_m/value, %m/store) {"tier": "disk"} : ()
+          %assign_m/store = Store!(%assign_m/value, %m/store) {"tier": "disk", "variable": "m"} : ()
           # What reads m after its update reads the new value, without waiting for the store.
           %grad_x = MatMul(%y, %w/fetch) : (float32[8,8])
           %assign_w/value = Sub(%w/fetch, %assign_m/value) {"is_inserted": true} : (float32[8,8])
           # After all that read the old value: they might be repeated.
-          %assign_w/store = Store!(%assign_w/value, %w/store) {"tier": "host"} after(%y, %grad_x) : ()
+          %assign_w/store = Store!(%assign_w/value, %w/store) {"tier": "host", "variable": "w"} after(%y, %grad_x) : ()
           %done = NoOp!() after(%assign_w/store, %grad_x) : ()
         }
         """,
@@ -70,7 +70,7 @@ def test_of_several_updates_the_last_one_is_stored():
     placed = place(graph, Plan(decisions=(Place("v"),)))
     assert [str(node) for node in placed.nodes if node.op in (ir.FETCH, ir.STORE, "AddV2")] == [
         '%second/value = AddV2(%d, %d) {"is_inserted": true} : (float32[8])',
-        '%second/store = Store!(%second/value, %v/store) {"tier": "host"} : ()',
+        '%second/store = Store!(%second/value, %v/store) {"tier": "host", "variable": "v"} : ()',
     ]
 
 
@@ -141,6 +141,11 @@ def test_variables_of_open_size_have_to_stay():
         """
     )
     assert unplaceable(graph) == {"v": "its size is open: float32[?]"}
+
+
+def test_the_graph_says_what_is_placed():
+    assert place(STEP, BOTH).placed == {"w": "host", "m": "disk"}
+    assert STEP.placed == {}
 
 
 def test_what_is_no_variable_is_refused():

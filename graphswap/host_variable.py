@@ -1,0 +1,178 @@
+"""Variables whose values live outside of the device: right in any function, whether graphswap rewrites it or not.
+
+A `HostVariable` is the variable that it was, with the same handle, name and users; but while its value lies in a far
+tier its buffer on the device is empty, and what reads or writes it goes there. A step that graphswap rewrites is traced
+as if the value were on the device; `rewrites.place` then says when it comes and goes.
+
+Known weaknesses: a function that was traced while the value was on the device reads it there; what captures the handle
+by itself, such as a fused kernel for updates, does, too. Both meet an empty buffer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, cast
+
+import tensorflow as tf
+
+from graphswap import graphdef, ir, placement, tiers
+
+SMALL_BYTES = 64 << 10
+"""Variables up to this size stay on the device: moving them costs more than it frees."""
+
+_TIERS = tiers.Tiers()
+
+
+class HostVariable(graphdef.ResourceVariable):
+    """A variable that can live in a far tier. Made by `adopt` out of one that exists."""
+
+    _tier = "device"
+    _pieces: list[tf.Variable]
+
+    @property
+    def tier(self) -> str:
+        """Where the value is: "device" or "host"."""
+        return self._tier
+
+    @property
+    def store_handles(self) -> list[tf.Tensor]:
+        """Resources of the string variables that hold the pieces of the value while it is in a far tier."""
+        return [piece.handle for piece in self._pieces]
+
+    def move(self, tier: str) -> None:
+        """Brings the value to a tier: "device" or "host"."""
+        if tier == self._tier:
+            return
+        with tf.init_scope():
+            value = self.read_value()
+            if tier == "device":
+                self._tier = tier
+                tf.raw_ops.AssignVariableOp(resource=self.handle, value=value)
+                for piece in self._pieces:
+                    piece.assign("")
+            else:
+                _TIERS.store(value, self.store_handles, tier)
+                self._tier = tier
+                empty = placement.outside_device(tf.zeros((0,), self.dtype).numpy())
+                tf.raw_ops.AssignVariableOp(resource=self.handle, value=empty)
+
+    def _is_plain(self) -> bool:
+        return self._tier == "device" or (not tf.executing_eagerly() and graphdef.traces_variables())
+
+    def _read_variable_op(self, no_copy: bool = False) -> tf.Tensor:
+        if self._is_plain():
+            return super()._read_variable_op(no_copy)
+        graphdef.watch(self)
+        value = _TIERS.fetch(self.store_handles, self.dtype.name, tuple(self.shape), self._tier)
+
+        @tf.custom_gradient
+        def fetched(handle: tf.Tensor) -> Any:  # what asks for the variable's gradient asks for its handle's
+            del handle
+            return tf.identity(value), lambda gradient: gradient
+
+        return cast(tf.Tensor, fetched(self.handle))
+
+    def sparse_read(self, indices: Any, name: str | None = None) -> tf.Tensor:
+        if self._is_plain():
+            return super().sparse_read(indices, name)
+        return tf.gather(self._read_variable_op(), indices, name=name)
+
+    def gather_nd(self, indices: Any, name: str | None = None) -> tf.Tensor:
+        if self._is_plain():
+            return super().gather_nd(indices, name)
+        return tf.gather_nd(self._read_variable_op(), indices, name=name)
+
+    def assign(self, value: Any, use_locking: Any = None, name: str | None = None, read_value: bool = True) -> Any:
+        if self._is_plain():
+            return super().assign(value, use_locking, name, read_value)
+        tensor = tf.convert_to_tensor(value, dtype=self.dtype)
+        if not self.shape.is_compatible_with(tensor.shape):
+            raise ValueError(
+                f"{self.name}: expected a value of shape {self.shape}, received one of {tensor.shape}. "
+                "Assign one of the variable's shape."
+            )
+        _TIERS.store(tf.ensure_shape(tensor, self.shape), self.store_handles, self._tier)
+        return self
+
+    def assign_add(self, delta: Any, use_locking: Any = None, name: str | None = None, read_value: bool = True) -> Any:
+        if self._is_plain():
+            return super().assign_add(delta, use_locking, name, read_value)
+        return self.assign(self._read_variable_op() + tf.convert_to_tensor(delta, dtype=self.dtype))
+
+    def assign_sub(self, delta: Any, use_locking: Any = None, name: str | None = None, read_value: bool = True) -> Any:
+        if self._is_plain():
+            return super().assign_sub(delta, use_locking, name, read_value)
+        return self.assign(self._read_variable_op() - tf.convert_to_tensor(delta, dtype=self.dtype))
+
+    def _restore_from_tensors(self, restored_tensors: Any) -> Any:
+        if self._is_plain():
+            return super()._restore_from_tensors(restored_tensors)
+        (value,) = restored_tensors.values()
+        return self.assign(value)
+
+
+def _visiting(name: str) -> Any:
+    """A method of a variable that runs on the device, where the value is meanwhile."""
+    method = getattr(graphdef.ResourceVariable, name)
+
+    def visit(self: HostVariable, *args: Any, **kwargs: Any) -> Any:
+        if self._is_plain():
+            return method(self, *args, **kwargs)
+        tf.raw_ops.AssignVariableOp(resource=self.handle, value=self._read_variable_op())
+        method(self, *args, **kwargs)
+        self.assign(tf.raw_ops.ReadVariableOp(resource=self.handle, dtype=self.dtype))
+        tf.raw_ops.AssignVariableOp(resource=self.handle, value=tf.zeros((0,), self.dtype))
+        return self
+
+    return visit
+
+
+for _name in (
+    *(f"scatter_{kind}" for kind in ("sub", "add", "max", "min", "mul", "div", "update")),
+    *(f"scatter_nd_{kind}" for kind in ("sub", "add", "max", "min", "update")),
+    "batch_scatter_update",
+):
+    setattr(HostVariable, _name, _visiting(_name))
+
+
+def can_adopt(variable: object) -> bool:
+    """Whether the variable is an ordinary one of TensorFlow's: no part of a distributed or sharded one."""
+    return type(variable) in (graphdef.ResourceVariable, HostVariable)
+
+
+def adopt(variable: Any) -> HostVariable:
+    """Makes a variable one that can live in a far tier; it stays the same object.
+
+    Raises:
+        TypeError: If it is no ordinary variable of TensorFlow's.
+    """
+    if not can_adopt(variable):
+        raise TypeError(
+            f"expected a tf.Variable, received {variable!r}. Variables of tf.distribute stay where it puts them."
+        )
+    if not isinstance(variable, HostVariable):
+        value = ir.Value(variable.dtype.name, tuple(variable.shape))
+        with tf.init_scope(), tf.device("CPU:0"):
+            pieces = [tf.Variable("", dtype=tf.string, trainable=False) for _ in range(ir.swap_pieces(value))]
+        variable.__class__ = HostVariable
+        variable._pieces = pieces
+    return variable
+
+
+@contextlib.contextmanager
+def host_variables() -> Iterator[None]:
+    """Variables that are made inside live in host memory, so that a model may be larger than the device.
+
+    Each is on the device for as long as it takes to make it. Variables of up to 64 KiB stay there. Where a training
+    step has room, `model.compile(..., graphswap=...)` brings them to the device.
+    """
+
+    def make(next_creator: Any, **kwargs: Any) -> Any:
+        variable = next_creator(**kwargs)
+        if can_adopt(variable) and ir.Value(variable.dtype.name, tuple(variable.shape)).nbytes > SMALL_BYTES:
+            adopt(variable).move("host")
+        return variable
+
+    with tf.variable_creator_scope(make):
+        yield
