@@ -129,7 +129,8 @@ def _make_train_function(self: Any, force: bool = False) -> Any:
                 batch = next(iterator)
             except StopIteration:
                 break
-            _build(self, batch)
+            with session.making_variables():
+                _build(self, batch)
             outputs = session.run(make, batch)
         if outputs is None:
             raise StopIteration

@@ -16,7 +16,7 @@ import tensorflow as tf
 from graphswap import allocator, graphdef, ir, placement, planning, profiler, replanning, rewrites, tiers, xla
 from graphswap.cost_model import CostModel, DeviceSpec, Profile
 from graphswap.graphdef import UnsupportedGraphError
-from graphswap.host_variable import HostVariable, adopt, can_adopt
+from graphswap.host_variable import HostVariable, adopt, can_adopt, host_variables
 from graphswap.options import Options
 from graphswap.plan import Place, Plan
 from graphswap.plan_file import PlanFile
@@ -163,6 +163,11 @@ class Session:
                 self._record(shapes, time.perf_counter() - start - (self._planning_seconds() - planned_seconds))
                 self._arguments.clear()  # frames of planning that an error's traceback keeps alive hold this list
                 return self._released(result)
+
+    def making_variables(self) -> contextlib.AbstractContextManager[None]:
+        """For variables of the step that are made inside: those of an optimizer may not fit the device."""
+        moves = profiler.memory_in_use() is not None and not self.jit_compile
+        return host_variables() if moves else contextlib.nullcontext()
 
     def trace(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Calls the step while it is traced, so that the function being traced will be rewritten.
