@@ -393,7 +393,7 @@ class Session:
                 )
                 return
             fences = len(self._fences) * allocator.ALIGNMENT_BYTES
-            cost_model = self._planner.cost_model(device, rewrites.place(graph, _away(captured)), fences)
+            cost_model = self._planner.cost_model(device, graph, fences, _away(captured))
             budget, share = self._planner.budget(device, self._scale)
             with clock("place"):
                 graph = self._place(func_graph, graph, captured, device, cost_model, budget)
@@ -493,11 +493,9 @@ class Session:
                 adopt(variable).move(tier)
         return has_moved
 
-    def _arrange(
-        self, device: DeviceSpec, func_graph: graphdef.FuncGraph, captured: Mapping[str, tf.Variable]
-    ) -> None:
+    def _arrange(self, device: DeviceSpec, func_graph: graphdef.FuncGraph, captured: Mapping[str, tf.Variable]) -> None:
         """Lays the device out as `simulator` takes it to be: building the model has left holes."""
-        away = {id(captured[place.variable].handle) for place in _away(captured).places}
+        away = {id(captured[name].handle) for name in _away(captured)}
         self._variables = placement.Variables([v for v in graphdef.variables(func_graph) if id(v.handle) not in away])
         if profiler.memory_in_use() is None:
             return
@@ -528,10 +526,9 @@ class Session:
         )
 
 
-def _away(captured: Mapping[str, tf.Variable]) -> Plan:
-    """Where the variables are now."""
-    variables = [(name, variable) for name, variable in captured.items() if isinstance(variable, HostVariable)]
-    return Plan(decisions=tuple(Place(name, v.tier) for name, v in variables if v.tier != "device"))
+def _away(captured: Mapping[str, tf.Variable]) -> list[str]:
+    """Which variables are in far tiers now."""
+    return [name for name, v in captured.items() if isinstance(v, HostVariable) and v.tier != "device"]
 
 
 def imported(func_graph: graphdef.FuncGraph, shapes: Sequence[graphdef.Shape]) -> ir.Graph:

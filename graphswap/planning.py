@@ -102,9 +102,18 @@ class Planner:
             directory = tiers.default_directory()
         return profiler.device_spec(int(emulated) if emulated else None, directory, can_swap)
 
-    def cost_model(self, device: DeviceSpec, graph: ir.Graph, fence_bytes: int) -> CostModel:
-        """Analytic costs of the graph on the device as it is now, less the fences, which `simulator` lays itself."""
-        resident_bytes = max(0, _resident_bytes(graph) - fence_bytes)
+    def cost_model(
+        self, device: DeviceSpec, graph: ir.Graph, fence_bytes: int, away: Collection[str] = ()
+    ) -> CostModel:
+        """Analytic costs of the graph on the device as it is now.
+
+        Args:
+            device: The device.
+            graph: The step.
+            fence_bytes: What the fences take, which `simulator` lays itself.
+            away: Variables that are in far tiers now.
+        """
+        resident_bytes = max(0, _resident_bytes(graph, away) - fence_bytes)
         return CostModel(device, resident_bytes=resident_bytes, far_tier=self._far_tier())
 
     def budget(self, device: DeviceSpec, scale: float) -> tuple[int, float]:
@@ -424,17 +433,18 @@ def _memory_bytes(device: DeviceSpec) -> int:
     return device.memory_bytes or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _resident_bytes(graph: ir.Graph) -> int:
+def _resident_bytes(graph: ir.Graph, away: Collection[str]) -> int:
     """Device bytes in use that the graph does not show: other tensors, and holes' slack."""
     current = profiler.memory_in_use()
     if current is None:
         return 0
-    return max(0, current - argument_bytes(graph))
+    return max(0, current - argument_bytes(graph, away))
 
 
-def argument_bytes(graph: ir.Graph) -> int:
-    """Device bytes of the step's arguments and variables."""
-    return sum(sum(liveness.output_bytes(node)) for node in graph.nodes if node.op == "Placeholder")
+def argument_bytes(graph: ir.Graph, away: Collection[str] = ()) -> int:
+    """Device bytes of the step's arguments and variables, less those of variables that are in far tiers."""
+    arguments = [node for node in graph.nodes if node.op == "Placeholder" and node.name not in away]
+    return sum(sum(liveness.output_bytes(node)) for node in arguments)
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -16,11 +16,11 @@ FLOORS = (
     {"tiers", "placement"},
     {"plan", "cost_model", "liveness", "graphdef", "parser"},
     {"devices"},
-    {"actions", "profiler", "footprint"},
+    {"actions", "profiler", "footprint", "host_variable"},
     {"simulator", "walk"},
     {"incremental", "picture"},
     {"strategies", "rewrites"},
-    {"options", "artefact"},
+    {"options", "artefact", "model_data"},
     {"pjrt", "plan_file", "page", "perfetto", "explanation"},
     {"report", "planning", "saved_model"},
     {"xla"},
@@ -54,7 +54,7 @@ STEPS = {
         {"graphswap_cli"},
     ),
 }
-TENSORFLOW_DOORS = {"graphdef", "tiers", "placement", "profiler"}
+TENSORFLOW_DOORS = {"graphdef", "tiers", "placement", "profiler", "host_variable"}
 PRIVATE_TENSORFLOW_DOORS = {"graphdef", "profiler"}
 PRIVATE_KERAS_DOORS = {"keras_compile"}
 JAX_DOORS = {"pjrt", "tools/targets"}
