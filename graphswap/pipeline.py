@@ -21,9 +21,9 @@ from graphswap.options import Options
 from graphswap.plan import Place, Plan
 from graphswap.plan_file import PlanFile
 from graphswap.report import Report, StepReport
-from graphswap.rewrites.place import values
 from graphswap.strategies.base import InfeasibleBudgetError
 from graphswap.tiers import SwapSpaceError
+from graphswap.variables import values
 
 _TIGHTENING = 0.97
 _TIGHTEST = 0.75

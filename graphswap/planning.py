@@ -250,7 +250,7 @@ class Planner:
             return plan_file.places(str(self._options.plan))
         if not budget or cost_model.far_tier != "host":
             return tuple(fixed)
-        return model_data.choose(graph, cost_model, budget, movable, fixed)
+        return model_data.choose(graph, cost_model, budget, movable, fixed, self._options.planning_seconds)
 
     def settle(self, planned: Planned) -> None:
         """Keeps the plan and the costs that led to it, so that later runs take it and leave it at that."""

@@ -15,7 +15,7 @@ FLOORS = (
     {"ir", "allocator", "bound", "new_directory", "replanning"},
     {"tiers", "placement"},
     {"plan", "cost_model", "liveness", "graphdef", "parser"},
-    {"devices"},
+    {"devices", "variables"},
     {"actions", "profiler", "footprint", "host_variable"},
     {"simulator", "walk"},
     {"incremental", "picture"},

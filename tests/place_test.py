@@ -4,8 +4,9 @@ import testing
 from graphswap import ir, parser
 from graphswap.cost_model import CostModel, DeviceSpec, Link
 from graphswap.plan import Place, Plan, PlanError, Recompute
-from graphswap.rewrites.place import place, unplaceable, values
+from graphswap.rewrites.place import place
 from graphswap.simulator import simulate
+from graphswap.variables import unplaceable, values
 
 STEP = parser.parse(
     """
