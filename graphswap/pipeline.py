@@ -16,7 +16,7 @@ import tensorflow as tf
 from graphswap import allocator, graphdef, ir, placement, planning, profiler, replanning, rewrites, tiers, xla
 from graphswap.cost_model import CostModel, DeviceSpec, Profile
 from graphswap.graphdef import UnsupportedGraphError
-from graphswap.options import Options
+from graphswap.options import Options, format_bytes
 from graphswap.plan import Plan
 from graphswap.plan_file import PlanFile
 from graphswap.report import Report, StepReport
@@ -127,7 +127,7 @@ class Session:
         while True:
             self._keep_variables()
             self._settle()
-            start = time.perf_counter()
+            start, counted = time.perf_counter(), profiler.memory_in_use("peak") or 0
             planned_seconds = self._planning_seconds()
             try:
                 placed_args, placed_kwargs = self._placed((args, kwargs), is_new=key not in self._functions)
@@ -144,8 +144,7 @@ class Session:
                     raise self._swap_space_error(error) from error
                 if not planning.is_out_of_memory(error) or not can_repeat or self._scale < _TIGHTEST:
                     raise
-                self._tighten(error)
-                self._forget()
+                self._tighten(f"ran out of memory ({_what_ran_out(error)[:120]})")
             except (tf.errors.PermissionDeniedError, tf.errors.NotFoundError) as error:
                 self._variables.restore()
                 directory = self._tiers.used_directory()
@@ -156,7 +155,8 @@ class Session:
                 self._variables.restore()
                 raise
             else:
-                self._record(shapes, time.perf_counter() - start - (self._planning_seconds() - planned_seconds))
+                seconds = time.perf_counter() - start - (self._planning_seconds() - planned_seconds)
+                self._record(shapes, seconds, counted)
                 self._arguments.clear()  # frames of planning that an error's traceback keeps alive hold this list
                 return self._released(result)
 
@@ -277,8 +277,11 @@ class Session:
         """Whether the device is a CPU that counts its bytes: numpy's memory lies outside of it."""
         return profiler.device_name() == "CPU:0" and profiler.memory_in_use() is not None
 
-    def _record(self, shapes: tuple[graphdef.Shape, ...], seconds: float) -> None:
-        """Notes how long a step took, and its peak if that lies above what the allocator had counted before."""
+    def _record(self, shapes: tuple[graphdef.Shape, ...], seconds: float, counted: int) -> None:
+        """Notes how long a step took, and its peak if that lies above what the allocator had counted before.
+
+        Under XLA, where no step is held against its plan, a peak beyond the budget has the next step planned anew.
+        """
         self._variables.forget()
         self._trials -= 1
         self._step_seconds = seconds
@@ -289,15 +292,18 @@ class Session:
                 watched = self._watched.get(shapes)
                 if watched is not None and (step.measured_peak_bytes or 0) > (watched.counted_bytes or 0):
                     watched.peak_bytes = step.measured_peak_bytes
+                peak, budget = step.measured_peak_bytes or 0, self.options.memory_budget
+                is_over = isinstance(budget, int) and peak > max(counted, budget)
+                if is_over and self.jit_compile and step.file is not None and self._scale >= _TIGHTEST:
+                    self._tighten(f"took {format_bytes(peak)}")
                 return
 
-    def _tighten(self, error: tf.errors.OpError) -> None:
+    def _tighten(self, why: str) -> None:
+        """Has the next call plan anew, for less."""
         self._scale *= _TIGHTENING
-        why = (
-            planning.summary(error) if isinstance(error, tf.errors.ResourceExhaustedError) else "when a value came back"
-        )
         for _, _, step in self._planned:
-            step.notes.append(f"ran out of memory ({why[:120]}); planned again, tighter")
+            step.notes.append(f"{why}; planned again, tighter")
+        self._forget()
 
     def _swap_space_error(self, error: tf.errors.OpError) -> SwapSpaceError:
         return SwapSpaceError(
@@ -432,14 +438,19 @@ class Session:
             found = xla.plan(
                 self._planner.strategy(graph),
                 graph,
-                xla.costs(cost_model),
+                cost_model,
                 budget or self.options.memory_budget,
                 compiled,
             )
         clock.seconds["plan"] -= clock.seconds["compile"]
+        gc.collect()  # the constants of what was compiled lie on the device
         if found.rewritten is not graph:
             with clock("rewrite"):
                 graphdef.export_function(func_graph, found.rewritten, self._tiers)
+        if found.is_fenced:
+            with tf.init_scope():
+                room = budget - allocator.HOLE_BYTES - (profiler.memory_in_use() or 0)
+                self._fences.append(placement.fence(room, profiler.device_name()))
         step = _step_report(found.planned, share / self._scale, clock.seconds, [], self.options.memory_budget)
         step.status = "needs nothing" if found.rewritten is graph else "rewritten for XLA"
         step.plain_peak_bytes, step.predicted_peak_bytes = found.plain_bytes, found.peak_bytes
@@ -531,6 +542,10 @@ def function(
 
 class _NestedCalls(Exception):
     """The trace calls other tf.functions: trace again and dissolve them."""
+
+
+def _what_ran_out(error: tf.errors.OpError) -> str:
+    return planning.summary(error) if isinstance(error, tf.errors.ResourceExhaustedError) else "when a value came back"
 
 
 def _optimize(func_graph: graphdef.FuncGraph, mark: Any) -> None:
