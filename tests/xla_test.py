@@ -85,7 +85,7 @@ def test_all_that_the_allocator_will_count_is_counted():
     # among the resident bytes already.
     least = MIB + 1024 + MIB + 256 + 512 + 256
     assert xla.plan(Greedy(), GRAPH, resident, 9 * MIB, compiler).peak_bytes == least
-    only = planning.Given(Plan(), "plan.json")
+    only = planning.Given(Plan(), None, "plan.json")
     assert xla.plan(only, GRAPH, resident, 9 * MIB, compiler).peak_bytes == least + 1536
 
 
@@ -124,17 +124,17 @@ def test_anchors_that_cost_more_than_they_save_are_left_out():
 
 def test_a_given_plan_is_taken_as_it_is():
     only = Plan(decisions=(Recompute(("f0", "f1"), "b1"),))
-    found = planned(PLAIN + 9 * MIB, Compiler(), planning.Given(only, "plan.json"))
+    found = planned(PLAIN + 9 * MIB, Compiler(), planning.Given(only, None, "plan.json"))
     assert found.planned.plan is only
     assert found.planned.notes[0] == "the plan is that of 'plan.json'"
     with pytest.raises(InfeasibleBudgetError):
-        planned(2 * MIB, Compiler(), planning.Given(only, "plan.json"))
+        planned(2 * MIB, Compiler(), planning.Given(only, None, "plan.json"))
 
 
 def test_plans_that_differ_by_their_order_are_compiled():
     compiler = Compiler()
     order = tuple(node.name for node in GRAPH.nodes)
-    planned(PLAIN + 9 * MIB, compiler, planning.Given(Plan(order=order), "plan.json"))
+    planned(PLAIN + 9 * MIB, compiler, planning.Given(Plan(order=order), None, "plan.json"))
     assert compiler.calls == 2
 
 
