@@ -13,7 +13,19 @@ from typing import Any
 
 import tensorflow as tf
 
-from graphswap import allocator, graphdef, ir, placement, planning, profiler, replanning, rewrites, tiers, xla
+from graphswap import (
+    allocator,
+    back_ends,
+    graphdef,
+    ir,
+    placement,
+    planning,
+    profiler,
+    replanning,
+    rewrites,
+    tiers,
+    xla,
+)
 from graphswap.cost_model import CostModel, DeviceSpec, Profile
 from graphswap.graphdef import UnsupportedGraphError
 from graphswap.options import Options, format_bytes
@@ -71,12 +83,13 @@ class Session:
     Args:
         options: What the user asked for.
         jit_compile: Whether XLA compiles the step.
+        report: To add to; a new one by default.
 
     Raises:
         ValueError: If XLA can't do what the options ask for.
     """
 
-    def __init__(self, options: Options, jit_compile: bool = False):
+    def __init__(self, options: Options, jit_compile: bool = False, report: Report | None = None):
         if jit_compile and options.swap_to != "auto":
             raise ValueError(
                 f"graphswap: expected swap_to='auto' with jit_compile=True, received '{options.swap_to}'. XLA inside "
@@ -85,7 +98,7 @@ class Session:
             )
         self.options = options
         self.jit_compile = jit_compile
-        self.report = Report()
+        self.report = Report() if report is None else report
         self._tiers = tiers.Tiers(options.swap_directory())
         self._planner = planning.Planner(options, self._tiers)
         self._inlines = False  # whether nested function calls are to be dissolved
@@ -103,14 +116,14 @@ class Session:
 
     # --- running -----------------------------------------------------------------------------------------------
 
-    def run(self, make: Callable[[], Callable[..., Any]], *args: Any, **kwargs: Any) -> Any:
+    def run(self, make: Callable[[Session], Callable[..., Any]], *args: Any, **kwargs: Any) -> Any:
         """Runs one step; plans when it is traced, and again if memory runs out.
 
         Every shape of arguments gets a trace of its own, so that its plan knows all sizes. From the
         fifth on they share one trace with open dimensions, planned for the largest shape seen.
 
         Args:
-            make: Makes a function that traces the step when it is called.
+            make: Makes a function that calls the session's `trace` with the step when it is traced.
             *args: For the step; nested tensors or arrays.
             **kwargs: Likewise.
 
@@ -132,7 +145,7 @@ class Session:
             try:
                 placed_args, placed_kwargs = self._placed((args, kwargs), is_new=key not in self._functions)
                 if key not in self._functions:
-                    self._functions[key] = make()
+                    self._functions[key] = make(self)
                 with graphdef.without_memory_optimizer():
                     result = self._call(key, placed_args, placed_kwargs)
             except _NestedCalls:
@@ -159,6 +172,12 @@ class Session:
                 self._record(shapes, seconds, counted)
                 self._arguments.clear()  # frames of planning that an error's traceback keeps alive hold this list
                 return self._released(result)
+
+    def resume(self) -> None:
+        """Lays the variables out anew, where others have run steps in between."""
+        if profiler.memory_in_use() is not None:
+            self._variables.keep()
+            self._variables.pack()
 
     def trace(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Calls the step while it is traced, so that the function being traced will be rewritten.
@@ -506,37 +525,51 @@ def imported(func_graph: graphdef.FuncGraph, shapes: Sequence[graphdef.Shape]) -
     return graphdef.import_function(func_graph, shapes, folding)
 
 
-def function(
-    step: Callable[..., Any] | None = None, *, memory_budget: int | str, jit_compile: bool = False, **options: Any
-) -> Any:
+def session(options: Options, jit_compile: bool = False) -> Session | back_ends.Choice:
+    """What runs a step under the back end that the options name, by default under the one that the caller names.
+
+    Args:
+        options: What the user asked for.
+        jit_compile: Whether that is XLA, where the options leave it open.
+
+    Raises:
+        ValueError: If XLA can't do what the options ask for.
+    """
+    if options.jit_compile != "auto":
+        return Session(options, jit_compile if options.jit_compile is None else bool(options.jit_compile))
+    report = Report()
+    runners = {name: Session(options, is_xla, report) for name, is_xla in (("XLA", True), ("executor", False))}
+    return back_ends.Choice(runners, report)
+
+
+def function(step: Callable[..., Any] | None = None, *, memory_budget: int | str, **options: Any) -> Any:
     """Makes a `tf.function` of a training step that keeps a memory budget. Also a decorator.
 
     Args:
         step: A Python function or tf.function: forward pass, gradients and updates.
         memory_budget: As in `Options`.
-        jit_compile: Whether XLA compiles the step, as in `tf.function`.
-        **options: Further fields of `Options`.
+        **options: Further fields of `Options`, such as `jit_compile`.
 
     Returns:
         A function with the arguments and results of `step`. `graphswap.report` takes it.
     """
     if step is None:
-        return functools.partial(function, memory_budget=memory_budget, jit_compile=jit_compile, **options)
-    session = Session(Options(memory_budget, **options), jit_compile)
+        return functools.partial(function, memory_budget=memory_budget, **options)
+    owner = session(Options(memory_budget, **options))
     python_function = getattr(step, "python_function", step)
 
-    def make() -> Callable[..., Any]:
+    def make(running: Session) -> Callable[..., Any]:
         @functools.wraps(python_function)
         def traced(*args: Any, **kwargs: Any) -> Any:
-            return session.trace(python_function, *args, **kwargs)
+            return running.trace(python_function, *args, **kwargs)
 
-        return tf.function(traced, reduce_retracing=True, jit_compile=jit_compile or None)
+        return tf.function(traced, reduce_retracing=True, jit_compile=running.jit_compile or None)
 
     @functools.wraps(python_function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        return session.run(make, *args, **kwargs)
+        return owner.run(make, *args, **kwargs)
 
-    setattr(call, "_graphswap_session", session)  # noqa: B010 (a function has no such attribute to type checkers)
+    setattr(call, "_graphswap_session", owner)  # noqa: B010 (a function has no such attribute to type checkers)
     return call
 
 

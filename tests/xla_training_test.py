@@ -43,6 +43,28 @@ def test_a_compiled_step_keeps_its_budget(model, share, more):
     np.testing.assert_allclose(ours["losses"], plain["losses"], rtol=1e-6)
 
 
+def train_under_both(budget):
+    """Lets the steps choose between XLA and the executor."""
+    import tensorflow as tf
+
+    import graphswap
+
+    w, x = tf.Variable(tf.eye(64)), tf.ones((1024, 64))
+    step = graphswap.function(lambda x: _reshaped(x, w, 16), memory_budget=budget, jit_compile="auto")
+    losses = [float(step(x)) for _ in range(10)]
+    peak = tf.config.experimental.get_memory_info("CPU:0")["peak"]
+    return {"losses": losses, "peak": peak, "text": str(graphswap.report(step))}
+
+
+def test_both_back_ends_are_tried_in_the_budget():
+    plain = emulated.call(64 << 20, __file__, "train_under_both", 64 << 20)
+    ours = emulated.call(9 << 20, __file__, "train_under_both", 9 << 20)
+    print(ours["text"])
+    assert ours["peak"] <= 9 << 20 < plain["peak"]
+    assert "is kept" in ours["text"] and "refused" not in ours["text"]
+    np.testing.assert_allclose(ours["losses"], plain["losses"], rtol=1e-6)  # as above
+
+
 def train_under_a_guess(budget):
     """Trains a step that takes more than it is said to."""
     import tensorflow as tf
