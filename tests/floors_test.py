@@ -23,7 +23,7 @@ FLOORS = (
     {"options", "artefact", "model_data"},
     {"pjrt", "plan_file", "page", "perfetto", "explanation"},
     {"report", "planning", "saved_model"},
-    {"xla"},
+    {"xla", "back_ends"},
     {"pipeline", "onnx_export", "stablehlo_export"},
     {"keras_compile", "distribute", "emulate", "callback", "offline"},
     {"graphswap"},
