@@ -131,7 +131,8 @@ def _make_train_function(self: Any, force: bool = False) -> Any:
                 batch = next(iterator)
             except StopIteration:
                 break
-            with pipeline.making_variables(session):
+            weights = [] if self.optimizer.built else self.trainable_variables
+            with pipeline.making_optimizer(session, weights):
                 _build(self, batch)
             outputs = session.run(make, batch)
         if outputs is None:

@@ -6,6 +6,8 @@ import contextlib
 import dataclasses
 import functools
 import gc
+import math
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,7 +28,7 @@ from graphswap import (
     tiers,
     xla,
 )
-from graphswap.cost_model import CostModel, DeviceSpec, Profile
+from graphswap.cost_model import MEMORY_VARIABLE, CostModel, DeviceSpec, Profile
 from graphswap.graphdef import UnsupportedGraphError
 from graphswap.host_variable import HostVariable, adopt, can_adopt, host_variables
 from graphswap.options import Options, format_bytes
@@ -614,10 +616,20 @@ def imported(func_graph: graphdef.FuncGraph, shapes: Sequence[graphdef.Shape]) -
     return graphdef.import_function(func_graph, shapes, folding)
 
 
-def making_variables(session: Session | back_ends.Choice) -> contextlib.AbstractContextManager[None]:
-    """For variables of a step that are made inside: those of an optimizer may not fit the device."""
-    moves = profiler.memory_in_use() is not None and not getattr(session, "jit_compile", False)
-    return host_variables() if moves else contextlib.nullcontext()
+def making_optimizer(
+    session: Session | back_ends.Choice, weights: Sequence[Any]
+) -> contextlib.AbstractContextManager[None]:
+    """For an optimizer's variables that are made inside: in host memory if an emulated device may have no room.
+
+    Args:
+        session: Of the step.
+        weights: What is trained: an optimizer of TensorFlow's or Keras's has up to two variables for each.
+    """
+    limit, in_use = os.environ.get(MEMORY_VARIABLE), profiler.memory_in_use()
+    if limit is None or in_use is None or getattr(session, "jit_compile", False):
+        return contextlib.nullcontext()
+    nbytes = sum(math.prod(weight.shape) * tf.as_dtype(weight.dtype).size for weight in weights)
+    return host_variables() if in_use + 2 * nbytes > int(limit) else contextlib.nullcontext()
 
 
 def session(options: Options, jit_compile: bool = False) -> Session | back_ends.Choice:
