@@ -11,7 +11,8 @@ by itself, such as a fused kernel for updates, does, too. Both meet an empty buf
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import tensorflow as tf
@@ -22,17 +23,19 @@ SMALL_BYTES = 64 << 10
 """Variables up to this size stay on the device: moving them costs more than it frees."""
 
 _TIERS = tiers.Tiers()
+"""Of variables that no step has moved."""
 
 
 class HostVariable(graphdef.ResourceVariable):
     """A variable that can live in a far tier. Made by `adopt` out of one that exists."""
 
     _tier = "device"
+    _tiers = _TIERS
     _pieces: list[tf.Variable]
 
     @property
     def tier(self) -> str:
-        """Where the value is: "device" or "host"."""
+        """Where the value is: "device", "host" or "disk"."""
         return self._tier
 
     @property
@@ -40,22 +43,47 @@ class HostVariable(graphdef.ResourceVariable):
         """Resources of the string variables that hold the pieces of the value while it is in a far tier."""
         return [piece.handle for piece in self._pieces]
 
-    def move(self, tier: str) -> None:
-        """Brings the value to a tier: "device" or "host"."""
+    def pieces(self) -> list[tf.Tensor]:
+        """What the string variables hold: the bytes of the value's pieces, or the names of their files."""
+        return [tf.raw_ops.ReadVariableOp(resource=handle, dtype=tf.string) for handle in self.store_handles]
+
+    def restore(self, pieces: Sequence[tf.Tensor]) -> None:
+        """Gives the variable the value that `pieces` were read of. It must be in the same tier as then."""
+        for handle, piece in zip(self.store_handles, pieces, strict=True):
+            tf.raw_ops.AssignVariableOp(resource=handle, value=piece)
+
+    def files(self) -> list[str]:
+        """The files that hold the value, if it is on disk."""
+        return [os.fsdecode(piece.numpy()) for piece in self.pieces()] if self._tier == "disk" else []
+
+    def move(self, tier: str, far_tiers: tiers.Tiers | None = None) -> None:
+        """Brings the value to a tier.
+
+        Args:
+            tier: "device", "host" or "disk".
+            far_tiers: Where new files of the value will lie; None for where they do now, at first a private directory.
+
+        Raises:
+            SwapSpaceError: If files can't be written or read. The value is where it was.
+        """
+        if far_tiers is not None:
+            self._tiers = far_tiers
+        if tier == "disk":
+            self._tiers.use(self)
         if tier == self._tier:
             return
-        with tf.init_scope():
-            value = self.read_value()
+        with tf.init_scope(), self._tiers.explaining():
+            value, files = self.read_value(), self.files()
             if tier == "device":
-                self._tier = tier
                 tf.raw_ops.AssignVariableOp(resource=self.handle, value=value)
                 for piece in self._pieces:
                     piece.assign("")
             else:
-                _TIERS.store(value, self.store_handles, tier)
-                self._tier = tier
+                self._tiers.store(value, self.store_handles, tier)
                 empty = placement.outside_device(tf.zeros((0,), self.dtype).numpy())
                 tf.raw_ops.AssignVariableOp(resource=self.handle, value=empty)
+            self._tier = tier
+        self._tiers.discard(files)
 
     def _is_plain(self) -> bool:
         return self._tier == "device" or (not tf.executing_eagerly() and graphdef.traces_variables())
@@ -64,7 +92,8 @@ class HostVariable(graphdef.ResourceVariable):
         if self._is_plain():
             return super()._read_variable_op(no_copy)
         graphdef.watch(self)
-        value = _TIERS.fetch(self.store_handles, self.dtype.name, tuple(self.shape), self._tier)
+        with self._tiers.explaining():
+            value = self._tiers.fetch(self.store_handles, self.dtype.name, tuple(self.shape), self._tier)
 
         @tf.custom_gradient
         def fetched(handle: tf.Tensor) -> Any:  # what asks for the variable's gradient asks for its handle's
@@ -92,7 +121,11 @@ class HostVariable(graphdef.ResourceVariable):
                 f"{self.name}: expected a value of shape {self.shape}, received one of {tensor.shape}. "
                 "Assign one of the variable's shape."
             )
-        _TIERS.store(tf.ensure_shape(tensor, self.shape), self.store_handles, self._tier)
+        tensor = tf.ensure_shape(tensor, self.shape)
+        files = self.files() if tf.executing_eagerly() else []
+        with self._tiers.explaining():
+            self._tiers.store(tensor, self.store_handles, self._tier)
+        self._tiers.discard(files)
         return self
 
     def assign_add(self, delta: Any, use_locking: Any = None, name: str | None = None, read_value: bool = True) -> Any:

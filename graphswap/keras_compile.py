@@ -15,7 +15,7 @@ import tensorflow as tf
 from keras.src.backend.tensorflow.trainer import TensorFlowTrainer
 from keras.src.trainers.trainer import Trainer
 
-from graphswap import graphdef
+from graphswap import graphdef, model_state
 from graphswap.options import Options
 from graphswap.pipeline import Session
 
@@ -53,7 +53,7 @@ def _compile(self: Any, *args: Any, graphswap: Any = None, **kwargs: Any) -> Non
     if options is not None:
         _refuse(self, args, kwargs)
         args, kwargs["jit_compile"] = args[:_JIT_COMPILE], _named(args, kwargs).get("jit_compile") is True
-        session = Session(options, kwargs["jit_compile"])
+        session = Session(options, kwargs["jit_compile"], functools.partial(model_state.named_variables, self))
     _originals["compile"](self, *args, **kwargs)
     # Keras tracks what is set as an attribute; a session is none of the model's parts.
     object.__setattr__(self, "_graphswap_options", options)
