@@ -26,12 +26,34 @@ _TIERS = tiers.Tiers()
 """Of variables that no step has moved."""
 
 
+class _Veiled:
+    """A handle that eager ops don't know for one: they would read the buffer behind it, not ask the variable."""
+
+    def __init__(self, handle: tf.Tensor):
+        self._hidden = handle
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._hidden, name)
+
+
 class HostVariable(graphdef.ResourceVariable):
     """A variable that can live in a far tier. Made by `adopt` out of one that exists."""
 
     _tier = "device"
     _tiers = _TIERS
     _pieces: list[tf.Variable]
+
+    @property
+    def handle(self) -> Any:
+        return self.__dict__["_handle"]
+
+    @property
+    def _handle(self) -> Any:
+        return self.handle if self._tier == "device" else _Veiled(self.handle)
+
+    @_handle.setter
+    def _handle(self, handle: Any) -> None:
+        self.__dict__["_handle"] = handle
 
     @property
     def tier(self) -> str:
@@ -69,7 +91,7 @@ class HostVariable(graphdef.ResourceVariable):
         if far_tiers is not None:
             self._tiers = far_tiers
         if tier == "disk":
-            self._tiers.use(self)
+            tiers.use(self)
         if tier == self._tier:
             return
         with tf.init_scope(), self._tiers.explaining():

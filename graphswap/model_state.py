@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pathlib
+import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -20,10 +21,14 @@ from graphswap.host_variable import SMALL_BYTES, HostVariable
 from graphswap.state_directory import Entry, Manifest, StateError
 
 
+_NUMBER = re.compile(r"_\d+(?=[_/:]|$)")
+
+
 def named_variables(target: Any) -> dict[str, tf.Variable]:
     """The variables of a Keras model and its optimizer by their paths, or tf.Variables by their names.
 
-    Those of metrics are left out. A name that is there already gets a number: "kernel:0", "kernel:0#2" ...
+    Those of metrics are left out. The numbers that Keras gives to names hang on what else was made in the process, so
+    they are left out, too; of equal names all but the first say which they are: "dense/kernel", "dense/kernel#2" ...
 
     Args:
         target: A Keras model or tf.Variables.
@@ -35,7 +40,8 @@ def named_variables(target: Any) -> dict[str, tf.Variable]:
         pairs = [(variable.name, variable) for variable in target]
     counts: dict[str, int] = {}
     found: dict[str, tf.Variable] = {}
-    for name, variable in pairs:
+    for path, variable in pairs:
+        name = _NUMBER.sub("", path)
         counts[name] = counts.get(name, 0) + 1
         found[name if counts[name] == 1 else f"{name}#{counts[name]}"] = variable
     return found
@@ -50,9 +56,11 @@ def commit(variables: Mapping[str, tf.Variable], far_tiers: tiers.Tiers) -> None
 
     Raises:
         SwapSpaceError: If it can't be written. The last state stays.
+        StateError: If another training keeps its state there.
     """
     with far_tiers.explaining():
         directory = far_tiers.state_directory()
+        directory.claim(variables.values())
         last = directory.manifest
         entries: dict[str, Entry] = {}
         small: list[tuple[str, tf.Variable]] = []

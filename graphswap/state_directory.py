@@ -17,7 +17,8 @@ import os
 import pathlib
 import re
 import uuid
-from collections.abc import Collection, Iterator, Mapping
+import weakref
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 FORMAT = 1
@@ -128,6 +129,7 @@ class StateDirectory:
                     f"expected a directory that no other training keeps its state in, received '{path}', which process "
                     f"{_owner(path)} does. Name another one in graphswap.Options(swap_to=...)."
                 )
+        self._variables: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
         self.manifest = read(path) if (path / _MANIFEST).exists() else None
         if self.manifest is not None and self.manifest.identity not in _ours:
             raise StateError(
@@ -139,6 +141,22 @@ class StateDirectory:
         self._lock.write(str(os.getpid()))
         self._lock.flush()
 
+    def claim(self, variables: Iterable[Any]) -> None:
+        """Notes whose state is kept here.
+
+        Raises:
+            StateError: If others' is, of which none is among these.
+        """
+        variables = {id(variable): variable for variable in variables}
+        if set(self._variables.keys()).isdisjoint(variables):
+            gc.collect()  # of a training that has ended its variables may be left
+            if self._variables:
+                raise StateError(
+                    f"expected one training that keeps its state in '{self.path}', received a second one. "
+                    "Give each a directory of its own in graphswap.Options(swap_to=...)."
+                )
+        self._variables.update(variables)
+
     def commit(self, manifest: Manifest) -> None:
         """Makes this the state of the last completed step. Its files must be complete.
 
@@ -146,8 +164,11 @@ class StateDirectory:
             OSError: If it can't be written. The last state stays.
         """
         new = self.path / f"{_MANIFEST}.new"
-        new.write_text(manifest.to_json())
-        os.replace(new, self.path / _MANIFEST)
+        try:
+            new.write_text(manifest.to_json())
+            os.replace(new, self.path / _MANIFEST)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(new)) from error  # a full disk does not say where
         self.manifest = manifest
         _ours.add(manifest.identity)
 

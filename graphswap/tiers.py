@@ -36,6 +36,11 @@ from graphswap import ir, state_directory
 _PREFIX = "graphswap-"
 _STATE = "state"
 _CHECKSUMS = 2**62
+_NUMBERS = itertools.count()
+_STATES: weakref.WeakValueDictionary[str, state_directory.StateDirectory] = weakref.WeakValueDictionary()
+"""All that this process keeps: steps of one training may be compiled anew, with tiers of their own."""
+_USERS: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+"""Variables that have been on disk."""
 _AHEAD = 2
 """How many pieces of a value are read from files before they are needed."""
 
@@ -79,8 +84,6 @@ class Tiers:
         self.keeps_state = directory is not None
         self._files: pathlib.Path | None = None
         self._state: state_directory.StateDirectory | None = None
-        self._numbers = itertools.count()
-        self._users: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 
     def swap_out(self, tensor: tf.Tensor, tier: str) -> FarCopy:
         """Adds the ops that copy `tensor` (static shape) to the tier."""
@@ -92,7 +95,7 @@ class Tiers:
             return FarCopy(contents, [string.op for string in contents])
         names, writes = [], []
         for string in contents:
-            path = self.directory() / str(next(self._numbers))
+            path = self.directory() / str(next(_NUMBERS))
             write = tf.raw_ops.WriteFile(filename=str(path), contents=string)
             with tf.control_dependencies([write]):
                 # The name hangs on the data: a constant one would let Grappler read the file too early.
@@ -162,7 +165,7 @@ class Tiers:
         """
         names = []
         for string in contents:
-            path = self.variables_directory() / str(next(self._numbers))
+            path = self.variables_directory() / str(next(_NUMBERS))
             with tf.device("CPU:0"), tf.control_dependencies([string]):
                 now = tf.strings.as_string(tf.cast(tf.timestamp() * 1e6, tf.int64))
                 name = tf.strings.join([f"{path}-", now, "-", tf.strings.as_string(checksum(string))])
@@ -190,22 +193,20 @@ class Tiers:
             StateError: If the state in it is that of another training.
         """
         if self._state is None:
+            path = state_path(self._parent)
             try:
-                self._state = state_directory.StateDirectory(state_path(self._parent))
+                self._state = _STATES.get(str(path)) or state_directory.StateDirectory(path)
+                _STATES[str(path)] = self._state
             except OSError as error:
                 raise self._space_error(self._parent, error.strerror or str(error)) from error
         return self._state
-
-    def use(self, variable: Any) -> None:
-        """Notes that a variable's files may lie here. It is to have a method `files`, which names them."""
-        self._users[id(variable)] = variable
 
     def clean(self) -> None:
         """Removes files of variables that are neither a variable's value now nor part of the last state."""
         if self._state is None and (self.keeps_state or self._files is None):
             return
         path = self.variables_directory()
-        kept = {os.path.basename(name) for variable in self._users.values() for name in variable.files()}
+        kept = {os.path.basename(name) for variable in list(_USERS.values()) for name in variable.files()}
         if self._state is not None and self._state.manifest is not None:
             kept |= self._state.manifest.files
         state_directory.clean(path, kept)
@@ -271,6 +272,11 @@ class Tiers:
             atexit.register(shutil.rmtree, path, ignore_errors=True)
             self._files, self._lock = path, lock
         return self._files
+
+
+def use(variable: Any) -> None:
+    """Notes that a variable may be on disk. It is to have a method `files`, which names its files."""
+    _USERS[id(variable)] = variable
 
 
 def state_path(directory: str | os.PathLike[str]) -> pathlib.Path:
