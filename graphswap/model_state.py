@@ -20,7 +20,6 @@ from graphswap import ir, state_directory, tiers
 from graphswap.host_variable import SMALL_BYTES, HostVariable
 from graphswap.state_directory import Entry, Manifest, StateError
 
-
 _NUMBER = re.compile(r"_\d+(?=[_/:]|$)")
 
 

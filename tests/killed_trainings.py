@@ -2,9 +2,9 @@
 
     python killed_trainings.py DIRECTORY KILLS STEPS
 
-Each life is a fork of this process, which has imported TensorFlow but never run it. A life reads the state that the last
-one left and sends the checksum of what it has read, then that of its variables after each step, when the step's state
-is in the directory. Prints, for each kill, the steps whose checksums were sent and the step that the next life found.
+Each life is a fork of this process, which has imported TensorFlow but never run it. A life reads the state that the
+last one left and sends the checksum of what it has read, then that of its variables after each step, when the step's
+state is in the directory. Prints, for each kill, the last step that was reported and the step that the next life found.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ import tensorflow as tf
 import trainings
 
 import graphswap
-from graphswap import graphdef, pipeline, profiler, tiers
+from graphswap import graphdef, profiler, tiers
 from graphswap.cost_model import Workspace
 from graphswap.options import parse_bytes
 from graphswap.strategies import budgets

@@ -119,7 +119,9 @@ def test_two_trainings_in_one_process_need_two_directories(path):
 def test_a_state_that_was_not_read_is_not_replaced(path):
     with other_process(COMMIT, path) as other:
         other.communicate("\n")
-    stale = f"received '{path}', which holds that of step 7. Go on from it with graphswap.restore(model, '{path.parent}')"
+    stale = (
+        f"received '{path}', which holds that of step 7. Go on from it with graphswap.restore(model, '{path.parent}')"
+    )
     with pytest.raises(StateError, match=re.escape(stale)):
         StateDirectory(path)
     with state_directory.reading(path) as manifest:
