@@ -15,7 +15,7 @@ import hashlib
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import tensorflow as tf
 from tensorflow.compiler.xla import xla_data_pb2
@@ -807,16 +807,21 @@ def export_function(func_graph: FuncGraph, graph: ir.Graph, far_tiers: tiers.Tie
 
 
 def _remove_accesses(func_graph: FuncGraph, handles: Sequence[Any]) -> None:
-    """Takes out what reads or writes variables, and what reads that.
-
-    TensorFlow's graphs only grow; what becomes the function's definition is what `get_operations` lists.
-    """
+    """Takes out what reads or writes variables, and what reads that."""
     pending = [reader for handle in handles for reader in handle.outputs[0].consumers()]
     removed = set(pending)
     while pending:
         found = {reader for tensor in pending.pop().outputs for reader in tensor.consumers()} - removed
         removed |= found
         pending += found
+    _remove(func_graph, removed)
+
+
+def _remove(func_graph: FuncGraph, removed: set[Any]) -> None:
+    """Takes operations out that nobody reads.
+
+    TensorFlow's graphs only grow; what becomes the function's definition is what `get_operations` lists.
+    """
     kept = [operation for operation in func_graph.get_operations() if operation not in removed]
     for operation in kept:
         controls = [control for control in operation.control_inputs if control not in removed]
@@ -824,7 +829,18 @@ def _remove_accesses(func_graph: FuncGraph, handles: Sequence[Any]) -> None:
             operation._remove_all_control_inputs()
             operation._add_control_inputs(controls)
     func_graph.control_outputs = [operation for operation in func_graph.control_outputs if operation not in removed]
-    setattr(func_graph, "get_operations", lambda: kept)  # noqa: B010 (a method, to type checkers)
+    gone: set[str] = getattr(func_graph, _REMOVED, set()) | {operation.name for operation in removed}
+    setattr(func_graph, _REMOVED, gone)
+    listed = type(func_graph).get_operations
+
+    def get_operations() -> list[Any]:
+        return [operation for operation in listed(func_graph) if operation.name not in gone]
+
+    setattr(func_graph, "get_operations", get_operations)  # noqa: B010 (a method, to type checkers)
+
+
+_REMOVED = "_graphswap_removed"
+"""An attribute of a FuncGraph: names of the operations that were taken out."""
 
 
 def build_function(
@@ -1285,6 +1301,85 @@ def call_concrete(concrete: Any, arguments: Sequence[tf.Tensor]) -> list[tf.Tens
     outer: Any = tf.compat.v1.get_default_graph()
     tensors = _copy_operations(concrete.graph, outer, [*arguments, *_captured(outer, concrete)], [], "")[0]
     return [tensors[_ref(tensor)] for tensor in concrete.graph.outputs]
+
+
+def decidable_branches(func_graph: FuncGraph) -> Callable[[], tuple[bool, ...]] | None:
+    """A function that tells which branches the step will take, where its variables alone decide on that.
+
+    Such as whether this step of several that accumulate gradients updates the weights. Only branches that assign
+    variables are asked for, in the order of the trace; None if there are none.
+    """
+    conditions = [operation.inputs[0] for operation in _decidable(func_graph)]
+    if not conditions:
+        return None
+    externals = {internal.op.name: external for external, internal in func_graph.captures}
+
+    def decide() -> list[tf.Tensor]:
+        outer: Any = tf.compat.v1.get_default_graph()
+        made: dict[str, tf.Tensor] = {}
+
+        def copied(tensor: tf.Tensor) -> tf.Tensor:
+            operation = tensor.op
+            if _ref(tensor) not in made and operation.type == "Placeholder":
+                made[_ref(tensor)] = outer.capture(externals[operation.name])
+            elif _ref(tensor) not in made:
+                inputs = [copied(read) for read in operation.inputs]
+                dtypes = [result.dtype for result in operation.outputs]
+                attrs = dict(operation.node_def.attr)
+                twin = outer.create_op(operation.type, inputs, dtypes, attrs=attrs, compute_device=False)
+                made.update(zip(map(_ref, operation.outputs), twin.outputs, strict=True))
+            return made[_ref(tensor)]
+
+        return [copied(condition) for condition in conditions]
+
+    with tf.init_scope():
+        function = tf.function(decide, autograph=False).get_concrete_function()
+    return lambda: tuple(bool(condition) for condition in function())
+
+
+def take_branches(func_graph: FuncGraph, taken: Sequence[bool]) -> None:
+    """Puts the operations of the branches that will be taken in the place of `decidable_branches`, in place."""
+    for operation, is_true in zip(_decidable(func_graph), taken, strict=True):
+        body = _body(func_graph, operation.get_attr("then_branch" if is_true else "else_branch").name)
+        controls = list(operation.control_inputs)
+        prefix = f"{operation.name}/"
+        tensors, ends = _copy_operations(cast(FuncGraph, body), func_graph, operation.inputs[1:], controls, prefix)
+        results = [tensors[_ref(result)] for result in cast(FuncGraph, body).outputs]
+        for tensor, result in zip(operation.outputs, results, strict=True):
+            for reader in tensor.consumers():
+                for index, read in enumerate(reader.inputs):
+                    if read is tensor:
+                        reader._update_input(index, result)
+        stand_ins = dict(zip(map(_ref, operation.outputs), results, strict=True))
+        func_graph.outputs = [stand_ins.get(_ref(tensor), tensor) for tensor in func_graph.outputs]
+        for waiting in operation._control_outputs:
+            waits = [control for control in waiting.control_inputs if control is not operation]
+            waiting._remove_all_control_inputs()
+            waiting._add_control_inputs(list(dict.fromkeys([*waits, *ends])))
+        func_graph.control_outputs = list(dict.fromkeys([*func_graph.control_outputs, *ends]))
+        _remove(func_graph, {operation})
+
+
+def _decidable(func_graph: FuncGraph) -> list[Any]:
+    captured = {internal.op.name for _, internal in func_graph.captures}
+
+    def is_known(operation: Any) -> bool:
+        """Whether the step's variables decide on its results, as they are before the step."""
+        if operation.type == "Placeholder":
+            return operation.name in captured
+        if operation.type == "ReadVariableOp" and operation.control_inputs:
+            return False
+        is_pure = not operation.op_def.is_stateful or operation.type == "ReadVariableOp"
+        return is_pure and operation.type not in OPAQUE and all(is_known(tensor.op) for tensor in operation.inputs)
+
+    return [
+        operation
+        for operation in func_graph.get_operations()
+        if operation.type == "If"
+        and all(_body(func_graph, name) is not None for name in _body_names(operation))
+        and not _only_reads(func_graph, operation)
+        and is_known(operation.inputs[0].op)
+    ]
 
 
 def _captured(outer: Any, concrete: Any) -> list[tf.Tensor]:

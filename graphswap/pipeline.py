@@ -33,6 +33,7 @@ from graphswap.options import Options
 from graphswap.plan import Place, Plan
 from graphswap.plan_file import PlanFile
 from graphswap.report import Report, StepReport
+from graphswap.rewrites.place import values
 from graphswap.strategies.base import InfeasibleBudgetError
 
 _TIGHTENING = 0.97
@@ -107,6 +108,10 @@ class Session:
         self._tiers = tiers.Tiers(options.swap_directory())
         self._planner = planning.Planner(options, self._tiers)
         self._inlines = False  # whether nested function calls are to be dissolved
+        self._branches: Callable[[], tuple[bool, ...]] | None = None  # tells which ones the next step takes
+        self._variants: dict[tuple[bool, ...], Session] = {}  # one for each choice of branches
+        self._variant: Session | None = None  # the one that runs now
+        self._taken: tuple[bool, ...] | None = None  # the branches of this variant
         self._scale = 1.0  # of the budget; lowered when memory ran out in spite of a plan
         self._largest: dict[int, graphdef.Shape] = {}  # argument -> largest shape seen
         self._planned: list[tuple[tuple[graphdef.Shape, ...], tuple[graphdef.Shape, ...], StepReport]] = []
@@ -117,6 +122,7 @@ class Session:
         self._pieces: list[tuple[HostVariable, str, list[tf.Tensor]]] = []  # what was in which tier before the step
         self._captured: dict[int, tf.Variable] = {}  # what the traces use
         self._state = variables or self._used_variables
+        self._traced_tiers: list[tuple[tf.Variable, str]] = []  # where the variables were when the steps were traced
         self._fences: list[Any] = []  # behind the holes for small buffers
         self._trials = _TRIALS
         self._watched: dict[tuple[graphdef.Shape, ...], _Watched] = {}
@@ -141,8 +147,11 @@ class Session:
             UnsupportedGraphError: If the step can't be planned.
             SwapSpaceError: If the swap directory is full or can't be written.
         """
+        if self._branches is not None:
+            self._variant = self._variant_for(self._branches())
+            return self._variant.run(make, *args, **kwargs)
         shapes = self._see((args, kwargs))
-        if any(variable.tier == "device" for variable in self._hosted):  # moved since the step was traced
+        if any(_tier(variable) != tier for variable, tier in self._traced_tiers):
             self._forget()
         key = shapes if shapes in self._functions or len(self._functions) < _STATIC_TRACES else ()
         if key == () and self._outgrown(shapes):
@@ -162,6 +171,10 @@ class Session:
             except _NestedCalls:
                 self._inlines = True
                 self._forget()
+            except _Branches as found:
+                self._branches = found.decide
+                self._forget()
+                return self.run(make, *args, **kwargs)
             except (tf.errors.ResourceExhaustedError, tf.errors.InvalidArgumentError) as error:
                 can_repeat = self._restore()
                 self._raise_explained(error)
@@ -193,16 +206,25 @@ class Session:
         Raises:
             ValueError: If the step is run eagerly.
         """
-        if not graphdef.mark_current_graph(self):
+        if not graphdef.mark_current_graph(self._variant or self):
             raise ValueError(
                 "graphswap: expected a step that is traced, received one that runs eagerly. graphswap rewrites the "
                 "step's graph, and an eager step has none. Set run_eagerly=False and "
                 "tf.config.run_functions_eagerly(False), or train without graphswap."
             )
         graphdef.on_traced(_optimize)
-        if self._inlines:
+        if (self._variant or self)._inlines:
             return graphdef.call_inline(step, args, kwargs)
         return step(*args, **kwargs)
+
+    def _variant_for(self, taken: tuple[bool, ...]) -> Session:
+        """The session of the steps that take these branches: each choice has a plan of its own."""
+        if taken not in self._variants:
+            variant = self._variants[taken] = Session(self.options, self.jit_compile)
+            variant._taken, variant._inlines = taken, self._inlines
+            variant.report, variant._hosted = self.report, self._hosted
+            variant._captured, variant._state = self._captured, self._state
+        return self._variants[taken]
 
     def _call(self, shapes: tuple[graphdef.Shape, ...], args: Any, kwargs: Any) -> Any:
         """Runs a traced step; under the profiler if a round waits for that."""
@@ -257,7 +279,8 @@ class Session:
         self._planned.clear()
         self._watched.clear()
         self._replanned.clear()
-        self._hosted.clear()
+        self._traced_tiers.clear()
+        self._variables = placement.Variables()
         self._trials = _TRIALS
 
     def _keep_variables(self) -> None:
@@ -278,7 +301,8 @@ class Session:
 
     def _keep_pieces(self) -> None:
         """The same for variables in far tiers. Costs nothing until they get new values."""
-        self._pieces = [(variable, variable.tier, variable.pieces()) for variable in self._hosted]
+        hosted = {id(variable): variable for variable in self._hosted}.values()
+        self._pieces = [(variable, variable.tier, variable.pieces()) for variable in hosted]
 
     def _settle(self) -> None:
         """Lets every step meet the same layout of memory; on a GPU unless that takes long beside the step."""
@@ -417,6 +441,10 @@ class Session:
                 return  # the trace that makes the variables; TensorFlow traces again
         if not self._inlines and graphdef.has_calls(func_graph):
             raise _NestedCalls
+        if self._taken is not None:
+            graphdef.take_branches(func_graph, self._taken)
+        elif not self.jit_compile and (decide := graphdef.decidable_branches(func_graph)) is not None:
+            raise _Branches(decide)
         with _progress(func_graph.name) as progress:
             clock = _Clock(progress)
             shapes = self._argument_shapes(func_graph)
@@ -517,14 +545,21 @@ class Session:
         places: tuple[Place, ...] = ()
         if not self.jit_compile:
             movable = [name for name, variable in captured.items() if can_adopt(variable)]
-            fixed = [Place(n, v.tier) for n, v in captured.items() if any(v is known for known in self._hosted)]
+            hosted = {id(variable) for variable in self._hosted}
+            fixed = [
+                Place(name, _tier(variable))
+                for name, variable in captured.items()
+                if _tier(variable) != "device" and (id(variable) in hosted or not graph.consumers.get(name))
+            ]
             places = self._planner.place(graph, cost_model, budget, movable, fixed)
         if self._move(captured, places):
             self._arrange(device, func_graph, captured)
+        self._traced_tiers += [(variable, _tier(variable)) for variable in captured.values()]
         if not places:
             return graph
-        placed = [adopt(captured[place.variable]) for place in places]
-        self._hosted = list({id(variable): variable for variable in (*self._hosted, *placed)}.values())
+        used = values(graph)
+        placed = [adopt(captured[place.variable]) for place in places if place.variable in used]
+        self._hosted += placed
         self._keep_pieces()
         graphdef.capture(func_graph, [handle for variable in placed for handle in variable.store_handles])
         return rewrites.place(graph, Plan(decisions=places))
@@ -576,7 +611,11 @@ class Session:
 
 def _away(captured: Mapping[str, tf.Variable]) -> list[str]:
     """Which variables are in far tiers now."""
-    return [name for name, v in captured.items() if isinstance(v, HostVariable) and v.tier != "device"]
+    return [name for name, variable in captured.items() if _tier(variable) != "device"]
+
+
+def _tier(variable: tf.Variable) -> str:
+    return variable.tier if isinstance(variable, HostVariable) else "device"
 
 
 def imported(func_graph: graphdef.FuncGraph, shapes: Sequence[graphdef.Shape]) -> ir.Graph:
@@ -634,6 +673,14 @@ def function(
 
 class _NestedCalls(Exception):
     """The trace calls other tf.functions: trace again and dissolve them."""
+
+
+class _Branches(Exception):
+    """The step takes branches that are known before it runs: trace it again for each choice of them."""
+
+    def __init__(self, decide: Callable[[], tuple[bool, ...]]):
+        super().__init__()
+        self.decide = decide
 
 
 def _optimize(func_graph: graphdef.FuncGraph, mark: Any) -> None:

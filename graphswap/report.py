@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import os
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from graphswap import page, perfetto, plan_file
+from graphswap import ir, page, perfetto, plan_file
 from graphswap.options import format_bytes
 from graphswap.picture import CurvePoint, Picture
 from graphswap.plan import Plan
@@ -142,6 +143,7 @@ class StepReport:
                 f"{plan.strategy or 'none'}: {len(plan.swaps)} swaps ({format_bytes(self.swapped_bytes)} out), "
                 f"{repeated} nodes repeated ({self.recomputed_seconds:.3f} s)",
             ),
+            ("away", _away(self.file)),
             ("bound", _bound(plan, self.predicted_seconds, self.time_scale)),
             ("least", _least(self.memory_bound_bytes)),
             ("took", ", ".join(f"{what} {seconds:.1f} s" for what, seconds in self.breakdown.items())),
@@ -227,6 +229,24 @@ def picture(file: PlanFile, curve: Sequence[CurvePoint] = (), facts: Mapping[str
         facts=dict(judged.rows()) if facts is None else facts,
         time_scale=judged.time_scale,
         curve=tuple(curve),
+    )
+
+
+def _away(file: PlanFile | None) -> str:
+    """What of the step's variables lives in far tiers, and how much of it moves."""
+    if file is None or not file.plan.places:
+        return ""
+    graph = file.graph
+    runs = collections.Counter(node.name for node in graph.nodes if node.op == ir.FETCH)
+    runs.update(name for decision in file.plan.recomputes for name in decision.nodes if name in runs)
+    fetched = sum(graph.value(name).nbytes * count for name, count in runs.items())
+    stores = {node.name: graph.value(node.inputs[0]).nbytes for node in graph.nodes if node.op == ir.STORE}
+    sizes = {dict(graph.by_name[name].attrs)["variable"]: graph.value(name).nbytes for name in runs}
+    sizes |= {dict(graph.by_name[name].attrs)["variable"]: nbytes for name, nbytes in stores.items()}
+    where = " and ".join(sorted({place.tier for place in file.plan.places}))
+    return (
+        f"{len(file.plan.places)} variables ({format_bytes(sum(sizes.values()))}) on {where}: "
+        f"{format_bytes(fetched)} fetched and {format_bytes(sum(stores.values()))} stored per step"
     )
 
 

@@ -15,10 +15,10 @@ _GATHER = "GatherV2"
 def place(graph: ir.Graph, plan: Plan) -> ir.Graph:
     """Returns the graph with the plan's `Place` decisions carried out, whatever else the plan says.
 
-    The variable's own node stays, and holds no bytes. Behind the other arguments come handles of the pieces of the far
-    copy, "v/store", "v/store_1" ... A `FETCH` stands before the first reader. What reads the variable after its update
-    reads the new value; a `STORE` stands where the last update did, after all that read the fetched value: what is
-    repeated later would fetch the new one.
+    The variable's own node stays, and holds no bytes. If it is used, handles of the pieces of the far copy come behind
+    the other arguments, "v/store", "v/store_1" ... A `FETCH` stands before the first reader. What reads the variable
+    after its update reads the new value; a `STORE` stands where the last update did, after all that read the fetched
+    value: what is repeated later would fetch the new one.
 
     Raises:
         PlanError: If a variable can't be placed; see `unplaceable`.
@@ -27,7 +27,8 @@ def place(graph: ir.Graph, plan: Plan) -> ir.Graph:
         return graph
     declined = unplaceable(graph)
     for decision in plan.places:
-        if decision.variable not in values(graph):
+        node = graph.by_name.get(decision.variable)
+        if node is None or node.op != "Placeholder" or node.outputs[0].dtype != "resource":
             raise PlanError(f"{decision} does not fit graph '{graph.name}': it has no such variable.")
         if decision.variable in declined:
             raise PlanError(f"{decision} does not fit graph '{graph.name}': {declined[decision.variable]}.")
@@ -96,7 +97,7 @@ class _Placer:
             if node.op in liveness.ASSIGNS | liveness.UPDATES and node.inputs[0] in self.tiers:
                 last[node.inputs[0]] = node.name
         arguments = []
-        for variable in self.tiers:
+        for variable in [variable for variable in self.tiers if variable in self.values]:
             pieces = ir.swap_pieces(self.values[variable])
             names = tuple(ir.fresh_name(f"{variable}/store", self.taken) for _ in range(pieces))
             self.handles[variable] = names

@@ -1,6 +1,6 @@
 """Measures the far tiers of variables: gigabytes per second out and in, beside memcpy and dd on the same machine.
 
-    python -m graphswap.tools.tiers --rounds=9 --out=tiers.json
+    python -m graphswap.tools.tier_speed --rounds=9 --out=tier_speed.json
 
 Everything takes turns in one process on an emulated accelerator, so that all meet the same noise; medians are compared.
 Files stay in the system's page cache, those of dd as well.
@@ -144,7 +144,7 @@ def main(argv: Sequence[str]) -> None:
         if place.value is not None and not os.path.isdir(place.value):
             raise app.UsageError(f"--directory: expected one that exists, received '{place.value}'.")
     except (flags.Error, app.UsageError) as error:
-        sys.exit(f"tiers: {error}")
+        sys.exit(f"tier_speed: {error}")
     if MEMORY_VARIABLE not in os.environ:
         memory_bytes = (2 * count.value + 4) * _VALUE_BYTES
         sys.exit(emulate.run_script(memory_bytes, [__file__, *argv[1:]]))
@@ -155,7 +155,7 @@ def main(argv: Sequence[str]) -> None:
     nbytes = count.value * _VALUE_BYTES
     print(f"\n{table(nbytes, seconds)}")
     if out.value is not None:
-        command = ["python", "-m", "graphswap.tools.tiers", *argv[1:]]
+        command = ["python", "-m", "graphswap.tools.tier_speed", *argv[1:]]
         contents = {"machine": described, "command": command, "bytes": nbytes, "seconds": seconds}
         pathlib.Path(out.value).write_text(json.dumps(contents, indent=1))
 

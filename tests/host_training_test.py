@@ -1,0 +1,111 @@
+"""Steps whose variables live outside of the device: inside the budget, bit for bit what the plain step computes."""
+
+import emulated
+import numpy as np
+
+STEPS = 5
+OPTIMIZERS = "SGD RMSprop Adam AdamW Adadelta Adagrad Adamax Adafactor Nadam Ftrl Lion Lamb Muon".split()
+
+
+def dense(layers=4, width=512, batch=32):
+    from keras import Input, Sequential
+    from keras import layers as kl
+
+    random = np.random.default_rng(0)
+    x, y = (random.normal(size=(batch, width)).astype("float32") for _ in range(2))
+    return Sequential([Input((width,)), *(kl.Dense(width, "tanh") for _ in range(layers))]), x, y, "mse"
+
+
+def embedded(vocabulary=2000, width=128):
+    """A table of which rows are read, and which is the last layer's weight, too."""
+    import keras
+    from keras import layers as kl
+
+    class Tied(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.table = kl.Embedding(vocabulary, width)
+            self.hidden = [kl.Dense(width, "tanh") for _ in range(3)]
+
+        def call(self, tokens):
+            x = self.table(tokens)
+            for layer in self.hidden:
+                x = layer(x)
+            return keras.ops.matmul(x, keras.ops.transpose(self.table.embeddings))
+
+    tokens = np.random.default_rng(0).integers(0, vocabulary, (8, 17))
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    return Tied(), tokens[:, :-1], tokens[:, 1:], loss
+
+
+MODELS = {"dense": dense, "embedded": embedded}
+
+
+def train(budget, optimizer="Adam", model_name="dense", policy="float32", **settings):
+    """Losses and digests of the variables; with a budget, all variables are made outside of the device."""
+    import contextlib
+    import gc
+    import zlib
+
+    import keras
+    import tensorflow as tf
+    import trainings
+
+    import graphswap
+
+    tf.config.optimizer.set_experimental_options(trainings.PINS)
+    keras.utils.clear_session()
+    gc.collect()
+    if isinstance(budget, int):  # beside what earlier models have left
+        budget += tf.config.experimental.get_memory_info("CPU:0")["current"]
+    keras.utils.set_random_seed(0)
+    keras.mixed_precision.set_global_policy(policy)
+    with graphswap.host_variables() if budget else contextlib.nullcontext():
+        model, x, y, loss = MODELS[model_name]()
+    option = {"graphswap": graphswap.Options(budget, planning_seconds=2.0)} if budget else {}
+    model.compile(getattr(keras.optimizers, optimizer)(**settings), loss, jit_compile=False, **option)
+    losses = [float(model.train_on_batch(x, y)) for _ in range(STEPS)]
+    peak = tf.config.experimental.get_memory_info("CPU:0")["peak"]
+    values = [np.array(variable.numpy()) for variable in (*model.variables, *model.optimizer.variables)]
+    result = {"losses": losses, "variables": [zlib.crc32(value.tobytes()) for value in values], "peak": peak}
+    result["finite"] = all(np.isfinite(value.astype("float32")).all() for value in values)
+    if budget:
+        report = graphswap.report(model)
+        result |= {"text": str(report), "placed": max(len(step.plan.places) for step in report.steps)}
+    return result
+
+
+RUNS = [
+    *((name, (6 if name in ("SGD", "Lion") else 9) << 20, {"optimizer": name}) for name in OPTIMIZERS),
+    ("clipping", 9 << 20, {"global_clipnorm": 0.1}),
+    ("averages", 9 << 20, {"use_ema": True, "ema_overwrite_frequency": 2}),
+    ("accumulation", 9 << 20, {"gradient_accumulation_steps": 3}),
+    ("mixed precision", 9 << 20, {"policy": "mixed_bfloat16"}),
+    ("table", 5 << 20, {"model_name": "embedded"}),
+]
+
+
+def train_all(has_budget):
+    return [train(budget if has_budget else None, **settings) for _, budget, settings in RUNS]
+
+
+def test_a_model_larger_than_the_device_trains():
+    device_bytes = 10 << 20
+    ours = emulated.call(device_bytes, __file__, "train", "auto")
+    plain = emulated.call(1 << 30, __file__, "train", None)
+    assert plain["peak"] > 16 << 20 > device_bytes >= ours["peak"]
+    assert "variables (" in ours["text"]
+    assert (ours["losses"], ours["variables"]) == (plain["losses"], plain["variables"])
+
+
+def test_optimizers_and_their_settings_compute_the_same_bits():
+    ours, plain = (emulated.call(1 << 30, __file__, "train_all", has_budget) for has_budget in (True, False))
+    for (name, _, _), one, other in zip(RUNS, ours, plain, strict=True):
+        assert one["placed"], name
+        assert other["finite"], name
+        assert one["losses"] == other["losses"], name
+        assert one["variables"] == other["variables"], name
+
+
+if __name__ == "__main__":
+    emulated.main(globals())
