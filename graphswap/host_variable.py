@@ -26,6 +26,10 @@ _TIERS = tiers.Tiers()
 """Of variables that no step has moved."""
 
 
+_DO_NOT_CONVERT = tf.autograph.experimental.do_not_convert
+"""For methods that a user's functions call: AutoGraph leaves only TensorFlow's own alone."""
+
+
 class _Veiled:
     """A handle that eager ops don't know for one: they would read the buffer behind it, not ask the variable."""
 
@@ -124,16 +128,19 @@ class HostVariable(graphdef.ResourceVariable):
 
         return cast(tf.Tensor, fetched(self.handle))
 
+    @_DO_NOT_CONVERT
     def sparse_read(self, indices: Any, name: str | None = None) -> tf.Tensor:
         if self._is_plain():
             return super().sparse_read(indices, name)
         return tf.gather(self._read_variable_op(), indices, name=name)
 
+    @_DO_NOT_CONVERT
     def gather_nd(self, indices: Any, name: str | None = None) -> tf.Tensor:
         if self._is_plain():
             return super().gather_nd(indices, name)
         return tf.gather_nd(self._read_variable_op(), indices, name=name)
 
+    @_DO_NOT_CONVERT
     def assign(self, value: Any, use_locking: Any = None, name: str | None = None, read_value: bool = True) -> Any:
         if self._is_plain():
             return super().assign(value, use_locking, name, read_value)
@@ -150,11 +157,13 @@ class HostVariable(graphdef.ResourceVariable):
         self._tiers.discard(files)
         return self
 
+    @_DO_NOT_CONVERT
     def assign_add(self, delta: Any, use_locking: Any = None, name: str | None = None, read_value: bool = True) -> Any:
         if self._is_plain():
             return super().assign_add(delta, use_locking, name, read_value)
         return self.assign(self._read_variable_op() + tf.convert_to_tensor(delta, dtype=self.dtype))
 
+    @_DO_NOT_CONVERT
     def assign_sub(self, delta: Any, use_locking: Any = None, name: str | None = None, read_value: bool = True) -> Any:
         if self._is_plain():
             return super().assign_sub(delta, use_locking, name, read_value)
@@ -171,6 +180,7 @@ def _visiting(name: str) -> Any:
     """A method of a variable that runs on the device, where the value is meanwhile."""
     method = getattr(graphdef.ResourceVariable, name)
 
+    @_DO_NOT_CONVERT
     def visit(self: HostVariable, *args: Any, **kwargs: Any) -> Any:
         if self._is_plain():
             return method(self, *args, **kwargs)

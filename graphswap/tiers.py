@@ -223,8 +223,9 @@ class Tiers:
         text = error.message if isinstance(error, tf.errors.OpError) else str(error)
         state = self._state.path if self._state is not None else None
         for path in filter(None, (self._files, state)):
-            if str(path) in text:
-                return self._space_error(path, text.splitlines()[0])
+            for line in text.splitlines():
+                if str(path) in line:
+                    return self._space_error(path, line.strip())
         return None
 
     @contextlib.contextmanager
