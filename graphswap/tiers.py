@@ -203,27 +203,32 @@ class Tiers:
 
     def clean(self) -> None:
         """Removes files of variables that are neither a variable's value now nor part of the last state."""
-        if self._state is None and (self.keeps_state or self._files is None):
-            return
-        path = self.variables_directory()
-        kept = {os.path.basename(name) for variable in list(_USERS.values()) for name in variable.files()}
-        if self._state is not None and self._state.manifest is not None:
-            kept |= self._state.manifest.files
-        state_directory.clean(path, kept)
+        path = self._used_for_variables()
+        if path is not None:
+            values = {os.path.basename(name) for variable in list(_USERS.values()) for name in variable.files()}
+            state_directory.clean(path, values | self._committed())
 
     def discard(self, files: Sequence[str]) -> None:
         """Removes files of these tiers that a variable's value lay in, unless they are part of the last state."""
-        state = self._state.manifest if self._state is not None else None
         for path in map(pathlib.Path, files):
-            if path.parent == self.variables_directory() and (state is None or path.name not in state.files):
+            if path.parent == self._used_for_variables() and path.name not in self._committed():
                 path.unlink(missing_ok=True)
+
+    def _used_for_variables(self) -> pathlib.Path | None:
+        """`variables_directory`, if it has been used."""
+        if self.keeps_state:
+            return None if self._state is None else self._state.path
+        return None if self._files is None else self._files / _STATE
+
+    def _committed(self) -> set[str]:
+        """Names of the files that are part of the last state."""
+        return self._state.manifest.files if self._state is not None and self._state.manifest is not None else set()
 
     def explained(self, error: Exception) -> SwapSpaceError | None:
         """What an error means for a user, if it is about a directory of these tiers."""
-        text = error.message if isinstance(error, tf.errors.OpError) else str(error)
         state = self._state.path if self._state is not None else None
         for path in filter(None, (self._files, state)):
-            for line in text.splitlines():
+            for line in str(error).splitlines():
                 if str(path) in line:
                     return self._space_error(path, line.strip())
         return None

@@ -298,10 +298,7 @@ def test_a_model_larger_than_the_device_is_built_and_used():
 def make_step(seed=0, shared=None):
     """A step of gradient descent with momentum, and its variables, of 100 KiB each."""
     rng = np.random.default_rng(seed)
-    if shared is None:
-        weight = tf.Variable(rng.normal(size=(160, 160)).astype("float32"), name="weight")
-    else:
-        weight = shared
+    weight = tf.Variable(rng.normal(size=(160, 160)).astype("float32"), name="weight") if shared is None else shared
     momentum = tf.Variable(tf.zeros((160, 160)), name=f"momentum{seed}")
 
     def step(batch):

@@ -44,6 +44,12 @@ def committed(directory, tier="disk"):
     return variables, far
 
 
+def last(far):
+    manifest = far.state_directory().manifest
+    assert manifest is not None
+    return manifest
+
+
 def make_model(width=SIZE, directory=None, optimizer="adam"):
     keras.utils.set_random_seed(0)
     model = keras.Sequential(
@@ -106,17 +112,17 @@ def test_values_in_pieces_come_back(tmp_path):
 def test_what_has_not_changed_is_not_written_again(tmp_path):
     variables, far = committed(tmp_path)
     named = model_state.named_variables(variables)
-    first = far.state_directory().manifest
+    first = last(far)
     variables[0].assign_add(tf.ones_like(variables[0]))
     model_state.commit(named, far)
-    second = far.state_directory().manifest
+    second = last(far)
     assert second.variables["large1:0"] == first.variables["large1:0"]
     assert second.variables["large0:0"] != first.variables["large0:0"]
 
 
 def test_files_of_the_last_state_stay_until_the_next(tmp_path):
     variables, far = committed(tmp_path)
-    expected, files = values(variables), far.state_directory().manifest.files
+    expected, files = values(variables), last(far).files
     variables[0].assign(tf.zeros_like(variables[0]))
     far.clean()
     present = {file.name for file in (tmp_path / "state").iterdir()}
@@ -127,7 +133,7 @@ def test_files_of_the_last_state_stay_until_the_next(tmp_path):
     model_state.commit(model_state.named_variables(variables), far)
     far.clean()
     present = {file.name for file in (tmp_path / "state").iterdir()}
-    assert present == far.state_directory().manifest.files | {"lock", "manifest.json"}
+    assert present == last(far).files | {"lock", "manifest.json"}
 
 
 def test_variables_of_equal_names_are_numbered():
@@ -166,10 +172,10 @@ def test_a_model_may_be_compiled_anew(tmp_path):
 
 
 def test_two_trainings_need_two_directories(tmp_path):
-    _, _ = kept = committed(tmp_path)
+    kept = committed(tmp_path)
     with pytest.raises(StateError, match=f"one training that keeps its state in '{tmp_path}/state', received a second"):
         committed(tmp_path)
-    del kept, _
+    del kept
     committed(tmp_path)
 
 
@@ -186,7 +192,7 @@ def refused(model, directory, message):
 
 def test_damaged_files_are_refused_whichever_it_is(tmp_path):
     _, far = committed(tmp_path)
-    for file in sorted(far.state_directory().manifest.files):
+    for file in sorted(last(far).files):
         path = tmp_path / "state" / file
         bits = path.read_bytes()
         others = make_variables()

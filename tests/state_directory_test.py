@@ -22,7 +22,7 @@ def path(tmp_path):
     return tmp_path / "state"
 
 
-def other_process(code, path, *wait):
+def other_process(code, path):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-c", code, str(path)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stdin=subprocess.PIPE, text=True, env=environment)
@@ -92,6 +92,7 @@ def test_files_of_others_are_left_alone(path):
 
 def test_a_directory_in_use_is_refused_until_its_process_has_ended(path):
     with other_process(COMMIT, path) as other:
+        assert other.stdout is not None
         assert other.stdout.readline() == "done\n"
         with pytest.raises(StateError, match=f"no other training keeps its state in.* which process {other.pid} does"):
             StateDirectory(path)

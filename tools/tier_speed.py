@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from absl import app, flags
@@ -38,7 +39,7 @@ REFERENCES: Mapping[str, str] = {
 """What each way is held against."""
 
 
-def ways(directory: pathlib.Path, count: int) -> tuple[dict[str, Callable[[], None]], Callable[[], None]]:
+def ways(directory: pathlib.Path, count: int) -> tuple[dict[str, Callable[[], Any]], Callable[[], None]]:
     """What is timed, by its name: each moves `count` values of 64 MiB. And what removes files of before.
 
     Args:
@@ -53,7 +54,7 @@ def ways(directory: pathlib.Path, count: int) -> tuple[dict[str, Callable[[], No
     source = np.ones(count * _VALUE_BYTES, np.uint8)
     target = np.ones_like(source)
     pieces = len(tiers.strings(values[0]))
-    found: dict[str, Callable[[], None]] = {"memcpy": lambda: np.copyto(target, source)}
+    found: dict[str, Callable[[], Any]] = {"memcpy": lambda: np.copyto(target, source)}
 
     def dd(source: str, target: str) -> None:
         command = ["dd", f"if={source}", f"of={target}", "bs=4M", f"count={count * _VALUE_BYTES // (4 * _MIB)}"]
