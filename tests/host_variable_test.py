@@ -80,18 +80,18 @@ def test_there_and_back_between_all_tiers(tier):
     assert variable.files() == []
 
 
-@TIERS
-def test_a_variable_beyond_2_gib_travels_in_pieces(tier):
+def test_a_variable_beyond_2_gib_travels_in_pieces():
+    """To disk; tests/tiers_test.py sends such a value to the host's memory."""
     nbytes = (2 << 30) + (64 << 20)
-    if os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") < 4 * nbytes:
+    if os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") < 3 * nbytes:
         pytest.skip("too little memory")
     variable = adopt(tf.Variable(tf.zeros((nbytes,), tf.uint8)))
     variable[-1].assign(7)
-    variable.move(tier)
-    assert len(variable.store_handles) > 1
-    tail = variable.read_value()[-2:]
+    variable.move("disk")
+    assert len(variable.store_handles) > 512
     variable.move("device")
-    assert [*tail.numpy(), *variable[-2:].numpy()] == [0, 7, 0, 7]
+    assert variable[-2:].numpy().tolist() == [0, 7]
+    assert int(tf.math.count_nonzero(variable)) == 1
 
 
 @TIERS

@@ -75,7 +75,7 @@ def test_fifty_kills_each_leave_the_state_of_a_completed_step(tmp_path):
     assert len(lives) == 50
     # After a kill there is the last step that was reported, or the one after it, whose report was under way.
     assert [found for reported, found in lives if found - reported not in (0, 1)] == []
-    assert lives[-1][1] > 50
+    assert lives[-1][1] >= 50
     # No life has left more than the files of two states; what the last private directory held is gone.
     assert len(list((directory / "state").iterdir())) < 20
     assert len(list(directory.glob("graphswap-*"))) <= 1
