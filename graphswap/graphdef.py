@@ -893,14 +893,18 @@ def hlo(func_graph: FuncGraph, graph: ir.Graph) -> Any:
         UnsupportedGraphError: If XLA can't compile an op.
     """
     device = tf.config.list_logical_devices("CPU")[0].name
-    return hlo_pb2.HloModuleProto.FromString(_compiler_ir(func_graph, graph, device, "hlo_serialized"))
+    function = build_function(func_graph, graph, tiers.Tiers())
+    return hlo_pb2.HloModuleProto.FromString(_compiler_ir(func_graph, function, graph, device, "hlo_serialized"))
 
 
-def compiled_hlo(func_graph: FuncGraph, graph: ir.Graph, device: str) -> Any:
+def compiled_hlo(
+    func_graph: FuncGraph, function: concrete_function_lib.ConcreteFunction, graph: ir.Graph, device: str
+) -> Any:
     """What XLA compiles the graph to, for one of TensorFlow's devices. Nothing runs.
 
     Args:
         func_graph: The function that the graph was imported from.
+        function: What `build_function` made of the graph.
         graph: The graph, without swaps.
         device: "CPU:0" or "GPU:0".
 
@@ -911,11 +915,13 @@ def compiled_hlo(func_graph: FuncGraph, graph: ir.Graph, device: str) -> Any:
         UnsupportedGraphError: If XLA can't compile an op.
     """
     device = f"/job:localhost/replica:0/task:0/device:{device}"
-    return hlo_pb2.HloProto.FromString(_compiler_ir(func_graph, graph, device, "optimized_hlo_proto_serialized"))
+    stage = "optimized_hlo_proto_serialized"
+    return hlo_pb2.HloProto.FromString(_compiler_ir(func_graph, function, graph, device, stage))
 
 
-def _compiler_ir(func_graph: FuncGraph, graph: ir.Graph, device: str, stage: str) -> bytes:
-    function = build_function(func_graph, graph, tiers.Tiers())
+def _compiler_ir(
+    func_graph: FuncGraph, function: concrete_function_lib.ConcreteFunction, graph: ir.Graph, device: str, stage: str
+) -> bytes:
     captures = [external for external, _ in func_graph.captures]
     count = len(graph.inputs) - len(captures)
     arguments = zip(graph.inputs[:count], func_graph.inputs[:count], strict=True)

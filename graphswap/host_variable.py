@@ -18,9 +18,7 @@ from typing import Any, cast
 import tensorflow as tf
 
 from graphswap import graphdef, ir, placement, tiers
-
-SMALL_BYTES = 64 << 10
-"""Variables up to this size stay on the device: moving them costs more than it frees."""
+from graphswap.variables import SMALL_BYTES
 
 _TIERS = tiers.Tiers()
 """Of variables that no step has moved."""

@@ -15,9 +15,8 @@ import tensorflow as tf
 from keras.src.backend.tensorflow.trainer import TensorFlowTrainer
 from keras.src.trainers.trainer import Trainer
 
-from graphswap import graphdef, model_state
+from graphswap import graphdef, model_state, pipeline
 from graphswap.options import Options
-from graphswap.pipeline import Session
 
 _PACKAGE = "graphswap"
 _originals: dict[str, Any] = {}
@@ -52,8 +51,10 @@ def _compile(self: Any, *args: Any, graphswap: Any = None, **kwargs: Any) -> Non
     session = None
     if options is not None:
         _refuse(self, args, kwargs)
+        # Keras's own "auto" is its default, so that it can't mean to try both back ends.
         args, kwargs["jit_compile"] = args[:_JIT_COMPILE], _named(args, kwargs).get("jit_compile") is True
-        session = Session(options, kwargs["jit_compile"], functools.partial(model_state.named_variables, self))
+        variables = functools.partial(model_state.named_variables, self)
+        session = pipeline.session(options, kwargs["jit_compile"], variables)
     _originals["compile"](self, *args, **kwargs)
     # Keras tracks what is set as an attribute; a session is none of the model's parts.
     object.__setattr__(self, "_graphswap_options", options)
@@ -113,12 +114,14 @@ def _make_train_function(self: Any, force: bool = False) -> Any:
         return self.train_function
     train_step = self.train_step
 
-    @tf.autograph.experimental.do_not_convert
-    def marked(data: Any) -> Any:
-        return session.trace(train_step, data)
+    def make(running: pipeline.Session) -> Any:
+        @tf.autograph.experimental.do_not_convert
+        def marked(data: Any) -> Any:
+            return running.trace(train_step, data)
 
-    def make() -> Any:
+        told, self.jit_compile = self.jit_compile, running.jit_compile
         function = self._make_function(marked)
+        self.jit_compile = told
         return lambda batch: function(iter([batch]))
 
     def train_function(iterator: Any) -> Any:
@@ -129,7 +132,7 @@ def _make_train_function(self: Any, force: bool = False) -> Any:
                 batch = next(iterator)
             except StopIteration:
                 break
-            with session.making_variables():
+            with pipeline.making_variables(session):
                 _build(self, batch)
             outputs = session.run(make, batch)
         if outputs is None:

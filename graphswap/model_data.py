@@ -6,20 +6,21 @@ import bisect
 import functools
 import itertools
 import math
+import time
 from collections.abc import Collection, Sequence
 
-from graphswap import ir, liveness, rewrites, simulator, strategies
+from graphswap import ir, rewrites, simulator, strategies
 from graphswap.cost_model import CostModel
 from graphswap.plan import Place, Plan
-from graphswap.rewrites.place import unplaceable, values
 from graphswap.strategies.base import InfeasibleBudgetError
+from graphswap.variables import values, worth_moving
 
-SMALL_BYTES = 64 << 10
-"""Variables up to this size stay on the device: moving them costs more than it frees."""
 _PARTS = 8
 """In how many steps the share of variables that leave is tried."""
 _GAIN = 0.97
-"""A plan with more variables away is taken if it makes the step no longer than this share of it."""
+"""A plan with more variables on the device is taken unless it makes the step longer by more than the rest."""
+_EASY = 0.9
+"""A step whose buffers take no more of the budget is left alone."""
 
 
 def choose(
@@ -28,6 +29,7 @@ def choose(
     memory_budget: int,
     movable: Collection[str],
     fixed: Sequence[Place] = (),
+    planning_seconds: float = math.inf,
 ) -> tuple[Place, ...]:
     """Chooses the variables that leave the device.
 
@@ -43,9 +45,10 @@ def choose(
         memory_budget: Bytes.
         movable: Names of variables that may leave.
         fixed: What has left already.
+        planning_seconds: When to stop looking for a better choice.
     """
     gone = {place.variable for place in fixed}
-    order = [variable for variable in _by_price(graph, movable) if variable not in gone]
+    order = [variable for variable in worth_moving(graph, movable) if variable not in gone]
     known = values(graph)
     total = list(itertools.accumulate((known[variable].nbytes for variable in order), initial=0))
     counts = sorted({bisect.bisect_left(total, total[-1] * part / _PARTS) for part in range(_PARTS + 1)})
@@ -62,32 +65,14 @@ def choose(
             return math.inf
         return simulator.simulate(placed, plan, cost_model).seconds
 
+    as_it_is = rewrites.place(graph, Plan(decisions=places(0)))
+    if simulator.simulate(as_it_is, Plan(), cost_model).peak_bytes <= memory_budget * _EASY:
+        return places(0)
+    stop = time.monotonic() + planning_seconds
     best = counts[-1]
     for count in reversed(counts[:-1]):
-        if math.isinf(seconds(count)):
+        if time.monotonic() > stop or math.isinf(seconds(count)):
             break
         if seconds(count) * _GAIN <= seconds(best):
             best = count
     return places(best)
-
-
-def _by_price(graph: ir.Graph, movable: Collection[str]) -> list[str]:
-    """The variables worth moving, by how often a byte of theirs would travel, the largest first."""
-    known, declined = values(graph), unplaceable(graph)
-    trips: dict[str, int] = dict.fromkeys(known, 0)
-    heavy = _products(graph)
-    for node in graph.nodes:
-        variable = node.inputs[0] if node.inputs else ""
-        if variable not in known:
-            continue
-        if node.op in liveness.ASSIGNS | liveness.UPDATES:
-            trips[variable] += 1
-        for reader in graph.consumers.get(node.name, ()) if node.op == "ReadVariableOp" else ():
-            trips[variable] += reader in heavy
-    fit = [v for v, value in known.items() if v in movable and v not in declined and value.nbytes > SMALL_BYTES]
-    return sorted(fit, key=lambda variable: (trips[variable], -known[variable].nbytes))
-
-
-def _products(graph: ir.Graph) -> Collection[str]:
-    """Nodes that compute with weights: each may have to fetch them anew."""
-    return {node.name for node in graph.nodes if "MatMul" in node.op or "Conv" in node.op or node.op == "Einsum"}

@@ -43,6 +43,8 @@ class Options:
         on_unsupported: "raise" an UnsupportedGraphError for a step that can't be rewritten, or
             "run_unchanged".
         plan: A file of `StepReport.save_plan`: nothing is planned anew, and a step with another graph is refused.
+        jit_compile: Whether XLA compiles the step; "auto": a few steps of the training run under XLA and under
+            TensorFlow's executor, and the faster goes on; None: as `model.compile` is told, whose own "auto" is off.
 
     Raises:
         ValueError: If a value is out of range or unknown.
@@ -55,6 +57,7 @@ class Options:
     planning_seconds: float = 6.0
     on_unsupported: str = "raise"
     plan: str | os.PathLike[str] | None = None
+    jit_compile: bool | str | None = None
 
     def __post_init__(self) -> None:
         for name, checked in (
@@ -64,6 +67,7 @@ class Options:
             ("planning_seconds", _seconds(self.planning_seconds)),
             ("plan", _path(self.plan)),
             ("on_unsupported", _word("on_unsupported", self.on_unsupported, UNSUPPORTED_WORDS)),
+            ("jit_compile", _jit_compile(self.jit_compile)),
         ):
             object.__setattr__(self, name, checked)
 
@@ -200,6 +204,12 @@ def _swap_to(value: object) -> str:
         advice = _guess(value, SWAP_WORDS) or f"For a directory write ./{value}."
         raise ValueError(f"{expected}, received {value!r}. {advice}")
     return os.path.abspath(path)
+
+
+def _jit_compile(value: object) -> bool | str | None:
+    if value is None or isinstance(value, bool) or value == "auto":
+        return value  # pyright: ignore[reportReturnType]
+    raise ValueError(f'jit_compile: expected True, False, "auto" or None, received {value!r}. Leave it out for None.')
 
 
 def _path(value: object) -> str | None:

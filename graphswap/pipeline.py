@@ -15,6 +15,7 @@ import tensorflow as tf
 
 from graphswap import (
     allocator,
+    back_ends,
     graphdef,
     ir,
     model_state,
@@ -29,12 +30,12 @@ from graphswap import (
 from graphswap.cost_model import CostModel, DeviceSpec, Profile
 from graphswap.graphdef import UnsupportedGraphError
 from graphswap.host_variable import HostVariable, adopt, can_adopt, host_variables
-from graphswap.options import Options
+from graphswap.options import Options, format_bytes
 from graphswap.plan import Place, Plan
 from graphswap.plan_file import PlanFile
 from graphswap.report import Report, StepReport
-from graphswap.rewrites.place import values
 from graphswap.strategies.base import InfeasibleBudgetError
+from graphswap.variables import values
 
 _TIGHTENING = 0.97
 _TIGHTEST = 0.75
@@ -84,6 +85,7 @@ class Session:
     Args:
         options: What the user asked for.
         jit_compile: Whether XLA compiles the step.
+        report: To add to; a new one by default.
         variables: Returns, by their names, what the state of a training consists of; None for what the step uses.
 
     Raises:
@@ -94,6 +96,7 @@ class Session:
         self,
         options: Options,
         jit_compile: bool = False,
+        report: Report | None = None,
         variables: Callable[[], Mapping[str, tf.Variable]] | None = None,
     ):
         if jit_compile and options.swap_to != "auto":
@@ -104,13 +107,12 @@ class Session:
             )
         self.options = options
         self.jit_compile = jit_compile
-        self.report = Report()
+        self.report = Report() if report is None else report
         self._tiers = tiers.Tiers(options.swap_directory())
         self._planner = planning.Planner(options, self._tiers)
         self._inlines = False  # whether nested function calls are to be dissolved
         self._branches: Callable[[], tuple[bool, ...]] | None = None  # tells which ones the next step takes
         self._variants: dict[tuple[bool, ...], Session] = {}  # one for each choice of branches
-        self._variant: Session | None = None  # the one that runs now
         self._taken: tuple[bool, ...] | None = None  # the branches of this variant
         self._scale = 1.0  # of the budget; lowered when memory ran out in spite of a plan
         self._largest: dict[int, graphdef.Shape] = {}  # argument -> largest shape seen
@@ -131,14 +133,14 @@ class Session:
 
     # --- running -----------------------------------------------------------------------------------------------
 
-    def run(self, make: Callable[[], Callable[..., Any]], *args: Any, **kwargs: Any) -> Any:
+    def run(self, make: Callable[[Session], Callable[..., Any]], *args: Any, **kwargs: Any) -> Any:
         """Runs one step; plans when it is traced, and again if memory runs out.
 
         Every shape of arguments gets a trace of its own, so that its plan knows all sizes. From the
         fifth on they share one trace with open dimensions, planned for the largest shape seen.
 
         Args:
-            make: Makes a function that traces the step when it is called.
+            make: Makes a function that calls the session's `trace` with the step when it is traced.
             *args: For the step; nested tensors or arrays.
             **kwargs: Likewise.
 
@@ -148,10 +150,9 @@ class Session:
             SwapSpaceError: If the swap directory is full or can't be written.
         """
         if self._branches is not None:
-            self._variant = self._variant_for(self._branches())
-            return self._variant.run(make, *args, **kwargs)
+            return self._variant(self._branches()).run(make, *args, **kwargs)
         shapes = self._see((args, kwargs))
-        if any(_tier(variable) != tier for variable, tier in self._traced_tiers):
+        if self._is_stale():
             self._forget()
         key = shapes if shapes in self._functions or len(self._functions) < _STATIC_TRACES else ()
         if key == () and self._outgrown(shapes):
@@ -160,12 +161,12 @@ class Session:
         while True:
             self._keep_variables()
             self._settle()
-            start = time.perf_counter()
+            start, counted = time.perf_counter(), profiler.memory_in_use("peak") or 0
             planned_seconds = self._planning_seconds()
             try:
                 placed_args, placed_kwargs = self._placed((args, kwargs), is_new=key not in self._functions)
                 if key not in self._functions:
-                    self._functions[key] = make()
+                    self._functions[key] = make(self)
                 with graphdef.without_memory_optimizer():
                     result = self._call(key, placed_args, placed_kwargs)
             except _NestedCalls:
@@ -180,8 +181,7 @@ class Session:
                 self._raise_explained(error)
                 if not planning.is_out_of_memory(error) or not can_repeat or self._scale < _TIGHTEST:
                     raise
-                self._tighten(error)
-                self._forget()
+                self._tighten(f"ran out of memory ({_what_ran_out(error)[:120]})")
             except tf.errors.OpError as error:
                 self._restore()
                 self._raise_explained(error)
@@ -190,15 +190,21 @@ class Session:
                 self._restore()
                 raise
             else:
-                self._record(shapes, time.perf_counter() - start - (self._planning_seconds() - planned_seconds))
+                seconds = time.perf_counter() - start - (self._planning_seconds() - planned_seconds)
+                self._record(shapes, seconds, counted)
                 self._commit()
                 self._arguments.clear()  # frames of planning that an error's traceback keeps alive hold this list
                 return self._released(result)
 
-    def making_variables(self) -> contextlib.AbstractContextManager[None]:
-        """For variables of the step that are made inside: those of an optimizer may not fit the device."""
-        moves = profiler.memory_in_use() is not None and not self.jit_compile
-        return host_variables() if moves else contextlib.nullcontext()
+    def resume(self) -> None:
+        """Lays the variables out anew, where others have run steps in between."""
+        if profiler.memory_in_use() is not None and not self._is_stale():
+            self._variables.keep()
+            self._variables.pack()
+
+    def _is_stale(self) -> bool:
+        """Whether variables have moved since the steps were traced."""
+        return any(_tier(variable) != tier for variable, tier in self._traced_tiers)
 
     def trace(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Calls the step while it is traced, so that the function being traced will be rewritten.
@@ -206,18 +212,18 @@ class Session:
         Raises:
             ValueError: If the step is run eagerly.
         """
-        if not graphdef.mark_current_graph(self._variant or self):
+        if not graphdef.mark_current_graph(self):
             raise ValueError(
                 "graphswap: expected a step that is traced, received one that runs eagerly. graphswap rewrites the "
                 "step's graph, and an eager step has none. Set run_eagerly=False and "
                 "tf.config.run_functions_eagerly(False), or train without graphswap."
             )
         graphdef.on_traced(_optimize)
-        if (self._variant or self)._inlines:
+        if self._inlines:
             return graphdef.call_inline(step, args, kwargs)
         return step(*args, **kwargs)
 
-    def _variant_for(self, taken: tuple[bool, ...]) -> Session:
+    def _variant(self, taken: tuple[bool, ...]) -> Session:
         """The session of the steps that take these branches: each choice has a plan of its own."""
         if taken not in self._variants:
             variant = self._variants[taken] = Session(self.options, self.jit_compile)
@@ -334,8 +340,11 @@ class Session:
         """Whether the device is a CPU that counts its bytes: numpy's memory lies outside of it."""
         return profiler.device_name() == "CPU:0" and profiler.memory_in_use() is not None
 
-    def _record(self, shapes: tuple[graphdef.Shape, ...], seconds: float) -> None:
-        """Notes how long a step took, and its peak if that lies above what the allocator had counted before."""
+    def _record(self, shapes: tuple[graphdef.Shape, ...], seconds: float, counted: int) -> None:
+        """Notes how long a step took, and its peak if that lies above what the allocator had counted before.
+
+        Under XLA, where no step is held against its plan, a peak beyond the budget has the next step planned anew.
+        """
         self._variables.forget()
         self._trials -= 1
         self._step_seconds = seconds
@@ -346,15 +355,18 @@ class Session:
                 watched = self._watched.get(shapes)
                 if watched is not None and (step.measured_peak_bytes or 0) > (watched.counted_bytes or 0):
                     watched.peak_bytes = step.measured_peak_bytes
+                peak, budget = step.measured_peak_bytes or 0, self.options.memory_budget
+                is_over = isinstance(budget, int) and peak > max(counted, budget)
+                if is_over and self.jit_compile and step.file is not None and self._scale >= _TIGHTEST:
+                    self._tighten(f"took {format_bytes(peak)}")
                 return
 
-    def _tighten(self, error: tf.errors.OpError) -> None:
+    def _tighten(self, why: str) -> None:
+        """Has the next call plan anew, for less."""
         self._scale *= _TIGHTENING
-        why = (
-            planning.summary(error) if isinstance(error, tf.errors.ResourceExhaustedError) else "when a value came back"
-        )
         for _, _, step in self._planned:
-            step.notes.append(f"ran out of memory ({why[:120]}); planned again, tighter")
+            step.notes.append(f"{why}; planned again, tighter")
+        self._forget()
 
     def _restore(self) -> bool:
         """Gives variables the values of before the step, as far as they were kept. Whether those on the device were."""
@@ -519,14 +531,19 @@ class Session:
             found = xla.plan(
                 self._planner.strategy(graph),
                 graph,
-                xla.costs(cost_model),
+                cost_model,
                 budget or self.options.memory_budget,
                 compiled,
             )
         clock.seconds["plan"] -= clock.seconds["compile"]
+        gc.collect()  # the constants of what was compiled lie on the device
         if found.rewritten is not graph:
             with clock("rewrite"):
                 graphdef.export_function(func_graph, found.rewritten, self._tiers)
+        if found.is_fenced:
+            with tf.init_scope():
+                room = budget - allocator.HOLE_BYTES - (profiler.memory_in_use() or 0)
+                self._fences.append(placement.fence(room, profiler.device_name()))
         step = _step_report(found.planned, share / self._scale, clock.seconds, [], self.options.memory_budget)
         step.status = "needs nothing" if found.rewritten is graph else "rewritten for XLA"
         step.plain_peak_bytes, step.predicted_peak_bytes = found.plain_bytes, found.peak_bytes
@@ -637,37 +654,65 @@ def imported(func_graph: graphdef.FuncGraph, shapes: Sequence[graphdef.Shape]) -
     return graphdef.import_function(func_graph, shapes, folding)
 
 
-def function(
-    step: Callable[..., Any] | None = None, *, memory_budget: int | str, jit_compile: bool = False, **options: Any
-) -> Any:
+def making_variables(session: Session | back_ends.Choice) -> contextlib.AbstractContextManager[None]:
+    """For variables of a step that are made inside: those of an optimizer may not fit the device."""
+    moves = profiler.memory_in_use() is not None and not getattr(session, "jit_compile", False)
+    return host_variables() if moves else contextlib.nullcontext()
+
+
+def session(
+    options: Options,
+    jit_compile: bool = False,
+    variables: Callable[[], Mapping[str, tf.Variable]] | None = None,
+) -> Session | back_ends.Choice:
+    """What runs a step under the back end that the options name, by default under the one that the caller names.
+
+    Args:
+        options: What the user asked for.
+        jit_compile: Whether that is XLA, where the options leave it open.
+        variables: As in `Session`.
+
+    Raises:
+        ValueError: If XLA can't do what the options ask for.
+    """
+    if options.jit_compile != "auto":
+        is_xla = jit_compile if options.jit_compile is None else bool(options.jit_compile)
+        return Session(options, is_xla, variables=variables)
+    report = Report()
+    runners = {
+        name: Session(options, is_xla, report, variables) for name, is_xla in (("XLA", True), ("executor", False))
+    }
+    return back_ends.Choice(runners, report)
+
+
+def function(step: Callable[..., Any] | None = None, *, memory_budget: int | str, **options: Any) -> Any:
     """Makes a `tf.function` of a training step that keeps a memory budget. Also a decorator.
 
     Args:
         step: A Python function or tf.function: forward pass, gradients and updates.
         memory_budget: As in `Options`.
-        jit_compile: Whether XLA compiles the step, as in `tf.function`.
-        **options: Further fields of `Options`.
+        **options: Further fields of `Options`, such as `jit_compile`.
 
     Returns:
         A function with the arguments and results of `step`. `graphswap.report` takes it.
     """
     if step is None:
-        return functools.partial(function, memory_budget=memory_budget, jit_compile=jit_compile, **options)
-    session = Session(Options(memory_budget, **options), jit_compile)
+        return functools.partial(function, memory_budget=memory_budget, **options)
+    owner = session(Options(memory_budget, **options))
     python_function = getattr(step, "python_function", step)
 
-    def make() -> Callable[..., Any]:
+    def make(running: Session) -> Callable[..., Any]:
         @functools.wraps(python_function)
         def traced(*args: Any, **kwargs: Any) -> Any:
-            return session.trace(python_function, *args, **kwargs)
+            return running.trace(python_function, *args, **kwargs)
 
-        return tf.function(traced, reduce_retracing=True, jit_compile=jit_compile or None)
+        return tf.function(traced, reduce_retracing=True, jit_compile=running.jit_compile or None)
 
     @functools.wraps(python_function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        return session.run(make, *args, **kwargs)
+        return owner.run(make, *args, **kwargs)
 
-    setattr(call, "_graphswap_session", session)  # noqa: B010 (a function has no such attribute to type checkers)
+    setattr(call, "_graphswap_session", owner)  # noqa: B010 (a function has no such attribute to type checkers)
     return call
 
 
@@ -681,6 +726,10 @@ class _Branches(Exception):
     def __init__(self, decide: Callable[[], tuple[bool, ...]]):
         super().__init__()
         self.decide = decide
+
+
+def _what_ran_out(error: tf.errors.OpError) -> str:
+    return planning.summary(error) if isinstance(error, tf.errors.ResourceExhaustedError) else "when a value came back"
 
 
 def _optimize(func_graph: graphdef.FuncGraph, mark: Any) -> None:

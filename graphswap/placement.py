@@ -18,6 +18,7 @@ import tensorflow as tf
 
 _ALIGNMENT = 64  # TensorFlow aborts on tensors that are not aligned
 _SMALL_BYTES = 64 << 10
+_PIECES, _CHUNK = 128, 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,6 +113,19 @@ def leave_holes(count: int, nbytes: int, device: str) -> Any:
     """
     buffers = [on_device(np.zeros(size, np.uint8), device) for _ in range(count) for size in (nbytes, 1)]
     return buffers[1::2]
+
+
+def fence(nbytes: int, device: str) -> Any:
+    """Divides the device's free memory behind so many bytes.
+
+    In pieces: the allocator would hand out all of the free memory for a request of more than half of it.
+
+    Returns:
+        What must be kept for as long as that is to hold.
+    """
+    piece = nbytes // _PIECES & -_CHUNK
+    sizes = *[piece] * _PIECES, nbytes - _PIECES * piece, 1
+    return [on_device(np.zeros(size, np.uint8), device) for size in sizes][-1]
 
 
 def are_initialized(variables: Sequence[Variable]) -> bool:

@@ -154,8 +154,9 @@ class Planner:
         Raises:
             InfeasibleBudgetError: If no plan keeps the budget.
         """
-        if self._options.plan is not None:
-            return _given(str(self._options.plan), graph, cost_model, budget)
+        strategy = self.strategy(graph)
+        if isinstance(strategy, Given):
+            return strategy.judged(graph, cost_model, budget)
         plain = simulator.simulate(graph, Plan(), cost_model)
         if budget and plain.peak_bytes * _WANDERING <= budget:
             notes = ("it fits the budget as it is",)
@@ -252,7 +253,7 @@ class Planner:
         elif not budget or (cost_model.far_tier == "disk" and self._options.swap_to == "auto"):
             places = fixed
         else:
-            places = model_data.choose(graph, cost_model, budget, movable, fixed)
+            places = model_data.choose(graph, cost_model, budget, movable, fixed, self._options.planning_seconds)
         position = {name: index for index, name in enumerate(graph.inputs)}
         return tuple(sorted(places, key=lambda place: position.get(place.variable, -1)))
 
@@ -309,7 +310,7 @@ class Planner:
         """
         path = self._options.plan
         if path is not None:
-            return Given(plan_file.given(str(path), graph)[0], str(path))
+            return Given(*plan_file.given(str(path), graph), str(path))
         return self._strategy(self._options.planning_seconds / 3)  # it will be asked several times
 
     def _strategy(self, planning_seconds: float | None = None) -> Strategy:
@@ -364,14 +365,31 @@ class Given:
 
     Attributes:
         only: The plan.
+        costs: That are in the file, if any are.
         path: The file.
     """
 
     only: Plan
+    costs: CostModel | None
     path: str
 
     def plan(self, graph: ir.Graph, cost_model: CostModel, memory_budget: int) -> Plan:
         return self.only
+
+    def judged(self, graph: ir.Graph, cost_model: CostModel, budget: int) -> Planned:
+        """The plan, judged by the costs in the file.
+
+        Raises:
+            InfeasibleBudgetError: If it does not keep the budget.
+        """
+        if self.costs is not None:
+            cost_model = dataclasses.replace(cost_model, profile=self.costs.profile)
+        planned = _judged(graph, self.only, cost_model, self.only.memory_budget or budget)
+        peak = planned.timeline.allocated_peak_bytes
+        if budget and peak > budget:
+            least = planned.memory_bound_bytes or 0
+            raise InfeasibleBudgetError(budget, peak, planned.timeline.peak_step.name, least)
+        return dataclasses.replace(planned, notes=(f"the plan is that of '{self.path}'",), is_settled=True)
 
 
 def _places(graph: ir.Graph) -> tuple[Place, ...]:
@@ -389,24 +407,6 @@ def _judged(graph: ir.Graph, plan: Plan, cost_model: CostModel, budget: int) -> 
     plain = simulator.simulate(graph, Plan(), cost_model)
     memory_bound_bytes = budgets.least_peak(gaps.problem(graph, cost_model)).nbytes
     return Planned(graph, cost_model, budget, plan, worst, plain, memory_bound_bytes=memory_bound_bytes)
-
-
-def _given(path: str, graph: ir.Graph, cost_model: CostModel, budget: int) -> Planned:
-    """The plan of a file, judged by the costs in it.
-
-    Raises:
-        PlanError: If the file is no plan, or one for another graph.
-        InfeasibleBudgetError: If it does not keep the budget.
-    """
-    plan, costs = plan_file.given(path, graph)
-    if costs is not None:
-        cost_model = dataclasses.replace(cost_model, profile=costs.profile)
-    planned = _judged(graph, plan, cost_model, plan.memory_budget or budget)
-    peak = planned.timeline.allocated_peak_bytes
-    if budget and peak > budget:
-        least = budgets.least_peak(gaps.problem(graph, cost_model)).nbytes
-        raise InfeasibleBudgetError(budget, peak, planned.timeline.peak_step.name, least)
-    return dataclasses.replace(planned, notes=(f"the plan is that of '{path}'",), is_settled=True)
 
 
 def _corrected(planned: Planned, seconds: float) -> Planned:

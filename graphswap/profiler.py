@@ -10,6 +10,7 @@ import collections
 import contextlib
 import dataclasses
 import functools
+import gc
 import hashlib
 import itertools
 import os
@@ -281,15 +282,17 @@ def measure_step(
 
 
 class Compiled(NamedTuple):
-    """The device memory of a step as XLA compiled it, beside variables and arguments.
+    """What a step needs of the device as XLA compiled it, beside variables and arguments.
 
     Attributes:
         temporary_bytes: Of the one buffer that everything between arguments and results shares.
-        result_bytes: Of results that lie in no argument's place.
+        result_bytes: Of each result that lies in no argument's place.
+        constant_bytes: Of the function's constants, which TensorFlow keeps on a CPU device for as long as it lives.
     """
 
     temporary_bytes: int
-    result_bytes: int
+    result_bytes: tuple[int, ...] = ()
+    constant_bytes: int = 0
 
 
 def compiled(func_graph: graphdef.FuncGraph, graph: ir.Graph) -> Compiled:
@@ -302,15 +305,20 @@ def compiled(func_graph: graphdef.FuncGraph, graph: ir.Graph) -> Compiled:
     Raises:
         UnsupportedGraphError: If XLA can't compile it.
     """
-    program = graphdef.compiled_hlo(func_graph, graph, device_name())
+    gc.collect()  # the constants of the function before
+    before = memory_in_use() or 0
+    function = graphdef.build_function(func_graph, graph, tiers.Tiers())
+    constants = (memory_in_use() or 0) - before
+    program = graphdef.compiled_hlo(func_graph, function, graph, device_name())
     own = [
         buffer
         for buffer in program.buffer_assignment.buffer_allocations
-        if not (buffer.is_entry_computation_parameter or buffer.is_constant)
+        if not (buffer.is_entry_computation_parameter or buffer.is_constant or buffer.is_thread_local)
     ]
     return Compiled(
         sum(buffer.size for buffer in own if not buffer.maybe_live_out),
-        sum(buffer.size for buffer in own if buffer.maybe_live_out),
+        tuple(buffer.size for buffer in own if buffer.maybe_live_out),
+        constants,
     )
 
 

@@ -6,8 +6,8 @@ import dataclasses
 
 from graphswap import ir, liveness
 from graphswap.plan import Place, Plan, PlanError
+from graphswap.variables import unplaceable, values
 
-_READS = {"ReadVariableOp", "ResourceGather"}
 _SUMS = {"AssignAddVariableOp": "AddV2", "AssignSubVariableOp": "Sub"}
 _GATHER = "GatherV2"
 
@@ -21,7 +21,7 @@ def place(graph: ir.Graph, plan: Plan) -> ir.Graph:
     value: what is repeated later would fetch the new one.
 
     Raises:
-        PlanError: If a variable can't be placed; see `unplaceable`.
+        PlanError: If a variable can't be placed; see `variables.unplaceable`.
     """
     if not plan.places:
         return graph
@@ -33,48 +33,6 @@ def place(graph: ir.Graph, plan: Plan) -> ir.Graph:
         if decision.variable in declined:
             raise PlanError(f"{decision} does not fit graph '{graph.name}': {declined[decision.variable]}.")
     return _Placer(graph, plan.places).graph()
-
-
-def values(graph: ir.Graph) -> dict[str, ir.Value]:
-    """The graph's variables with the types of their values, as far as a node that reads or assigns them tells."""
-    found: dict[str, ir.Value] = {}
-    variables = {node.name for node in graph.nodes if node.op == "Placeholder" and node.outputs[0].dtype == "resource"}
-    for node in graph.nodes:
-        variable = node.inputs[0] if node.inputs else ""
-        if variable in variables and node.op == "ReadVariableOp":
-            found[variable] = node.outputs[0]
-        elif variable in variables and node.op in liveness.ASSIGNS | liveness.UPDATES:
-            found.setdefault(variable, graph.value(node.inputs[1]))
-    return found
-
-
-def unplaceable(graph: ir.Graph) -> dict[str, str]:
-    """Variables that have to stay on the device, with the reason."""
-    reasons: dict[str, str] = {}
-    known = values(graph)
-    updated: dict[str, str] = {}  # variable -> its last update
-    read_from: dict[str, str] = {}  # value -> the variable whose old value it is
-    for node in graph.nodes:
-        for reference in node.inputs:
-            variable = read_from.get(reference)
-            if variable in updated:
-                reasons[variable] = f"'{node.name}' reads its old value after its update '{updated[variable]}'"
-        for index, reference in enumerate(node.inputs):
-            if graph.value(reference).dtype == "resource" and (
-                index or node.op not in _READS | liveness.ASSIGNS | liveness.UPDATES
-            ):
-                reasons[reference] = f"'{node.name}' ({node.op}) takes the variable itself"
-        variable = node.inputs[0] if node.inputs else ""
-        if variable not in known:
-            continue
-        if node.op in liveness.ASSIGNS | liveness.UPDATES:
-            updated[variable] = node.name
-        elif node.op == "ReadVariableOp" and variable not in updated:
-            read_from[node.name] = variable
-    for variable, value in known.items():
-        if not value.is_resolved or not value.nbytes:
-            reasons[variable] = f"its size is open: {value}"
-    return reasons
 
 
 class _Placer:

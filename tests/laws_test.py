@@ -13,10 +13,10 @@ from graphswap import ir, liveness, rewrites
 from graphswap.allocator import Allocator
 from graphswap.cost_model import CostModel, DeviceSpec, Link
 from graphswap.plan import Place, Plan, SideBySide
-from graphswap.rewrites.place import values
 from graphswap.simulator import NoRoom, simulate
 from graphswap.strategies import STRATEGIES, budgets, gaps
 from graphswap.strategies.base import InfeasibleBudgetError
+from graphswap.variables import values
 
 LARGE = 4096
 """A batch that makes activations worth a strategy's while."""

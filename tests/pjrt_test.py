@@ -284,7 +284,7 @@ def compiled():
     step = chain(10, rows=8192)
     peak = simulator.simulate(step.graph, Plan(), CostModel()).peak_bytes
     plans = {
-        way: targets.planned(step.graph, devices.DEVICES["h200"], way, int(share * peak), 1.0)
+        way: targets.Way(way, 1.0).plan(step.graph, CostModel(devices.DEVICES["h200"]), int(share * peak))
         for way, share in (("swap", 0.6), ("recompute", 0.85))
     }
     return {

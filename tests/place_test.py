@@ -4,7 +4,7 @@ import testing
 from graphswap import ir, parser
 from graphswap.cost_model import CostModel, DeviceSpec, Link
 from graphswap.plan import Place, Plan, PlanError, Recompute
-from graphswap.rewrites.place import place, unplaceable, values
+from graphswap.rewrites.place import place
 from graphswap.simulator import simulate
 
 STEP = parser.parse(
@@ -111,36 +111,17 @@ def test_without_places_it_is_the_same_object():
     assert place(STEP, Plan(order=tuple(STEP.by_name))) is STEP
 
 
-def test_values_are_what_reads_and_assigns_say():
-    assert values(STEP) == dict.fromkeys(("w", "m"), ir.Value("float32", (8, 8)))
-
-
-@pytest.mark.parametrize(
-    ("last_node", "reason"),
-    [
-        ("%late = Relu(%read_w) after(%assign_w) : (float32[8,8])", "'late' reads its old value after its update"),
-        ("%branch = If!(%loss, %w) : (float32[8,8])", "'branch' (If) takes the variable itself"),
-    ],
-)
-def test_some_variables_have_to_stay(last_node, reason):
-    text = str(STEP).removesuffix("}")
-    graph = parser.parse(f"{text}  {last_node}\n}}")
-    assert unplaceable(graph)["w"].startswith(reason)
-    assert "m" not in unplaceable(graph)
-    with pytest.raises(PlanError, match="Place.* does not fit graph 'step': '"):
+def test_a_variable_that_has_to_stay_is_refused():
+    graph = parser.parse(f"{str(STEP).removesuffix('}')}  %branch = If!(%loss, %w) : (float32[8,8])\n}}")
+    with pytest.raises(PlanError, match="Place.* does not fit graph 'step': 'branch' .If. takes the variable itself"):
         place(graph, BOTH)
 
 
-def test_variables_of_open_size_have_to_stay():
-    graph = parser.parse(
-        """
-        graph open(%v) -> (%read) {
-          %v = Placeholder() : (resource[])
-          %read = ReadVariableOp!(%v) : (float32[?])
-        }
-        """
-    )
-    assert unplaceable(graph) == {"v": "its size is open: float32[?]"}
+def test_a_variable_that_nothing_uses_only_leaves():
+    text = str(STEP).replace("{\n", '{\n  %idle = Placeholder() {"held_bytes": [256]} : (resource[])\n', 1)
+    placed = place(parser.parse(text), Plan(decisions=(Place("idle"),)))
+    assert placed.inputs == STEP.inputs
+    assert not placed.by_name["idle"].attrs
 
 
 def test_the_graph_says_what_is_placed():

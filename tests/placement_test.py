@@ -91,6 +91,12 @@ def count_bytes():
     found["inside"] = in_use() - before
     found["equal"] = bool(np.array_equal(outside.numpy(), inside.numpy()))
     del inside
+    before = in_use()
+    fence = placement.fence(40 << 20, DEVICE)
+    found["fence"] = in_use() - before
+    large = tf.raw_ops.Empty(shape=[30 << 20], dtype=tf.uint8)  # of what is free, more than half
+    found["most handed out"] = (in_use() - before) >> 20
+    del large, fence
     fences = placement.leave_holes(3, 1 << 20, DEVICE)
     found["fences"] = in_use() - before
     result = tf.reduce_sum(outside)
@@ -108,6 +114,8 @@ def test_what_lies_outside_of_the_device_is_not_counted():
         "outside": 0,
         "inside": 1 << 20,
         "equal": True,
+        "fence": 256,
+        "most handed out": 40,
         "fences": 3 * 256,
         "result": -256,
         "sum": pytest.approx(2**35, rel=1e-3),

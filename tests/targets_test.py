@@ -1,5 +1,6 @@
 """What is compiled for a GPU that is not here, and how the table shows it."""
 
+import dataclasses
 import importlib.util
 
 import pytest
@@ -9,7 +10,7 @@ if not importlib.util.find_spec("jax"):
 
 import small_gpu
 
-from graphswap import devices, pjrt, simulator
+from graphswap import devices, pjrt, simulator, stablehlo_export
 from graphswap.cost_model import CostModel
 from graphswap.plan import Plan
 from graphswap.tools import targets
@@ -19,8 +20,13 @@ MIB = 1 << 20
 
 
 @pytest.fixture(scope="module")
-def graph():
-    return targets.traced(SIZE).graph
+def step():
+    return targets.traced(SIZE)
+
+
+@pytest.fixture
+def graph(step):
+    return step.graph
 
 
 def test_a_row_shows_what_was_planned_predicted_and_compiled():
@@ -46,7 +52,8 @@ def test_what_fails_is_a_row_too():
 def test_each_way_does_what_it_says(graph):
     peak = simulator.simulate(graph, Plan(), CostModel(devices.DEVICES["h200"])).peak_bytes
     device = devices.DEVICES["h200"]
-    plans = {way: targets.planned(graph, device, way, int(0.8 * peak), 0.5) for way in ("recompute", "swap", "both")}
+    ways = ("recompute", "swap", "both")
+    plans = {way: targets.Way(way, 0.5).plan(graph, CostModel(device), int(0.8 * peak)) for way in ways}
     assert plans["recompute"].recomputes and not plans["recompute"].swaps
     assert plans["swap"].swaps
     for plan in plans.values():
@@ -59,3 +66,28 @@ def test_jax_offloads_what_blocks_read():
     repeated, offloaded = (targets.jax_step(SIZE, small_gpu.TARGET, way) for way in ("remat", "offload"))
     nbytes = 4 * SIZE.blocks * SIZE.batch * SIZE.length * SIZE.width
     assert (repeated.memory.host_temp, offloaded.memory.host_temp) == (0, nbytes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Exported:
+    plan: Plan
+    state: tuple[()] = ()
+
+
+def test_plans_are_tightened_until_the_compiled_step_keeps_the_budget(monkeypatch, step):
+    def compile_for(exported, target, options):
+        """What the simulator says, and a tenth more."""
+        nbytes = int(1.1 * simulator.simulate(step.graph, exported.plan, CostModel()).peak_bytes)
+        return pjrt.Compiled(pjrt.Memory(nbytes, 0, 0, 0), (), (0, 0), "")
+
+    monkeypatch.setattr(targets, "traced", lambda size: step)
+    monkeypatch.setattr(stablehlo_export, "export", lambda func_graph, graph, plan: Exported(plan))
+    monkeypatch.setattr(pjrt, "compile_for", compile_for)
+    monkeypatch.setattr(targets, "POLICIES", {})
+    found = list(targets.rows(SIZE, small_gpu.TARGET, devices.DEVICES["h200"], 0.9, 0.5))
+    assert [row["name"] for row in found[:3]] == [
+        *("plain", "XLA's rematerialisation", "XLA's rematerialisation and offloading")
+    ]
+    for way in ("recompute", "swap", "both"):
+        rows = [row for row in found if row["name"] == f"graphswap, {way}"]
+        assert any(row["device_bytes"] <= row["budget_bytes"] for row in rows)

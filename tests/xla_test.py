@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from graphswap import ir, parser, planning, xla
-from graphswap.cost_model import CostModel
+from graphswap.cost_model import CostModel, DeviceSpec
 from graphswap.graphdef import UnsupportedGraphError
 from graphswap.plan import Plan, PlanError, Recompute
 from graphswap.profiler import Compiled
@@ -27,7 +27,7 @@ def chain():
 
 
 GRAPH = chain()
-COSTS = xla.costs(CostModel())
+COSTS = CostModel(DeviceSpec(has_cpu_kernels=False))
 
 
 @dataclasses.dataclass
@@ -39,10 +39,11 @@ class Compiler:
 
     def __call__(self, graph: ir.Graph) -> Compiled:
         self.calls += 1
-        resident = sum(node.outputs[0].nbytes for node in graph.nodes if node.op == "Placeholder")
+        # The argument, in a chunk that may be larger.
+        resident = sum(node.outputs[0].nbytes + 256 for node in graph.nodes if node.op == "Placeholder")
         anchored = any(node.op == ir.ANCHOR or node.like for node in graph.nodes) or graph is not GRAPH
         extra = self.extra_bytes if anchored else 2 * self.extra_bytes
-        return Compiled(simulate(graph, Plan(), COSTS).peak_bytes - resident + extra, 0)
+        return Compiled(simulate(graph, Plan(), COSTS).peak_bytes - resident + extra)
 
 
 def planned(budget, compiler, strategy=None):
@@ -74,6 +75,36 @@ def test_what_the_program_needs_decides_not_what_the_simulator_says():
     assert found.peak_bytes <= budget
 
 
+def test_all_that_the_allocator_will_count_is_counted():
+    resident = CostModel(COSTS.device, resident_bytes=1024)
+
+    def compiler(graph):
+        return Compiled(MIB, (4, 300), constant_bytes=2560 if graph is GRAPH else 4096)
+
+    # Buffers are rounded to 256 bytes; the argument's may be larger by one chunk. Constants of the step itself are
+    # among the resident bytes already.
+    least = MIB + 1024 + MIB + 256 + 512 + 256
+    assert xla.plan(Greedy(), GRAPH, resident, 9 * MIB, compiler).peak_bytes == least
+    only = planning.Given(Plan(), None, "plan.json")
+    assert xla.plan(only, GRAPH, resident, 9 * MIB, compiler).peak_bytes == least + 1536
+
+
+def test_a_chunk_that_is_larger_than_asked_for_counts():
+    def on(memory_bytes, budget):
+        device = dataclasses.replace(COSTS.device, memory_bytes=memory_bytes)
+        found = xla.plan(Greedy(), GRAPH, CostModel(device), budget, lambda graph: Compiled(8 * MIB))
+        return found.peak_bytes, found.is_fenced
+
+    needed = 9 * MIB + 256
+    assert on(32 * MIB, 12 * MIB) == (needed, False)
+    assert on(12 * MIB, 12 * MIB) == (12 * MIB, False)
+    # 16 MiB less the argument's is less than twice the buffer: without a fence the allocator would hand out all of it.
+    assert on(16 * MIB, 12 * MIB) == (12 * MIB, True)
+    with pytest.raises(InfeasibleBudgetError) as caught:
+        on(16 * MIB, 9 * MIB)
+    assert caught.value.smallest_bytes == needed
+
+
 def test_a_budget_that_no_program_keeps_is_refused_with_the_smallest_that_was_found():
     with pytest.raises(InfeasibleBudgetError, match="is below the smallest reachable peak") as caught:
         planned(2 * MIB, Compiler(MIB))
@@ -93,17 +124,17 @@ def test_anchors_that_cost_more_than_they_save_are_left_out():
 
 def test_a_given_plan_is_taken_as_it_is():
     only = Plan(decisions=(Recompute(("f0", "f1"), "b1"),))
-    found = planned(PLAIN + 9 * MIB, Compiler(), planning.Given(only, "plan.json"))
+    found = planned(PLAIN + 9 * MIB, Compiler(), planning.Given(only, None, "plan.json"))
     assert found.planned.plan is only
     assert found.planned.notes[0] == "the plan is that of 'plan.json'"
     with pytest.raises(InfeasibleBudgetError):
-        planned(2 * MIB, Compiler(), planning.Given(only, "plan.json"))
+        planned(2 * MIB, Compiler(), planning.Given(only, None, "plan.json"))
 
 
 def test_plans_that_differ_by_their_order_are_compiled():
     compiler = Compiler()
     order = tuple(node.name for node in GRAPH.nodes)
-    planned(PLAIN + 9 * MIB, compiler, planning.Given(Plan(order=order), "plan.json"))
+    planned(PLAIN + 9 * MIB, compiler, planning.Given(Plan(order=order), None, "plan.json"))
     assert compiler.calls == 2
 
 

@@ -29,18 +29,72 @@ def train(model_name, share):
     return result
 
 
-@pytest.mark.parametrize(("model", "share"), [("cnn", 0.57), ("gpt", 0.6)])
-def test_a_compiled_step_keeps_its_budget(model, share):
+@pytest.mark.parametrize(("model", "share", "more"), [("cnn", 0.57, 5), ("gpt", 0.6, 1000)])
+def test_a_compiled_step_keeps_its_budget(model, share, more):
+    """On a device with so many MiB more: with 5 its allocator would hand out more than the budget for one buffer."""
     plain = emulated.call(1 << 30, __file__, "train", model, None)
-    budget = int(share * plain["peak"])
-    ours = emulated.call(1 << 30, __file__, "train", model, budget)
+    budget = int(share * plain["peak"]) >> 20 << 20
+    ours = emulated.call(budget + (more << 20), __file__, "train", model, budget)
     print(f"{model}: plain peak {plain['peak'] / 2**20:.1f}MiB; with graphswap {ours['text']}")
-    assert ours["peak"] <= budget
-    # Beside the program's buffers lie small ones of the batch and the results; 0.1 MiB of 14 and more was seen.
-    assert ours["predicted"] == pytest.approx(ours["peak"], rel=0.03)
+    assert ours["peak"] <= ours["predicted"] <= budget
+    assert ours["predicted"] == pytest.approx(ours["peak"], rel=0.01)
     # A repeated node may be fused with others than its first run. LLVM contracts products and sums inside of a
     # fusion, and rounds once where it rounded twice before.
     np.testing.assert_allclose(ours["losses"], plain["losses"], rtol=1e-6)
+
+
+def train_under_both(budget):
+    """Lets the steps choose between XLA and the executor."""
+    import tensorflow as tf
+
+    import graphswap
+
+    w, x = tf.Variable(tf.eye(64)), tf.ones((1024, 64))
+    step = graphswap.function(lambda x: _reshaped(x, w, 16), memory_budget=budget, jit_compile="auto")
+    losses = [float(step(x)) for _ in range(10)]
+    peak = tf.config.experimental.get_memory_info("CPU:0")["peak"]
+    return {"losses": losses, "peak": peak, "text": str(graphswap.report(step))}
+
+
+def test_both_back_ends_are_tried_in_the_budget():
+    plain = emulated.call(64 << 20, __file__, "train_under_both", 64 << 20)
+    ours = emulated.call(9 << 20, __file__, "train_under_both", 9 << 20)
+    print(ours["text"])
+    assert ours["peak"] <= 9 << 20 < plain["peak"]
+    assert "is kept" in ours["text"] and "refused" not in ours["text"]
+    np.testing.assert_allclose(ours["losses"], plain["losses"], rtol=1e-6)  # as above
+
+
+def train_under_a_guess(budget):
+    """Trains a step that takes more than it is said to."""
+    import tensorflow as tf
+
+    import graphswap
+    from graphswap import profiler
+
+    compiled = profiler.compiled
+
+    def guess(func_graph, graph):
+        program = compiled(func_graph, graph)
+        return program._replace(temporary_bytes=int(0.9 * program.temporary_bytes))
+
+    profiler.compiled = guess
+    w, x = tf.Variable(tf.eye(64)), tf.ones((1024, 64))
+    step = graphswap.function(lambda x: _reshaped(x, w, 16), memory_budget=budget, jit_compile=True)
+    peaks = []
+    for _ in range(6):
+        tf.config.experimental.reset_memory_stats("CPU:0")
+        step(x)
+        peaks.append(tf.config.experimental.get_memory_info("CPU:0")["peak"])
+    return {"peaks": peaks, "text": str(graphswap.report(step))}
+
+
+def test_a_step_that_takes_more_than_the_budget_is_planned_again():
+    (unlimited, *_), _ = emulated.call(64 << 20, __file__, "train_under_a_guess", 1 << 25).values()
+    budget = int(0.9 * unlimited)
+    peaks, text = emulated.call(64 << 20, __file__, "train_under_a_guess", budget).values()
+    assert peaks[0] > budget >= peaks[-1]
+    assert "MiB; planned again, tighter" in text
 
 
 ODD = np.array([-0.0, 0.0, np.nan, np.inf, -np.inf, 1e-40, -1e-40, 1.5], "float32")
@@ -69,12 +123,12 @@ def test_an_anchor_changes_no_bit_and_is_not_folded(dtype):
     assert any(i.opcode == "select" for computation in program.computations for i in computation.instructions)
 
 
-def _reshaped(x, w):
+def _reshaped(x, w, layers=4):
     import tensorflow as tf
 
     with tf.GradientTape() as tape:
         y = x
-        for _ in range(4):
+        for _ in range(layers):
             y = tf.tanh(tf.reshape(tf.tanh(y @ w), [tf.shape(x)[0], 64]))
         loss = tf.reduce_mean(y)
     w.assign_sub(0.1 * tape.gradient(loss, w))

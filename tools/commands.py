@@ -314,26 +314,24 @@ def _export_stablehlo(
 
 
 def _fitted(step: offline.Step, options: Options, device: DeviceSpec | None, target: str) -> tuple[Any, Any, Any]:
-    """A plan, its step and what a compiler makes of it: planned again until that keeps the budget, too."""
-    budget = asked = options.memory_budget
-    taken = 0
-    for _ in range(_TIGHTENINGS):
-        try:
-            made = _planned(step, dataclasses.replace(options, memory_budget=asked), device)
-        except InfeasibleBudgetError:
-            if not taken:
-                raise
-            break
-        exported = _stablehlo(step, made.plan)
-        compiled = _compiled(exported, target)
-        if not isinstance(budget, int) or compiled.memory.device <= budget:
-            return made, exported, compiled
-        taken = compiled.memory.device
-        asked = int(_MARGIN * int(asked) * budget / taken)
-    raise CommandError(
-        f"expected a plan whose module takes at most {format_bytes(int(budget))} on this target, received one that "
-        f"takes {format_bytes(taken)}, and found no tighter one. Raise the budget."
-    )
+    """A plan, its step and what a compiler makes of it, which keeps the budget, too."""
+    from graphswap import xla
+
+    budget, tried = options.memory_budget, []
+
+    def needs(plan: Plan) -> int:
+        exported = _stablehlo(step, plan)
+        tried.append((plan, exported, _compiled(exported, target)))
+        return tried[-1][2].memory.device
+
+    if not isinstance(budget, int):
+        made = _planned(step, options, device)
+        needs(made.plan)
+    else:
+        cost_model = _cost_model(step, device, options)
+        plan = xla.fitted(_strategy(options, options.planning_seconds / 3), step.graph, cost_model, budget, needs)
+        made = plan_file.PlanFile(plan, step.graph, cost_model)
+    return next((made, exported, compiled) for plan, exported, compiled in tried if plan is made.plan)
 
 
 def _obeyed(step: offline.Step, path: str | None, device: DeviceSpec | None) -> plan_file.PlanFile:
@@ -354,9 +352,6 @@ def _compiled(exported: Any, target: str) -> Any:
 
     _say("compile")
     return pjrt.compile_for(exported, target)
-
-
-_TIGHTENINGS, _MARGIN = 4, 0.98
 
 
 def _target(path: str) -> str:
@@ -612,9 +607,7 @@ def _planned(step: offline.Step, options: Options, device: DeviceSpec | None) ->
         plan, cost_model = planned.plan, planned.cost_model
     else:
         budget, cost_model = options.memory_budget, CostModel(device)
-        strategy: Any = STRATEGIES[str(options.strategy)]
-        if hasattr(strategy, "planning_seconds"):
-            strategy = dataclasses.replace(strategy, planning_seconds=options.planning_seconds)
+        strategy = _strategy(options, options.planning_seconds)
         _say("plan")
         if budget == "free":
             plan = budgets.free(strategy, step.graph, cost_model, options.planning_seconds).plan
@@ -629,6 +622,14 @@ def _planned(step: offline.Step, options: Options, device: DeviceSpec | None) ->
             plan = strategy.plan(step.graph, cost_model, device.memory_bytes if budget == "auto" else int(budget))
     plan = plan.replace(declined=explanation.declined(step.graph, plan, cost_model))
     return plan_file.PlanFile(plan, step.graph, cost_model)
+
+
+def _strategy(options: Options, seconds: float) -> Any:
+    """The strategy that the options name, with so much time for a plan."""
+    strategy: Any = STRATEGIES[str(options.strategy)]
+    return (
+        dataclasses.replace(strategy, planning_seconds=seconds) if hasattr(strategy, "planning_seconds") else strategy
+    )
 
 
 def _budgets(judged: plan_file.Judgement, named: Sequence[str]) -> list[int]:
@@ -657,11 +658,8 @@ def _curve(
         planned = None
         if seconds:
             _say(f"plan for {format_bytes(size)}")
-            chosen: Any = STRATEGIES[strategy]
-            if hasattr(chosen, "planning_seconds"):
-                chosen = dataclasses.replace(chosen, planning_seconds=seconds)
             try:
-                plan = chosen.plan(made.graph, made.cost_model, size)
+                plan = _strategy(Options("auto", strategy), seconds).plan(made.graph, made.cost_model, size)
                 planned = simulate(made.graph, plan, made.cost_model).seconds * time_scale
             except InfeasibleBudgetError:
                 planned = None

@@ -52,6 +52,15 @@ def mlp() -> Training:
     return Training(model, keras.optimizers.SGD(0.1), loss, _batches(images[..., 0].reshape(-1, 64), digits, 1024))
 
 
+def wide_mlp(depth: int = 24, width: int = 1024, batch: int = 256) -> Training:
+    """Square layers on parts of photographs: nearly all its memory is weights and optimizer state. Adam."""
+    model = keras.Sequential([keras.Input((width,)), *(layers.Dense(width, "relu") for _ in range(depth))])
+    side = int(width**0.5)
+    noisy = _noisy_photographs(side, batch)
+    flat = ((x[..., 0].reshape(len(x), -1), y[..., 0].reshape(len(y), -1)) for x, y in noisy)
+    return Training(model, keras.optimizers.Adam(1e-3), "mean_squared_error", flat)
+
+
 def resnet50(size: int = 96, batch: int = 32) -> Training:
     """ResNet-50 on scikit-learn's digits, enlarged to size x size x 3: SGD."""
     model = keras.applications.ResNet50(weights=None, input_shape=(size, size, 3), classes=10)
@@ -137,6 +146,15 @@ JIT_MODELS: Mapping[str, Callable[[], Training]] = {
     "resnet50_64": functools.partial(resnet50, size=64, batch=32),
 }
 """Of sizes that XLA compiles in a minute or two."""
+
+
+LARGE_MODELS: Mapping[str, Callable[[], Training]] = {
+    "mlp_24": wide_mlp,
+    "mlp_24_64": functools.partial(wide_mlp, batch=64),
+    "mlp_96": functools.partial(wide_mlp, depth=96, batch=64),
+    "gpt_100m": functools.partial(gpt, blocks=14, width=768, heads=12, length=256, batch=8),
+}
+"""Of which weights and optimizer state are the larger part."""
 
 
 class _Recomputed(layers.Layer):

@@ -5,25 +5,31 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import keras
 import tensorflow as tf
 
-from graphswap import graphdef, ir
+from graphswap import graphdef, ir, pipeline
 from graphswap.tools import architectures, models
 
 _CLASSES = 1000
 _PRIME = 1009
 
 
-def trace(model: keras.Model, optimizer: keras.optimizers.Optimizer, loss: keras.losses.Loss, batch: int) -> ir.Graph:
-    """The step of `train_on_batch` on a batch of so many examples: forward pass, gradients, updates.
+def function(
+    model: keras.Model, optimizer: keras.optimizers.Optimizer, loss: Callable[..., tf.Tensor], batch: int
+) -> tuple[Callable[..., tf.Tensor], tuple[tf.TensorSpec, tf.TensorSpec]]:
+    """The step of `train_on_batch` on a batch of so many examples, to be traced: forward pass, gradients, updates.
 
     Args:
         model: With one input and one output, whose targets are class numbers.
         optimizer: Not built yet.
         loss: Of (targets, outputs).
         batch: Number of examples.
+
+    Returns:
+        A function of inputs and targets, and what these are.
     """
     optimizer.build(model.trainable_variables)
 
@@ -35,13 +41,16 @@ def trace(model: keras.Model, optimizer: keras.optimizers.Optimizer, loss: keras
 
     inputs = tf.TensorSpec((batch, *model.inputs[0].shape[1:]), model.inputs[0].dtype)
     targets = tf.TensorSpec((batch, *model.output_shape[1:-1]), tf.int32)
-    traced = tf.function(lambda *arguments: graphdef.call_inline(step, arguments, {}), autograph=False)
-    func_graph = traced.get_concrete_function(inputs, targets).graph
-    folding = graphdef.constant_folding(func_graph)
-    if folding is not None:
-        graphdef.regroup(func_graph, folding)
-    shapes = (tuple(inputs.shape), tuple(targets.shape))
-    return graphdef.import_function(func_graph, shapes, folding)
+    return lambda *arguments: graphdef.call_inline(step, arguments, {}), (inputs, targets)
+
+
+def trace(
+    model: keras.Model, optimizer: keras.optimizers.Optimizer, loss: Callable[..., tf.Tensor], batch: int
+) -> ir.Graph:
+    """The graph of `function`, whose arguments these are."""
+    step, specs = function(model, optimizer, loss, batch)
+    traced: Any = tf.function(step, autograph=False).get_concrete_function(*specs)
+    return pipeline.imported(traced.graph, [tuple(spec.shape) for spec in specs])
 
 
 @dataclasses.dataclass(frozen=True)

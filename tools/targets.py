@@ -22,13 +22,13 @@ from typing import Any
 import keras
 from absl import app, flags
 
-from graphswap import devices, graphdef, ir, liveness, offline, pjrt, simulator, stablehlo_export
+from graphswap import devices, ir, liveness, offline, pjrt, simulator, stablehlo_export, xla
 from graphswap.cost_model import NO_LINK, CostModel, DeviceSpec
 from graphswap.options import format_bytes
 from graphswap.plan import Plan
 from graphswap.strategies import Auto, gaps
 from graphswap.strategies.base import InfeasibleBudgetError
-from graphswap.tools import models
+from graphswap.tools import models, steps
 from graphswap.tools.benchmark import markdown_table
 
 COLUMNS = (
@@ -41,8 +41,6 @@ COLUMNS = (
     "beside kernels",
     "compiling",
 )
-_ROUNDS = 4
-_MARGIN = 0.98
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,33 +56,34 @@ class Size:
 
 def traced(size: Size) -> offline.Step:
     """The training step of `models.gpt`."""
-    import tensorflow as tf
-
     training = models.gpt(**dataclasses.asdict(size))
-    model, optimizer = training.model, training.optimizer
     loss: Any = training.loss
-    optimizer.build(model.trainable_variables)
-
-    def step(words: tf.Tensor, following: tf.Tensor) -> tf.Tensor:
-        with tf.GradientTape() as tape:
-            value = loss(following, model(words, training=True))
-        optimizer.apply(tape.gradient(value, model.trainable_variables), model.trainable_variables)
-        return value
-
-    spec = tf.TensorSpec((size.batch, size.length), tf.int32)
-    return offline.trace("gpt", lambda *batch: graphdef.call_inline(step, batch, {}), (spec, spec), model)
+    function, specs = steps.function(training.model, training.optimizer, loss, size.batch)
+    return offline.trace("gpt", function, specs, training.model)
 
 
-def planned(graph: ir.Graph, device: DeviceSpec, way: str, budget: int, seconds: float) -> Plan:
-    """A plan that only swaps, only repeats nodes, or may do both."""
-    if way == "recompute":
-        device = dataclasses.replace(device, links=dict.fromkeys(device.links, NO_LINK))
-    candidates = graph
-    if way == "swap":  # what is stateful is never run twice; views of what came back are made anew
-        nodes = (dataclasses.replace(n, stateful=n.stateful or liveness.alias_of(n, 0) is None) for n in graph.nodes)
-        candidates = graph.replace(nodes=tuple(nodes))
-    plan = Auto(seconds).plan(candidates, CostModel(device), budget)
-    return plan.replace(fingerprint=graph.fingerprint)
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """A strategy that only swaps, only repeats nodes, or may do both.
+
+    Attributes:
+        name: "swap", "recompute" or "both".
+        seconds: That a plan may take.
+    """
+
+    name: str
+    seconds: float
+
+    def plan(self, graph: ir.Graph, cost_model: CostModel, memory_budget: int) -> Plan:
+        device, candidates = cost_model.device, graph
+        if self.name == "recompute":
+            device = dataclasses.replace(device, links=dict.fromkeys(device.links, NO_LINK))
+        if self.name == "swap":  # what is stateful is never run twice; views of what came back are made anew
+            is_fixed = (node.stateful or liveness.alias_of(node, 0) is None for node in graph.nodes)
+            nodes = (dataclasses.replace(n, stateful=fixed) for n, fixed in zip(graph.nodes, is_fixed, strict=True))
+            candidates = graph.replace(nodes=tuple(nodes))
+        found = Auto(self.seconds).plan(candidates, dataclasses.replace(cost_model, device=device), memory_budget)
+        return found.replace(fingerprint=graph.fingerprint)
 
 
 def rows(size: Size, target: str, device: DeviceSpec, share: float, seconds: float) -> Iterator[dict[str, Any]]:
@@ -106,27 +105,27 @@ def rows(size: Size, target: str, device: DeviceSpec, share: float, seconds: flo
     offloading = {"xla_gpu_enable_host_memory_offloading": "True", "xla_disable_hlo_passes": ""}
     yield compile_("XLA's rematerialisation and offloading", Plan(), small, **offloading)
     for way in ("recompute", "swap", "both"):
-        asked = budget
-        for number in range(_ROUNDS):
-            try:
-                plan = planned(step.graph, device, way, asked, seconds)
-            except (InfeasibleBudgetError, gaps.CantRecompute) as error:
-                yield {"name": f"graphswap, {way}", "budget_bytes": budget, "error": str(error)}
-                break
+        found = []
+
+        def needs(plan: Plan, way: str = way, found: list[dict[str, Any]] = found) -> int:
+            if plan.is_empty:
+                return plain["device_bytes"]
             judged = simulator.judge(step.graph, plan, CostModel(device))
-            row = compile_(f"graphswap, {way}", plan)
-            row |= {
+            planned = {
                 "budget_bytes": budget,
-                "round": number,
                 "predicted_bytes": judged.allocated_peak_bytes,
                 "predicted_seconds": judged.seconds,
                 "swaps": len(plan.swaps),
                 "repeated_nodes": sum(len(decision.nodes) for decision in plan.recomputes),
             }
-            yield row
-            if row["device_bytes"] <= budget:
-                break
-            asked = int(_MARGIN * asked * budget / row["device_bytes"])
+            found.append({**compile_(f"graphswap, {way}", plan), **planned})
+            return found[-1].get("device_bytes", sys.maxsize)
+
+        try:
+            xla.fitted(Way(way, seconds), step.graph, CostModel(device), budget, needs)
+        except (InfeasibleBudgetError, gaps.CantRecompute) as error:
+            found.append({"name": f"graphswap, {way}", "budget_bytes": budget, "error": str(error)})
+        yield from found
     for name, policy in POLICIES.items():
         yield _row(f"JAX, {name}", functools.partial(jax_step, size, target, policy))
 

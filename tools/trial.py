@@ -48,6 +48,7 @@ class Trial:
         on_gpu: Whether the device is the first GPU rather than an emulated one.
         jit_compile: Whether XLA compiles the step.
         by_hand: Whether the model's blocks are recomputed by `tf.recompute_grad`.
+        host_variables: Whether the model is made in host memory.
     """
 
     model: str
@@ -60,6 +61,7 @@ class Trial:
     on_gpu: bool = False
     jit_compile: bool = False
     by_hand: bool = False
+    host_variables: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +76,7 @@ class Result:
         variables: Digest of all variables after the last step: weights, statistics, seeds, optimizer state.
         report: The fields of the last `StepReport`, with the plan's numbers; empty for plain Keras.
         steady_peak_bytes: The most after the first step, which may include a run under another plan to measure costs.
+        cpu_seconds: What each step took of all cores together.
     """
 
     error: str = ""
@@ -83,6 +86,7 @@ class Result:
     variables: str = ""
     report: dict[str, Any] = dataclasses.field(default_factory=dict)
     steady_peak_bytes: int = 0
+    cpu_seconds: list[float] = dataclasses.field(default_factory=list)
 
     @property
     def steady_seconds(self) -> list[float]:
@@ -112,7 +116,7 @@ class Process:
         command += [f"--graphswap={trial.graphswap}", f"--steps={trial.steps}", f"--result={self._result}"]
         command += [f"--strategy={trial.strategy}", f"--planning_seconds={trial.planning_seconds}", "--in_turns"]
         command += [] if trial.memory_optimizer else ["--nomemory_optimizer"]
-        command += [f"--{name}" for name in ("jit_compile", "by_hand") if getattr(trial, name)]
+        command += [f"--{name}" for name in ("jit_compile", "by_hand", "host_variables") if getattr(trial, name)]
         emulated = {} if trial.on_gpu else emulate.environment(trial.memory_bytes)
         variables = {**os.environ, **emulated, **(environment or {})}
         with self._errors.open("w") as stderr:
@@ -170,6 +174,7 @@ def train(
     in_turns: bool = False,
     jit_compile: bool = False,
     by_hand: bool = False,
+    host_variables: bool = False,
 ) -> Result:
     """Trains a model of `models` in this process, on a device that counts its bytes, and tells each step.
 
@@ -181,6 +186,7 @@ def train(
         in_turns: Whether to wait for a line of input before each step.
         jit_compile: As in `Trial`.
         by_hand: Likewise.
+        host_variables: Likewise.
     """
     import keras
     import tensorflow as tf
@@ -192,22 +198,25 @@ def train(
     # Otherwise TensorFlow rearranges arithmetic by what stands nearby, and the last bits change with the graph.
     tf.config.optimizer.set_experimental_options({"arithmetic_optimization": False})
     keras.utils.set_random_seed(0)
-    training = {**models.MODELS, **models.GPU_MODELS, **models.JIT_MODELS}[model]()
+    known = {**models.MODELS, **models.GPU_MODELS, **models.JIT_MODELS, **models.LARGE_MODELS}
+    with graphswap.host_variables() if host_variables else contextlib.nullcontext():
+        training = known[model]()
     training = models.recomputed_by_hand(training) if by_hand else training
     # Left alone, Keras would have XLA compile the plain step on a GPU; its kernels are others.
     compile_options = {"jit_compile": jit_compile, **({"graphswap": option} if option else {})}
     training.model.compile(training.optimizer, training.loss, **compile_options)
     device = profiler.device_name()
-    losses, seconds, peaks = [], [], []
+    losses, seconds, cpu_seconds, peaks = [], [], [], []
     print("tracing, measuring and planning the step" if option else "tracing the step", flush=True)
     for step, (inputs, targets) in zip(range(1, steps + 1), training.batches, strict=False):
         if in_turns and not sys.stdin.readline():
             sys.exit("nobody waits for the next step any more")
         training.model.reset_metrics()  # so that the loss is this batch's own
-        start = time.perf_counter()
+        start, cpu_start = time.perf_counter(), time.process_time()
         with contextlib.nullcontext() if memory_optimizer else graphdef.without_memory_optimizer():
             losses.append(float(training.model.train_on_batch(inputs, targets)))
         seconds.append(time.perf_counter() - start)
+        cpu_seconds.append(time.process_time() - cpu_start)
         peaks.append(tf.config.experimental.get_memory_info(device)["peak"])
         if step == 1:
             tf.config.experimental.reset_memory_stats(device)
@@ -219,7 +228,7 @@ def train(
     for note in report.get("notes", ()):
         print(f"note: {note}", flush=True)
     variables = [*training.model.variables, *training.optimizer.variables]
-    return Result("", losses, seconds, max(peaks), _digest(variables), report, peaks[-1])
+    return Result("", losses, seconds, max(peaks), _digest(variables), report, peaks[-1], cpu_seconds)
 
 
 def _use_gpu(memory_bytes: int) -> None:
@@ -254,6 +263,7 @@ def _fields(report: Any) -> dict[str, Any]:
         "strategy": step.plan.strategy,
         "bound_seconds": bound_seconds,
         "swaps": len(step.plan.swaps),
+        "places": len(step.plan.places),
         "repeated_nodes": sum(len(decision.nodes) for decision in step.plan.recomputes),
     }
 
@@ -285,6 +295,9 @@ def _main(argv: Sequence[str]) -> None:
     )
     jit_compile = flags.DEFINE_bool("jit_compile", False, "Whether XLA compiles the step.", flag_values=values)
     by_hand = flags.DEFINE_bool("by_hand", False, "Whether blocks are in tf.recompute_grad.", flag_values=values)
+    host_variables = flags.DEFINE_bool(
+        "host_variables", False, "Whether the model is made in host memory.", flag_values=values
+    )
     path = flags.DEFINE_string("result", None, "File to write the result to, as JSON.", flag_values=values)
     if values(argv)[1:]:
         raise app.UsageError(f"expected flags, received {values(argv)[1:]}.")
@@ -293,7 +306,7 @@ def _main(argv: Sequence[str]) -> None:
         option = Options(graphswap.value, strategy=strategy.value, planning_seconds=planning_seconds.value)
     if gpu_memory.value:
         _use_gpu(gpu_memory.value)
-    ways = memory_optimizer.value, in_turns.value, jit_compile.value, by_hand.value
+    ways = memory_optimizer.value, in_turns.value, jit_compile.value, by_hand.value, host_variables.value
     result = train(model.value, option, steps.value, *ways)
     if path.value is not None:
         pathlib.Path(path.value).write_text(json.dumps(dataclasses.asdict(result)))

@@ -1,0 +1,91 @@
+import pytest
+
+from graphswap import ir, model_data, rewrites
+from graphswap.cost_model import CostModel, DeviceSpec, Link
+from graphswap.plan import Place, Plan
+from graphswap.simulator import simulate
+from graphswap.strategies import Greedy
+
+LAYERS = 6
+LINK = Link(1e9, 1e9, 1e-6)
+MODEL = CostModel(DeviceSpec(links={"host": LINK, "disk": LINK}))
+
+
+def step(batch):
+    """Gradient descent with momentum on matrix products: weights and slots of 256 KiB."""
+    square, rows = ir.Value("float32", (256, 256)), ir.Value("float32", (batch, 256))
+    held = (("held_bytes", (square.nbytes,)),)
+    nodes = [ir.Node("x", "Placeholder", outputs=(rows,))]
+
+    def add(name, op, *inputs, value=None, after=()):
+        stateful = op == "ReadVariableOp" or op.startswith("Assign")
+        nodes.append(ir.Node(name, op, inputs, after, (value,) if value else (), stateful=stateful))
+        return name
+
+    for layer in range(LAYERS):
+        for kind in "wm":
+            nodes.append(ir.Node(f"{kind}{layer}", "Placeholder", outputs=(ir.Value("resource"),), attrs=held))
+    y = "x"
+    for layer in range(LAYERS):
+        add(f"read_w{layer}", "ReadVariableOp", f"w{layer}", value=square)
+        y = add(f"y{layer}", "MatMul", y, f"read_w{layer}", value=rows)
+    grad = y
+    for layer in reversed(range(LAYERS)):
+        before = f"y{layer - 1}" if layer else "x"
+        step = add(f"grad_w{layer}", "MatMul", before, grad, value=square)
+        grad = add(f"grad_y{layer}", "MatMul", grad, f"read_w{layer}", value=rows)
+        old = add(f"read_m{layer}", "ReadVariableOp", f"m{layer}", value=square)
+        new = add(f"new_m{layer}", "AddV2", old, step, value=square)
+        add(f"assign_m{layer}", "AssignVariableOp", f"m{layer}", new)
+        add(f"assign_w{layer}", "AssignSubVariableOp", f"w{layer}", new)
+    arguments = tuple(node.name for node in nodes if node.op == "Placeholder")
+    ends = tuple(node.name for node in nodes if node.op.startswith("Assign"))
+    return ir.verify(ir.Graph("step", tuple(nodes), arguments, (y,), ends))
+
+
+STEP = step(64)
+ALL = [name for name in STEP.inputs if name != "x"]
+PEAK = simulate(STEP, Plan(), MODEL).peak_bytes
+
+
+def moved(budget, fixed=()):
+    return [place.variable for place in model_data.choose(STEP, MODEL, budget, ALL, fixed)]
+
+
+def test_a_step_that_fits_keeps_all_on_the_device():
+    assert moved(2 * PEAK) == []
+
+
+def test_slots_leave_before_weights_and_no_more_than_needed():
+    away = moved(PEAK - (300 << 10))
+    assert away
+    assert all(name.startswith("m") for name in away)
+    assert len(away) < LAYERS
+
+
+@pytest.mark.parametrize("percent", [75, 50, 35])
+def test_what_is_left_has_a_plan(percent):
+    budget = PEAK * percent // 100
+    places = model_data.choose(STEP, MODEL, budget, ALL)
+    placed = rewrites.place(STEP, Plan(decisions=places))
+    plan = Greedy().plan(placed, MODEL, budget)
+    assert simulate(placed, plan, MODEL).peak_bytes <= budget
+
+
+def test_less_memory_moves_more():
+    counts = [len(moved(PEAK * percent // 100)) for percent in (80, 60, 40)]
+    assert counts == sorted(counts)
+
+
+def test_all_leave_where_nothing_fits():
+    assert sorted(moved(1 << 10)) == sorted(ALL)
+
+
+def test_what_has_left_stays_away():
+    away = moved(2 * PEAK, fixed=(Place("w3", "host"),))
+    assert away == ["w3"]
+
+
+def test_only_what_may_leave_leaves():
+    places = model_data.choose(STEP, MODEL, 1 << 10, ["m0", "w1"])
+    assert sorted(place.variable for place in places) == ["m0", "w1"]
