@@ -16,8 +16,8 @@ from typing import Any
 
 import tensorflow as tf
 
-from graphswap import ir, state_directory, tiers
-from graphswap.host_variable import SMALL_BYTES, HostVariable
+from graphswap import ir, profiler, state_directory, tiers
+from graphswap.host_variable import SMALL_BYTES, HostVariable, host_variables
 from graphswap.state_directory import Entry, Manifest, StateError
 
 _NUMBER = re.compile(r"_\d+(?=[_/:]|$)")
@@ -127,8 +127,9 @@ def _built_variables(model: Any) -> dict[str, tf.Variable]:
                 "Compile it, and build it with model.build(input_shape) or one call."
             )
         if not optimizer.built:
-            session = getattr(model, "_graphswap_session", None)
-            with session.making_variables() if session is not None else contextlib.nullcontext():
+            is_planned = getattr(model, "_graphswap_session", None) is not None
+            may_not_fit = is_planned and profiler.memory_in_use() is not None
+            with host_variables() if may_not_fit else contextlib.nullcontext():
                 optimizer.build(model.trainable_variables)
     return named_variables(model)
 
