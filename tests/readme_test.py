@@ -36,6 +36,7 @@ def names():
     return {
         "graphswap": graphswap,
         "model": model,
+        "build_model": lambda: keras.Sequential([keras.Input((4,)), keras.layers.Dense(3, "softmax")]),
         "dataset": dataset,
         "train_step": train_step,
         "images": images,
