@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from graphswap.graphdef import UnsupportedGraphError
     from graphswap.host_variable import host_variables
     from graphswap.keras_compile import disable, enable
+    from graphswap.model_state import restore
     from graphswap.options import Options
     from graphswap.pipeline import function
     from graphswap.plan import Plan
@@ -38,6 +39,7 @@ __all__ = [
     "function",
     "host_variables",
     "report",
+    "restore",
 ]
 
 _HOMES = {
@@ -51,6 +53,7 @@ _HOMES = {
     "function": "pipeline",
     "host_variables": "host_variable",
     "report": "report",
+    "restore": "model_state",
 }
 
 

@@ -11,7 +11,8 @@ by itself, such as a fused kernel for updates, does, too. Both meet an empty buf
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import tensorflow as tf
@@ -20,17 +21,45 @@ from graphswap import graphdef, ir, placement, tiers
 from graphswap.variables import SMALL_BYTES
 
 _TIERS = tiers.Tiers()
+"""Of variables that no step has moved."""
+
+
+_DO_NOT_CONVERT = tf.autograph.experimental.do_not_convert
+"""For methods that a user's functions call: AutoGraph leaves only TensorFlow's own alone."""
+
+
+class _Veiled:
+    """A handle that eager ops don't know for one: they would read the buffer behind it, not ask the variable."""
+
+    def __init__(self, handle: tf.Tensor):
+        self._hidden = handle
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._hidden, name)
 
 
 class HostVariable(graphdef.ResourceVariable):
     """A variable that can live in a far tier. Made by `adopt` out of one that exists."""
 
     _tier = "device"
+    _tiers = _TIERS
     _pieces: list[tf.Variable]
 
     @property
+    def handle(self) -> Any:
+        return self.__dict__["_handle"]
+
+    @property
+    def _handle(self) -> Any:
+        return self.handle if self._tier == "device" else _Veiled(self.handle)
+
+    @_handle.setter
+    def _handle(self, handle: Any) -> None:
+        self.__dict__["_handle"] = handle
+
+    @property
     def tier(self) -> str:
-        """Where the value is: "device" or "host"."""
+        """Where the value is: "device", "host" or "disk"."""
         return self._tier
 
     @property
@@ -38,22 +67,47 @@ class HostVariable(graphdef.ResourceVariable):
         """Resources of the string variables that hold the pieces of the value while it is in a far tier."""
         return [piece.handle for piece in self._pieces]
 
-    def move(self, tier: str) -> None:
-        """Brings the value to a tier: "device" or "host"."""
+    def pieces(self) -> list[tf.Tensor]:
+        """What the string variables hold: the bytes of the value's pieces, or the names of their files."""
+        return [tf.raw_ops.ReadVariableOp(resource=handle, dtype=tf.string) for handle in self.store_handles]
+
+    def restore(self, pieces: Sequence[tf.Tensor]) -> None:
+        """Gives the variable the value that `pieces` were read of. It must be in the same tier as then."""
+        for handle, piece in zip(self.store_handles, pieces, strict=True):
+            tf.raw_ops.AssignVariableOp(resource=handle, value=piece)
+
+    def files(self) -> list[str]:
+        """The files that hold the value, if it is on disk."""
+        return [os.fsdecode(piece.numpy()) for piece in self.pieces()] if self._tier == "disk" else []
+
+    def move(self, tier: str, far_tiers: tiers.Tiers | None = None) -> None:
+        """Brings the value to a tier.
+
+        Args:
+            tier: "device", "host" or "disk".
+            far_tiers: Where new files of the value will lie; None for where they do now, at first a private directory.
+
+        Raises:
+            SwapSpaceError: If files can't be written or read. The value is where it was.
+        """
+        if far_tiers is not None:
+            self._tiers = far_tiers
+        if tier == "disk":
+            tiers.use(self)
         if tier == self._tier:
             return
-        with tf.init_scope():
-            value = self.read_value()
+        with tf.init_scope(), self._tiers.explaining():
+            value, files = self.read_value(), self.files()
             if tier == "device":
-                self._tier = tier
                 tf.raw_ops.AssignVariableOp(resource=self.handle, value=value)
                 for piece in self._pieces:
                     piece.assign("")
             else:
-                _TIERS.store(value, self.store_handles, tier)
-                self._tier = tier
+                self._tiers.store(value, self.store_handles, tier)
                 empty = placement.outside_device(tf.zeros((0,), self.dtype).numpy())
                 tf.raw_ops.AssignVariableOp(resource=self.handle, value=empty)
+            self._tier = tier
+        self._tiers.discard(files)
 
     def _is_plain(self) -> bool:
         return self._tier == "device" or (not tf.executing_eagerly() and graphdef.traces_variables())
@@ -62,7 +116,8 @@ class HostVariable(graphdef.ResourceVariable):
         if self._is_plain():
             return super()._read_variable_op(no_copy)
         graphdef.watch(self)
-        value = _TIERS.fetch(self.store_handles, self.dtype.name, tuple(self.shape), self._tier)
+        with self._tiers.explaining():
+            value = self._tiers.fetch(self.store_handles, self.dtype.name, tuple(self.shape), self._tier)
 
         @tf.custom_gradient
         def fetched(handle: tf.Tensor) -> Any:  # what asks for the variable's gradient asks for its handle's
@@ -71,16 +126,19 @@ class HostVariable(graphdef.ResourceVariable):
 
         return cast(tf.Tensor, fetched(self.handle))
 
+    @_DO_NOT_CONVERT
     def sparse_read(self, indices: Any, name: str | None = None) -> tf.Tensor:
         if self._is_plain():
             return super().sparse_read(indices, name)
         return tf.gather(self._read_variable_op(), indices, name=name)
 
+    @_DO_NOT_CONVERT
     def gather_nd(self, indices: Any, name: str | None = None) -> tf.Tensor:
         if self._is_plain():
             return super().gather_nd(indices, name)
         return tf.gather_nd(self._read_variable_op(), indices, name=name)
 
+    @_DO_NOT_CONVERT
     def assign(self, value: Any, use_locking: Any = None, name: str | None = None, read_value: bool = True) -> Any:
         if self._is_plain():
             return super().assign(value, use_locking, name, read_value)
@@ -90,14 +148,20 @@ class HostVariable(graphdef.ResourceVariable):
                 f"{self.name}: expected a value of shape {self.shape}, received one of {tensor.shape}. "
                 "Assign one of the variable's shape."
             )
-        _TIERS.store(tf.ensure_shape(tensor, self.shape), self.store_handles, self._tier)
+        tensor = tf.ensure_shape(tensor, self.shape)
+        files = self.files() if tf.executing_eagerly() else []
+        with self._tiers.explaining():
+            self._tiers.store(tensor, self.store_handles, self._tier)
+        self._tiers.discard(files)
         return self
 
+    @_DO_NOT_CONVERT
     def assign_add(self, delta: Any, use_locking: Any = None, name: str | None = None, read_value: bool = True) -> Any:
         if self._is_plain():
             return super().assign_add(delta, use_locking, name, read_value)
         return self.assign(self._read_variable_op() + tf.convert_to_tensor(delta, dtype=self.dtype))
 
+    @_DO_NOT_CONVERT
     def assign_sub(self, delta: Any, use_locking: Any = None, name: str | None = None, read_value: bool = True) -> Any:
         if self._is_plain():
             return super().assign_sub(delta, use_locking, name, read_value)
@@ -114,6 +178,7 @@ def _visiting(name: str) -> Any:
     """A method of a variable that runs on the device, where the value is meanwhile."""
     method = getattr(graphdef.ResourceVariable, name)
 
+    @_DO_NOT_CONVERT
     def visit(self: HostVariable, *args: Any, **kwargs: Any) -> Any:
         if self._is_plain():
             return method(self, *args, **kwargs)

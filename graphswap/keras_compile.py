@@ -15,7 +15,7 @@ import tensorflow as tf
 from keras.src.backend.tensorflow.trainer import TensorFlowTrainer
 from keras.src.trainers.trainer import Trainer
 
-from graphswap import graphdef, pipeline
+from graphswap import graphdef, model_state, pipeline
 from graphswap.options import Options
 
 _PACKAGE = "graphswap"
@@ -53,7 +53,8 @@ def _compile(self: Any, *args: Any, graphswap: Any = None, **kwargs: Any) -> Non
         _refuse(self, args, kwargs)
         # Keras's own "auto" is its default, so that it can't mean to try both back ends.
         args, kwargs["jit_compile"] = args[:_JIT_COMPILE], _named(args, kwargs).get("jit_compile") is True
-        session = pipeline.session(options, kwargs["jit_compile"])
+        variables = functools.partial(model_state.named_variables, self)
+        session = pipeline.session(options, kwargs["jit_compile"], variables)
     _originals["compile"](self, *args, **kwargs)
     # Keras tracks what is set as an attribute; a session is none of the model's parts.
     object.__setattr__(self, "_graphswap_options", options)

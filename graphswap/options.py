@@ -36,8 +36,9 @@ class Options:
             turned into bytes; "auto": what the device has; "free": the smallest budget without a
             predicted slow-down; "min": the smallest reachable one.
         strategy: Name of an entry of `graphswap.strategies.STRATEGIES`, or an object with a method `plan`.
-        swap_to: "host"; "disk": the system's temporary directory; a directory, as a path; "auto": host
-            memory if the device has memory of its own, else the disk.
+        swap_to: "host"; "disk": the system's temporary directory; a directory, as a path, in which variables that
+            live on disk are kept (see `graphswap.restore`); "auto": host memory if the device has memory of its own,
+            else the disk, but only for swaps.
         planning_seconds: Time after which the strategy stops looking for a better plan.
         on_unsupported: "raise" an UnsupportedGraphError for a step that can't be rewritten, or
             "run_unchanged".

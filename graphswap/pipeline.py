@@ -20,6 +20,7 @@ from graphswap import (
     back_ends,
     graphdef,
     ir,
+    model_state,
     placement,
     planning,
     profiler,
@@ -36,7 +37,6 @@ from graphswap.plan import Place, Plan
 from graphswap.plan_file import PlanFile
 from graphswap.report import Report, StepReport
 from graphswap.strategies.base import InfeasibleBudgetError
-from graphswap.tiers import SwapSpaceError
 from graphswap.variables import values
 
 _TIGHTENING = 0.97
@@ -88,12 +88,19 @@ class Session:
         options: What the user asked for.
         jit_compile: Whether XLA compiles the step.
         report: To add to; a new one by default.
+        variables: Returns, by their names, what the state of a training consists of; None for what the step uses.
 
     Raises:
         ValueError: If XLA can't do what the options ask for.
     """
 
-    def __init__(self, options: Options, jit_compile: bool = False, report: Report | None = None):
+    def __init__(
+        self,
+        options: Options,
+        jit_compile: bool = False,
+        report: Report | None = None,
+        variables: Callable[[], Mapping[str, tf.Variable]] | None = None,
+    ):
         if jit_compile and options.swap_to != "auto":
             raise ValueError(
                 f"graphswap: expected swap_to='auto' with jit_compile=True, received '{options.swap_to}'. XLA inside "
@@ -116,6 +123,9 @@ class Session:
         self._arguments: list[Any] = []  # of the step that runs now
         self._variables = placement.Variables()
         self._hosted: list[HostVariable] = []  # what the traces' plans keep in far tiers
+        self._pieces: list[tuple[HostVariable, str, list[tf.Tensor]]] = []  # what was in which tier before the step
+        self._captured: dict[int, tf.Variable] = {}  # what the traces use
+        self._state = variables or self._used_variables
         self._traced_tiers: list[tuple[tf.Variable, str]] = []  # where the variables were when the steps were traced
         self._fences: list[Any] = []  # behind the holes for small buffers
         self._trials = _TRIALS
@@ -169,24 +179,22 @@ class Session:
                 self._forget()
                 return self.run(make, *args, **kwargs)
             except (tf.errors.ResourceExhaustedError, tf.errors.InvalidArgumentError) as error:
-                can_repeat = self._variables.restore()
-                if "No space left" in str(error):
-                    raise self._swap_space_error(error) from error
+                can_repeat = self._restore()
+                self._raise_explained(error)
                 if not planning.is_out_of_memory(error) or not can_repeat or self._scale < _TIGHTEST:
                     raise
                 self._tighten(f"ran out of memory ({_what_ran_out(error)[:120]})")
-            except (tf.errors.PermissionDeniedError, tf.errors.NotFoundError) as error:
-                self._variables.restore()
-                directory = self._tiers.used_directory()
-                if directory is not None and str(directory) in str(error):
-                    raise self._swap_space_error(error) from error
+            except tf.errors.OpError as error:
+                self._restore()
+                self._raise_explained(error)
                 raise
             except BaseException:
-                self._variables.restore()
+                self._restore()
                 raise
             else:
                 seconds = time.perf_counter() - start - (self._planning_seconds() - planned_seconds)
                 self._record(shapes, seconds, counted)
+                self._commit()
                 self._arguments.clear()  # frames of planning that an error's traceback keeps alive hold this list
                 return self._released(result)
 
@@ -223,6 +231,7 @@ class Session:
             variant = self._variants[taken] = Session(self.options, self.jit_compile)
             variant._taken, variant._inlines = taken, self._inlines
             variant.report, variant._hosted = self.report, self._hosted
+            variant._captured, variant._state = self._captured, self._state
         return self._variants[taken]
 
     def _call(self, shapes: tuple[graphdef.Shape, ...], args: Any, kwargs: Any) -> Any:
@@ -290,12 +299,18 @@ class Session:
         out-of-memory error leaves some variables updated.
         """
         self._variables.forget()
+        self._keep_pieces()
         if not len(self._variables) or profiler.memory_in_use() is None:
             return
         if self._is_emulated() or self._trials > 0 or self._keeping_seconds < _CHEAP * self._step_seconds:
             start = time.perf_counter()
             self._variables.keep()
             self._keeping_seconds = time.perf_counter() - start
+
+    def _keep_pieces(self) -> None:
+        """The same for variables in far tiers. Costs nothing until they get new values."""
+        hosted = {id(variable): variable for variable in self._hosted}.values()
+        self._pieces = [(variable, variable.tier, variable.pieces()) for variable in hosted]
 
     def _settle(self) -> None:
         """Lets every step meet the same layout of memory; on a GPU unless that takes long beside the step."""
@@ -355,11 +370,34 @@ class Session:
             step.notes.append(f"{why}; planned again, tighter")
         self._forget()
 
-    def _swap_space_error(self, error: tf.errors.OpError) -> SwapSpaceError:
-        return SwapSpaceError(
-            f"swapping to '{self._tiers.used_directory()}' failed: {error.message.splitlines()[0]}. "
-            "Free space there, or name another directory in graphswap.Options(swap_to=...)."
-        )
+    def _restore(self) -> bool:
+        """Gives variables the values of before the step, as far as they were kept. Whether those on the device were."""
+        for variable, tier, pieces in self._pieces:
+            if variable.tier == tier:
+                variable.restore(pieces)
+        self._pieces.clear()
+        return self._variables.restore()
+
+    def _commit(self) -> None:
+        """Makes the step that has run the one whose state a directory keeps; lets files go that nobody needs.
+
+        Raises:
+            SwapSpaceError: If the state can't be written. The step is done; the state is that of the one before.
+        """
+        self._pieces.clear()
+        if any(variable.tier == "disk" for variable in self._hosted):
+            if self._tiers.keeps_state:
+                model_state.commit(self._state(), self._tiers)
+            with self._tiers.explaining():
+                self._tiers.clean()
+
+    def _used_variables(self) -> Mapping[str, tf.Variable]:
+        return model_state.named_variables(self._captured.values())
+
+    def _raise_explained(self, error: tf.errors.OpError) -> None:
+        explained = self._tiers.explained(error)
+        if explained is not None:
+            raise explained from error
 
     # --- planning ----------------------------------------------------------------------------------------------
 
@@ -425,6 +463,7 @@ class Session:
             clock = _Clock(progress)
             shapes = self._argument_shapes(func_graph)
             captured = graphdef.captured_variables(func_graph)
+            self._captured.update({id(variable): variable for variable in captured.values()})
             with clock("measure"):
                 device = self._planner.device(can_swap=not self.jit_compile)
                 self._arrange(device, func_graph, captured)
@@ -540,6 +579,7 @@ class Session:
         used = values(graph)
         placed = [adopt(captured[place.variable]) for place in places if place.variable in used]
         self._hosted += placed
+        self._keep_pieces()
         graphdef.capture(func_graph, [handle for variable in placed for handle in variable.store_handles])
         return rewrites.place(graph, Plan(decisions=places))
 
@@ -552,7 +592,7 @@ class Session:
             tier, variable = tier_of.get(name, "device"), captured[name]
             if tier != "device" or isinstance(variable, HostVariable):
                 has_moved |= adopt(variable).tier != tier
-                adopt(variable).move(tier)
+                adopt(variable).move(tier, self._tiers)
         return has_moved
 
     def _arrange(self, device: DeviceSpec, func_graph: graphdef.FuncGraph, captured: Mapping[str, tf.Variable]) -> None:
@@ -632,20 +672,28 @@ def making_optimizer(
     return host_variables() if in_use + 2 * nbytes > int(limit) else contextlib.nullcontext()
 
 
-def session(options: Options, jit_compile: bool = False) -> Session | back_ends.Choice:
+def session(
+    options: Options,
+    jit_compile: bool = False,
+    variables: Callable[[], Mapping[str, tf.Variable]] | None = None,
+) -> Session | back_ends.Choice:
     """What runs a step under the back end that the options name, by default under the one that the caller names.
 
     Args:
         options: What the user asked for.
         jit_compile: Whether that is XLA, where the options leave it open.
+        variables: As in `Session`.
 
     Raises:
         ValueError: If XLA can't do what the options ask for.
     """
     if options.jit_compile != "auto":
-        return Session(options, jit_compile if options.jit_compile is None else bool(options.jit_compile))
+        is_xla = jit_compile if options.jit_compile is None else bool(options.jit_compile)
+        return Session(options, is_xla, variables=variables)
     report = Report()
-    runners = {name: Session(options, is_xla, report) for name, is_xla in (("XLA", True), ("executor", False))}
+    runners = {
+        name: Session(options, is_xla, report, variables) for name, is_xla in (("XLA", True), ("executor", False))
+    }
     return back_ends.Choice(runners, report)
 
 

@@ -235,7 +235,7 @@ class Planner:
         movable: Collection[str],
         fixed: Sequence[Place],
     ) -> tuple[Place, ...]:
-        """Chooses the variables that leave the device.
+        """Chooses the variables that leave the device, in the order in which the step takes them.
 
         Args:
             graph: The step, all variables on the device.
@@ -248,10 +248,14 @@ class Planner:
             PlanError: If the options name a file that is no plan.
         """
         if self._options.plan is not None:
-            return plan_file.places(str(self._options.plan))
-        if not budget or cost_model.far_tier != "host":
-            return tuple(fixed)
-        return model_data.choose(graph, cost_model, budget, movable, fixed, self._options.planning_seconds)
+            places = plan_file.places(str(self._options.plan))
+        # A plain CPU's memory is the host's: its variables leave for the disk only where the user says so.
+        elif not budget or (cost_model.far_tier == "disk" and self._options.swap_to == "auto"):
+            places = fixed
+        else:
+            places = model_data.choose(graph, cost_model, budget, movable, fixed, self._options.planning_seconds)
+        position = {name: index for index, name in enumerate(graph.inputs)}
+        return tuple(sorted(places, key=lambda place: position.get(place.variable, -1)))
 
     def settle(self, planned: Planned) -> None:
         """Keeps the plan and the costs that led to it, so that later runs take it and leave it at that."""

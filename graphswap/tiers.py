@@ -4,7 +4,9 @@
   tensor per piece. Strings live outside the device allocator.
 * disk: a file per piece in a private directory, removed at exit, or by the next process after a crash.
 
-Variables that live in a far tier are string variables there, one per piece (`fetch`, `store`).
+Variables that live in a far tier are string variables there, one per piece (`fetch`, `store`). On disk these hold the
+names of files, which are written once: a store writes new ones. If the user names a directory, they lie in a
+`state_directory` there, which stays.
 
 On its way to a string or a file a value above 16 MiB travels in pieces of about 4 MiB: glibc then serves the strings
 from memory it already has, and neither protobuf's 2 GiB limit nor a second full copy gets in the way. The bits do not
@@ -23,14 +25,24 @@ import os
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Sequence
+import weakref
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import tensorflow as tf
 
-from graphswap import ir
+from graphswap import ir, state_directory
 
 _PREFIX = "graphswap-"
+_STATE = "state"
+_CHECKSUMS = 2**62
+_NUMBERS = itertools.count()
+_STATES: weakref.WeakValueDictionary[str, state_directory.StateDirectory] = weakref.WeakValueDictionary()
+"""All that this process keeps: steps of one training may be compiled anew, with tiers of their own."""
+_USERS: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+"""Variables that have been on disk."""
+_AHEAD = 2
+"""How many pieces of a value are read from files before they are needed."""
 
 
 class SwapSpaceError(OSError):
@@ -59,26 +71,31 @@ class FarCopy:
 class Tiers:
     """Builds the ops of swaps; owns the swap directory, which is made when first needed.
 
+    Attributes:
+        keeps_state: Whether variables on disk stay there as the state of a training.
+
     Args:
-        directory: Where the disk tier makes its private directory; None for the system's temporary one.
+        directory: Where the disk tier makes its private directory and keeps variables; None for the system's temporary
+            one, where nothing is kept.
     """
 
     def __init__(self, directory: str | os.PathLike[str] | None = None):
         self._parent = default_directory() if directory is None else pathlib.Path(directory)
+        self.keeps_state = directory is not None
         self._files: pathlib.Path | None = None
-        self._numbers = itertools.count()
+        self._state: state_directory.StateDirectory | None = None
 
     def swap_out(self, tensor: tf.Tensor, tier: str) -> FarCopy:
         """Adds the ops that copy `tensor` (static shape) to the tier."""
         if tier == "host" and tf.config.list_logical_devices("GPU"):
             pinned = _copy(tensor, "_CopyFromGpuToHost")
             return FarCopy([pinned], [pinned.op], is_pinned=True)
-        strings = _strings(tensor)
+        contents = strings(tensor)
         if tier == "host":
-            return FarCopy(strings, [string.op for string in strings])
+            return FarCopy(contents, [string.op for string in contents])
         names, writes = [], []
-        for string in strings:
-            path = self.directory() / str(next(self._numbers))
+        for string in contents:
+            path = self.directory() / str(next(_NUMBERS))
             write = tf.raw_ops.WriteFile(filename=str(path), contents=string)
             with tf.control_dependencies([write]):
                 # The name hangs on the data: a constant one would let Grappler read the file too early.
@@ -92,17 +109,22 @@ class Tiers:
             return _copy(copy.pieces[0], "_CopyFromHostToGpu")
         element = tf.dtypes.as_dtype(dtype)
         if len(copy.pieces) == 1:
-            tensor = _parse(copy.pieces[0], element, copy.is_file)
+            tensor = tf.io.parse_tensor(_string(copy.pieces[0], copy.is_file), element)
             tensor.set_shape(shape)
             return tensor
         count = len(copy.pieces)
         width = math.prod(d or 0 for d in shape or ()) // count
         target = tf.raw_ops.Empty(shape=(count, width), dtype=element, init=False)
+        targets = [target]
         for index, piece in enumerate(copy.pieces):
+            # Files are read a little ahead, into the host's memory.
+            with tf.control_dependencies([targets[max(0, index - _AHEAD)]]):
+                string = _string(piece, copy.is_file)
             # One after the other: beside the target only one piece is on the device.
             with tf.control_dependencies([target]):
-                part = _parse(piece, element, copy.is_file)
+                part = tf.io.parse_tensor(tf.identity(string), element)
             target = tf.raw_ops.InplaceUpdate(x=target, i=[index], v=part)
+            targets.append(target)
         return tf.reshape(target, shape)
 
     def fetch(self, handles: Sequence[Any], dtype: str, shape: tuple[int | None, ...] | None, tier: str) -> tf.Tensor:
@@ -125,13 +147,112 @@ class Tiers:
             handles: As for `fetch`.
             tier: "host" or "disk".
         """
-        strings = _strings(tensor)
+        contents = strings(tensor)
         if tier == "disk":
-            raise NotImplementedError
-        return [
-            tf.raw_ops.AssignVariableOp(resource=handle, value=string)
-            for handle, string in zip(handles, strings, strict=True)
-        ]
+            contents = self.write(contents)
+        # All or none: if one can't be written, the variable keeps its value.
+        with tf.control_dependencies(contents):
+            return [
+                tf.raw_ops.AssignVariableOp(resource=handle, value=string)
+                for handle, string in zip(handles, contents, strict=True)
+            ]
+
+    def write(self, contents: Sequence[Any]) -> list[tf.Tensor]:
+        """Adds the ops that write strings to new files in `variables_directory`. Returns the files' names.
+
+        A name says number, time and checksum, so that no two files ever have the same one, and it tells by itself
+        whether a file is whole.
+        """
+        names = []
+        for string in contents:
+            path = self.variables_directory() / str(next(_NUMBERS))
+            with tf.device("CPU:0"), tf.control_dependencies([string]):
+                now = tf.strings.as_string(tf.cast(tf.timestamp() * 1e6, tf.int64))
+                name = tf.strings.join([f"{path}-", now, "-", tf.strings.as_string(checksum(string))])
+                write = tf.raw_ops.WriteFile(filename=name, contents=string)
+                with tf.control_dependencies([write]):
+                    names.append(tf.identity(name))
+        return names
+
+    def variables_directory(self) -> pathlib.Path:
+        """Where the files of variables lie, made on the first call.
+
+        Raises:
+            SwapSpaceError: If it can't be made.
+            StateError: If the user named a directory, and the state in it is that of another training.
+        """
+        if not self.keeps_state:
+            return self.directory() / _STATE
+        return self.state_directory().path
+
+    def state_directory(self) -> state_directory.StateDirectory:
+        """The directory of state in the one that the user named, made on the first call.
+
+        Raises:
+            SwapSpaceError: If it can't be made.
+            StateError: If the state in it is that of another training.
+        """
+        if self._state is None:
+            path = state_path(self._parent)
+            try:
+                self._state = _STATES.get(str(path)) or state_directory.StateDirectory(path)
+                _STATES[str(path)] = self._state
+            except OSError as error:
+                raise self._space_error(self._parent, error.strerror or str(error)) from error
+        return self._state
+
+    def clean(self) -> None:
+        """Removes files of variables that are neither a variable's value now nor part of the last state."""
+        path = self._used_for_variables()
+        if path is not None:
+            values = {os.path.basename(name) for variable in list(_USERS.values()) for name in variable.files()}
+            state_directory.clean(path, values | self._committed())
+
+    def discard(self, files: Sequence[str]) -> None:
+        """Removes files of these tiers that a variable's value lay in, unless they are part of the last state."""
+        for path in map(pathlib.Path, files):
+            if path.parent == self._used_for_variables() and path.name not in self._committed():
+                path.unlink(missing_ok=True)
+
+    def _used_for_variables(self) -> pathlib.Path | None:
+        """`variables_directory`, if it has been used."""
+        if self.keeps_state:
+            return None if self._state is None else self._state.path
+        return None if self._files is None else self._files / _STATE
+
+    def _committed(self) -> set[str]:
+        """Names of the files that are part of the last state."""
+        return self._state.manifest.files if self._state is not None and self._state.manifest is not None else set()
+
+    def explained(self, error: Exception) -> SwapSpaceError | None:
+        """What an error means for a user, if it is about a directory of these tiers."""
+        state = self._state.path if self._state is not None else None
+        for path in filter(None, (self._files, state)):
+            for line in str(error).splitlines():
+                if str(path) in line:
+                    return self._space_error(path, line.strip())
+        return None
+
+    @contextlib.contextmanager
+    def explaining(self) -> Iterator[None]:
+        """Raises a SwapSpaceError for what went wrong in a directory of these tiers.
+
+        Raises:
+            SwapSpaceError: If a file can't be written or read.
+        """
+        try:
+            yield
+        except (tf.errors.OpError, OSError) as error:
+            explained = self.explained(error)
+            if explained is None:
+                raise
+            raise explained from error
+
+    def _space_error(self, path: pathlib.Path, why: str) -> SwapSpaceError:
+        return SwapSpaceError(
+            f"swapping to '{path}' failed: {why}. "
+            "Free space there, or name another directory in graphswap.Options(swap_to=...)."
+        )
 
     def used_directory(self) -> pathlib.Path | None:
         """The private directory, if anything was swapped to disk."""
@@ -159,6 +280,21 @@ class Tiers:
         return self._files
 
 
+def use(variable: Any) -> None:
+    """Notes that a variable may be on disk. It is to have a method `files`, which names its files."""
+    _USERS[id(variable)] = variable
+
+
+def state_path(directory: str | os.PathLike[str]) -> pathlib.Path:
+    """Where variables lie in a directory that the user named."""
+    return pathlib.Path(directory) / _STATE
+
+
+def checksum(string: Any) -> tf.Tensor:
+    """Adds the op that works out what the name of a file says about its bytes."""
+    return tf.strings.to_hash_bucket_fast(string, _CHECKSUMS)
+
+
 def default_directory() -> pathlib.Path:
     """Where private directories are made unless the user names another place."""
     return pathlib.Path(tempfile.gettempdir())
@@ -180,7 +316,7 @@ def _copy(tensor: tf.Tensor, op: str) -> tf.Tensor:
     return copied
 
 
-def _strings(tensor: tf.Tensor) -> list[tf.Tensor]:
+def strings(tensor: tf.Tensor) -> list[tf.Tensor]:
     """The tensor's pieces as strings, which lie outside of the device."""
     count = ir.swap_pieces(ir.Value(tensor.dtype.name, tuple(tensor.shape.as_list())))
     parts = [tensor] if count == 1 else _split(tensor, count)
@@ -193,7 +329,7 @@ def _split(tensor: tf.Tensor, count: int) -> list[tf.Tensor]:
     return [tf.slice(matrix, (index, 0), (1, -1)) for index in range(count)]
 
 
-def _parse(piece: tf.Tensor, dtype: tf.DType, is_file: bool) -> tf.Tensor:
+def _string(piece: tf.Tensor, is_file: bool) -> tf.Tensor:
     # The identity carries the control dependencies: a parse without inputs of its own could be moved.
     string = tf.identity(piece)
-    return tf.io.parse_tensor(tf.io.read_file(string) if is_file else string, dtype)
+    return tf.io.read_file(string) if is_file else string

@@ -12,7 +12,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 # exposes, which it imports on first use.
 FLOORS = (
     {"package"},
-    {"ir", "allocator", "bound", "new_directory", "replanning"},
+    {"ir", "allocator", "bound", "new_directory", "replanning", "state_directory"},
     {"tiers", "placement"},
     {"plan", "cost_model", "liveness", "graphdef", "parser"},
     {"devices", "variables"},
@@ -20,7 +20,7 @@ FLOORS = (
     {"simulator", "walk"},
     {"incremental", "picture"},
     {"strategies", "rewrites"},
-    {"options", "artefact", "model_data"},
+    {"options", "artefact", "model_data", "model_state"},
     {"pjrt", "plan_file", "page", "perfetto", "explanation"},
     {"report", "planning", "saved_model"},
     {"xla", "back_ends"},

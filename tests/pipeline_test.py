@@ -16,7 +16,7 @@ import tensorflow as tf
 import trainings
 
 import graphswap
-from graphswap import graphdef, pipeline, profiler
+from graphswap import graphdef, profiler, tiers
 from graphswap.cost_model import Workspace
 from graphswap.options import parse_bytes
 from graphswap.strategies import budgets
@@ -302,7 +302,7 @@ def test_a_full_disk_is_named_and_leaves_the_variables(tmp_path):
         if file.name != "lock":
             file.unlink()
             file.symlink_to("/dev/full")
-    with pytest.raises(pipeline.SwapSpaceError, match=f"swapping to '{directory}' failed") as caught:
+    with pytest.raises(tiers.SwapSpaceError, match=f"swapping to '{directory}' failed") as caught:
         function(batch())
     assert "name another directory" in str(caught.value)
     assert_same(values(variables), before)
@@ -322,7 +322,7 @@ def test_a_swap_directory_that_was_removed_is_made_again(tmp_path):
 def test_a_swap_directory_that_takes_no_files_is_named():
     step, variables = make_step()
     before = values(variables)
-    with pytest.raises(pipeline.SwapSpaceError, match="/proc"):
+    with pytest.raises(tiers.SwapSpaceError, match="/proc"):
         graphswap.function(step, **evict_all(swap_to="/proc"))(batch())
     assert_same(values(variables), before)
 
