@@ -206,6 +206,8 @@ class CostModel:
             measured = self.profile.workspace.get(node.like or node.name)
             if measured is not None:
                 return measured
+        if node.op == ir.ALL_REDUCE:
+            return Workspace(late=(node.outputs[0].nbytes,))  # what arrives of the other replicas
         nbytes: Any = dict(node.attrs).get("workspace_bytes", 0)
         if not nbytes and self.device.has_cpu_kernels:
             if node.op == "MaxPoolGrad":

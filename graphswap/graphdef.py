@@ -96,7 +96,7 @@ def import_function(
                 inputs=tuple(inputs),
                 control_inputs=controls,
                 outputs=outputs,
-                device=operation.device,
+                device=_local_device(operation),
                 stateful=bool(operation.op_def.is_stateful),
             )
         )
@@ -123,6 +123,41 @@ _SMALL = frozenset(
     "Shape ShapeN Where Unique UniqueV2 BroadcastGradientArgs Range StridedSlice Squeeze Reshape Cast Prod".split()
 )
 """Ops whose unknown outputs are taken for small: index arithmetic on shapes."""
+
+
+def arguments(func_graph: FuncGraph) -> list[tf.Tensor]:
+    """The function's inputs less what it captures, now or when it is called."""
+    captured = {internal.op.name for _, internal in func_graph.captures}
+    captured.update(internal.op.name for internal in func_graph.deferred_internal_captures)
+    return [tensor for tensor in func_graph.inputs if tensor.op.name not in captured]
+
+
+def group_size(func_graph: FuncGraph) -> int:
+    """How many replicas the function's collectives join; 1 if it has none."""
+    sizes = [
+        tf.get_static_value(operation.inputs[1])
+        for operation in func_graph.get_operations()
+        if operation.type.startswith("Collective")
+    ]
+    return max((int(size) for size in sizes if size is not None), default=1)
+
+
+def _local_device(operation: Any) -> str:
+    """The operation's device, without the name of this process if it is one of a cluster's: all plan one graph.
+
+    Raises:
+        UnsupportedGraphError: If it is in another process.
+    """
+    device = tf.DeviceSpec.from_string(operation.device)
+    if device.job in (None, "localhost"):
+        return operation.device
+    here = tf.DeviceSpec.from_string(tf.config.list_logical_devices("CPU")[0].name)
+    if (device.job, device.task) != (here.job, here.task):
+        raise UnsupportedGraphError(
+            f"expected a step within '{here.make_merged_spec(tf.DeviceSpec()).to_string()}', received node "
+            f"'{operation.name}' ({operation.type}) on '{operation.device}'. Run it in the process that it is for."
+        )
+    return tf.DeviceSpec(device_type=device.device_type, device_index=device.device_index).to_string()
 
 
 def _in_trace_order(func_graph: FuncGraph) -> list[Any]:
@@ -826,10 +861,14 @@ def build_function(
 def run_built(
     function: concrete_function_lib.ConcreteFunction, func_graph: FuncGraph, arguments: Sequence[tf.Tensor]
 ) -> Any:
-    """Runs what `build_function` made of `func_graph`, on its arguments and its captures as they are now."""
+    """Runs what `build_function` made of `func_graph`, on its arguments and its captures as they are now.
+
+    What is captured only when it is called, the keys of collectives, is 0: asking for a key would use it up.
+    """
     captures = [external for external, _ in func_graph.captures]
+    keys = [tf.zeros(tensor.shape, tensor.dtype) for tensor in func_graph.deferred_internal_captures]
     with without_memory_optimizer():
-        return function._call_flat([*arguments, *captures], [])
+        return function._call_flat([*arguments, *captures, *keys], [])
 
 
 def hlo(func_graph: FuncGraph, graph: ir.Graph) -> Any:

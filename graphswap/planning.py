@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
+import json
 import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -64,6 +65,12 @@ class Planned:
     def seconds(self) -> float:
         """Predicted length of the step under the plan."""
         return self.timeline.seconds * self.time_scale
+
+    def to_json(self) -> str:
+        """What another worker needs to carry out the same plan (`Planner.adopt`)."""
+        profile = self.cost_model.profile
+        fields = {"plan": self.plan.to_json(), "profile": profile and profile.to_json(), "notes": self.notes}
+        return json.dumps(fields)
 
 
 Clock = Callable[[str], AbstractContextManager[None]]
@@ -193,6 +200,31 @@ class Planner:
             if not planned.budget or again.timeline.allocated_peak_bytes <= planned.budget:
                 return again
         return self._plan(planned.graph, cost_model, planned.budget)
+
+    def adopt(self, text: str, graph: ir.Graph, cost_model: CostModel, budget: int) -> Planned:
+        """Another worker's plan for the same step, judged by its costs on this one's device.
+
+        Args:
+            text: `Planned.to_json`.
+            graph: The step.
+            cost_model: From `cost_model`.
+            budget: Bytes to plan for; 0 for as few as the options' word asks for.
+
+        Raises:
+            InfeasibleBudgetError: If it does not keep the budget here.
+            simulator.NoRoom: If the device has no room for it.
+        """
+        fields = json.loads(text)
+        plan = Plan.from_json(fields["plan"])
+        plan.check(graph)
+        profile = Profile.from_json(fields["profile"]) if fields["profile"] else None
+        cost_model = dataclasses.replace(cost_model, profile=profile)
+        if plan.is_empty:
+            plain = simulator.simulate(graph, plan, cost_model)
+            planned = Planned(graph, cost_model, budget, plan, plain, plain)
+        else:
+            planned = _expect_kept(_judged(graph, plan, cost_model, budget), budget)
+        return dataclasses.replace(planned, notes=(*fields["notes"], "the plan is the leader's"))
 
     def settle(self, planned: Planned) -> None:
         """Keeps the costs that led to the plan, so that later runs make the same one and leave it at that."""
@@ -332,12 +364,17 @@ def _given(path: str, graph: ir.Graph, cost_model: CostModel, budget: int) -> Pl
     plan, costs = plan_file.given(path, graph)
     if costs is not None:
         cost_model = dataclasses.replace(cost_model, profile=costs.profile)
-    planned = _judged(graph, plan, cost_model, plan.memory_budget or budget)
+    planned = _expect_kept(_judged(graph, plan, cost_model, plan.memory_budget or budget), budget)
+    return dataclasses.replace(planned, notes=(f"the plan is that of '{path}'",), is_settled=True)
+
+
+def _expect_kept(planned: Planned, budget: int) -> Planned:
+    """The plan, made elsewhere, unless its peak lies above the budget: then an InfeasibleBudgetError is raised."""
     peak = planned.timeline.allocated_peak_bytes
     if budget and peak > budget:
-        least = budgets.least_peak(gaps.problem(graph, cost_model)).nbytes
+        least = budgets.least_peak(gaps.problem(planned.graph, planned.cost_model)).nbytes
         raise InfeasibleBudgetError(budget, peak, planned.timeline.peak_step.name, least)
-    return dataclasses.replace(planned, notes=(f"the plan is that of '{path}'",), is_settled=True)
+    return planned
 
 
 def _corrected(planned: Planned, seconds: float) -> Planned:
