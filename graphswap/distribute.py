@@ -20,6 +20,7 @@ import tensorflow as tf
 
 from graphswap import ir, profiler
 from graphswap.graphdef import UnsupportedGraphError
+from graphswap.options import format_bytes
 
 PATIENCE_SECONDS = 900.0
 """How long a worker waits for the others, which may still be building their model or measuring its step."""
@@ -27,6 +28,7 @@ PATIENCE_SECONDS = 900.0
 _GROUP_KEY = 0x67730001
 """TensorFlow counts its own from 1."""
 _instance_keys = itertools.count(1)
+_LARGE_SUM_BYTES = 32 << 20
 
 
 class WorkerError(RuntimeError):
@@ -104,8 +106,8 @@ class Workers:
         except tf.errors.OpError as error:
             raise WorkerError(
                 f"graphswap: expected all {self.count} workers to {what} within {PATIENCE_SECONDS:.0f} s, received no "
-                f"answer of some ({error.message.splitlines()[0]}). Compile the model with the same graphswap option in "
-                "every process, and look at the others' output for what ended them."
+                f"answer of some ({error.message.splitlines()[0]}). Give every process the same graphswap option, and "
+                "look at the others' output for what ended them."
             ) from error
         return [zlib.decompress(row[:length].tobytes()).decode() for row, length in zip(rows, lengths, strict=True)]
 
@@ -137,6 +139,11 @@ def first_difference(facts: Mapping[str, Mapping[str, str]]) -> str:
     return ""
 
 
+def in_cluster() -> bool:
+    """Whether TF_CONFIG makes this process a part of a cluster."""
+    return bool(json.loads(os.environ.get("TF_CONFIG") or "{}").get("cluster"))
+
+
 def own_name() -> str:
     """This process's name in its cluster: "worker 1"."""
     device = tf.DeviceSpec.from_string(tf.config.list_logical_devices("CPU")[0].name)
@@ -144,7 +151,7 @@ def own_name() -> str:
 
 
 def check(distribution: tf.distribute.Strategy) -> None:
-    """Raises a ValueError for a distribution under which steps can't be rewritten, or whose TF_CONFIG has no cluster."""
+    """Raises a ValueError for a distribution whose steps can't be rewritten, or whose TF_CONFIG names no cluster."""
     kind = type(distribution).__name__
     if isinstance(distribution, tf.distribute.experimental.ParameterServerStrategy | tf.distribute.TPUStrategy):
         raise ValueError(
@@ -164,12 +171,11 @@ def check(distribution: tf.distribute.Strategy) -> None:
             f"graphswap: expected a distribution on this process's first device, {planned}, received {kind} on "
             f"{devices[0]}. Name {planned}, or show the process only the device that it is to use."
         )
-    config = os.environ.get("TF_CONFIG", "")
     is_multi_worker = isinstance(distribution, tf.distribute.MultiWorkerMirroredStrategy)
-    if is_multi_worker and config and not json.loads(config).get("cluster"):
+    if is_multi_worker and os.environ.get("TF_CONFIG") and not in_cluster():
         raise ValueError(
-            f"TF_CONFIG: expected a field 'cluster' with the hosts of each job, received {config}. TensorFlow would "
-            "train with this process alone. Add it, or unset TF_CONFIG."
+            f"TF_CONFIG: expected a field 'cluster' with the hosts of each job, received {os.environ['TF_CONFIG']}. "
+            "TensorFlow would train with this process alone. Add it, or unset TF_CONFIG."
         )
 
 
@@ -184,6 +190,19 @@ def expect_one_device(graph: ir.Graph) -> None:
                 f"'{node.device}'. Start a process for each device under MultiWorkerMirroredStrategy, or set "
                 "graphswap.Options(on_unsupported='run_unchanged')."
             )
+
+
+def advice(graph: ir.Graph) -> tuple[str, ...]:
+    """What the user should know of how the step's gradients are exchanged."""
+    sums = [graph.value(node.inputs[0]).nbytes for node in graph.nodes if node.op == ir.ALL_REDUCE]
+    most = max(sums, default=0)
+    if most < _LARGE_SUM_BYTES:
+        return ()
+    return (
+        f"one exchange between the workers takes {format_bytes(most)} at once, and twice that in memory; "
+        "MultiWorkerMirroredStrategy(communication_options=tf.distribute.experimental.CommunicationOptions("
+        "bytes_per_pack=4 << 20)) makes blocks of it",
+    )
 
 
 def local_value(distribution: tf.distribute.Strategy, value: Any) -> Any:

@@ -102,7 +102,8 @@ def _refuse(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             "graphswap: expected an optimizer, received optimizer=None. Without one there is no training step to "
             "rewrite. Name an optimizer, or compile without graphswap."
         )
-    distribute.check(model.distribute_strategy)
+    if model._distribute_strategy is not None:
+        distribute.check(model.distribute_strategy)
     if given.get("jit_compile") is True and model.distribute_strategy.num_replicas_in_sync > 1:
         raise ValueError(
             "graphswap: expected jit_compile=False with several workers, received True. XLA inside TensorFlow compiles "
@@ -136,7 +137,9 @@ def _make_train_function(self: Any, force: bool = False) -> Any:
         return session.trace(step, batch)
 
     def make() -> Any:
-        function = tf.function(one_step_on_data, reduce_retracing=True, jit_compile=self.jit_compile)
+        function = one_step_on_data
+        if not self.run_eagerly:
+            function = tf.function(function, reduce_retracing=True, jit_compile=self.jit_compile)
         return self._autoconvert_optionals(function)
 
     def train_function(iterator: Any) -> Any:

@@ -654,7 +654,7 @@ def _step_report(
         time_scale=scale,
         breakdown=breakdown,
         rounds=[*rounds],
-        notes=[*planned.notes],
+        notes=[*planned.notes, *distribute.advice(planned.graph)],
         file=PlanFile(plan, planned.graph, planned.cost_model),
         budget_word=asked if isinstance(asked, str) else "",
         memory_bound_bytes=planned.memory_bound_bytes,

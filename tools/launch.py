@@ -137,7 +137,8 @@ def _forward(task: Task, source: IO[str] | None, target: IO[str]) -> threading.T
 
     def forward() -> None:
         for line in source:
-            print(f"[{task}] {line.rstrip()}", file=target, flush=True)
+            target.write(f"[{task}] {line.rstrip()}\n")  # in one piece, unlike print
+            target.flush()
 
     thread = threading.Thread(target=forward, daemon=True)
     thread.start()
