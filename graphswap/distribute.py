@@ -8,6 +8,7 @@ answer in time is an error, not a hang.
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import itertools
 import json
 import os
@@ -137,6 +138,14 @@ def first_difference(facts: Mapping[str, Mapping[str, str]]) -> str:
                     f"{other[fact]} in {name}. Run the same script with the same graphswap everywhere."
                 )
     return ""
+
+
+def version() -> str:
+    """Of graphswap, as installed."""
+    try:
+        return importlib.metadata.version("graphswap")
+    except importlib.metadata.PackageNotFoundError:
+        return "a checkout"
 
 
 def in_cluster() -> bool:

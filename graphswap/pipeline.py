@@ -14,7 +14,6 @@ from typing import Any
 import tensorflow as tf
 
 from graphswap import (
-    __version__,
     allocator,
     distribute,
     graphdef,
@@ -456,7 +455,7 @@ class Session:
             nbytes, _ = self._planner.budget(device, self._scale)
             step = f"step ({len(graphs[0].nodes)} nodes, fingerprint {graphs[0].fingerprint[:12]})"
             return {
-                "version of graphswap": __version__,
+                "version of graphswap": distribute.version(),
                 "version of TensorFlow": tf.__version__,
                 "options": str(self.options),
                 "budget": format_bytes(nbytes) if nbytes else str(self.options.memory_budget),

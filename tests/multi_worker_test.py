@@ -10,7 +10,7 @@ import trainings
 from keras import layers
 
 import graphswap
-from graphswap import distribute, pipeline, profiler
+from graphswap import distribute, profiler
 
 MIB = 1 << 20
 AMPLE = 512 * MIB
@@ -110,7 +110,7 @@ def disagree(what):
     budget = {"budget": (1 + index) * MIB, "infeasible": 1000}.get(what, MIB)
     units = 8 + index if what == "step" else 8
     if what == "version":
-        setattr(pipeline, "__version__", f"0.{index}")  # noqa: B010
+        distribute.version = lambda: f"0.{index}"
     if what == "silence":
         distribute.PATIENCE_SECONDS = 5.0
     with distribution.scope():
