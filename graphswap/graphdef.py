@@ -274,11 +274,21 @@ def _resolved_shapes(
         return lambda tensor: _shape(tensor)
     definition = func_graph.as_graph_def()
     known = {tensor.op.name: shape for tensor, shape in zip(func_graph.inputs, argument_shapes, strict=False)}
+    passed: dict[str, str] = {}  # result of a conditional -> its input that either branch passes on
     for node in definition.node:
         node.attr.pop("_output_shapes", None)
         shape = known.get(node.name)
         if shape is not None:
             node.attr["shape"].shape.CopyFrom(tf.TensorShape(shape).as_proto())
+        if node.op in _CONDITIONALS:
+            operation = func_graph.get_operation_by_name(node.name)
+            shapes = [tf.TensorShape(_gathered_shape(tensor)).as_proto() for tensor in operation.outputs]
+            del node.attr["output_shapes"].list.shape[:]
+            node.attr["output_shapes"].list.shape.extend(shapes)
+            passed.update(_passed_on(operation))
+    for node in definition.node:
+        for index, reference in enumerate(node.input):
+            node.input[index] = passed.get(reference, reference)
     scratch = FuncGraph("shapes")
     with scratch.as_default():
         placeholders = {}
@@ -292,9 +302,49 @@ def _resolved_shapes(
     def resolve(tensor: tf.Tensor) -> Shape:
         if tensor.shape.is_fully_defined() or tensor.dtype.name not in ir.ITEM_BYTES:
             return _shape(tensor)
+        if tensor.op.type == _GATHER:
+            return _gathered_shape(tensor)
         return _shape(scratch.get_tensor_by_name(f"shapes/{tensor.name}"))
 
     return resolve
+
+
+_GATHER = "CollectiveGatherV2"
+_CONDITIONALS = frozenset({"If", "StatelessIf"})
+
+
+def _passed_on(operation: Any) -> dict[str, str]:
+    """Results of a conditional that either branch passes on unchanged, by their names in a definition."""
+    branches = [_body(operation.graph, operation.get_attr(name).name) for name in ("then_branch", "else_branch")]
+    if None in branches:
+        return {}
+    found = {}
+    for index, tensor in enumerate(operation.outputs):
+        for position, given in enumerate(operation.inputs[1:]):
+            if all(_source(body.outputs[index]) is body.inputs[position].op for body in branches):
+                found[_defined_name(tensor)] = _defined_name(given)
+    return found
+
+
+def _defined_name(tensor: tf.Tensor) -> str:
+    return tensor.name.removesuffix(":0")
+
+
+def _gathered_shape(tensor: tf.Tensor) -> Shape:
+    """The shape of what is gathered of all replicas, where each gives as much as this one.
+
+    TensorFlow gathers sparse gradients in one of two branches; in the second one they are of different lengths.
+    """
+    maker = tensor
+    if tensor.op.type in _CONDITIONALS:
+        body = _body(tensor.graph, tensor.op.get_attr("then_branch").name)
+        maker = body.outputs[tensor.value_index] if body is not None else tensor
+    source = _source(maker)
+    size = tf.get_static_value(source.inputs[1]) if source.type == _GATHER else None
+    own = _shape(source.inputs[0]) if size is not None else None
+    if size is None or not own or own[0] is None:
+        return _shape(tensor)
+    return (int(size) * own[0], *own[1:])
 
 
 def _with_hidden_bytes(graph: ir.Graph, func_graph: FuncGraph, folding: Folding | None) -> ir.Graph:
