@@ -315,11 +315,10 @@ _CONDITIONALS = frozenset({"If", "StatelessIf"})
 
 def _passed_on(operation: Any) -> dict[str, str]:
     """Results of a conditional that either branch passes on unchanged, by their names in a definition."""
-    branches = [_body(operation.graph, operation.get_attr(name).name) for name in ("then_branch", "else_branch")]
-    if None in branches:
-        return {}
+    bodies = [_body(operation.graph, operation.get_attr(name).name) for name in ("then_branch", "else_branch")]
+    branches = [body for body in bodies if body is not None]
     found = {}
-    for index, tensor in enumerate(operation.outputs):
+    for index, tensor in enumerate(operation.outputs if len(branches) == len(bodies) else ()):
         for position, given in enumerate(operation.inputs[1:]):
             if all(_source(body.outputs[index]) is body.inputs[position].op for body in branches):
                 found[_defined_name(tensor)] = _defined_name(given)
