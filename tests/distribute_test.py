@@ -10,7 +10,7 @@ import trainings
 from keras import layers
 
 import graphswap
-from graphswap import distribute, parser
+from graphswap import distribute, parser, profiler
 
 X = np.random.default_rng(0).normal(size=(1200, 32)).astype("float32")
 FACTS = {"version": "1", "budget": "2.0MiB"}
@@ -175,3 +175,17 @@ def test_a_large_exchange_is_told():
     assert distribute.advice(parser.parse(exchange.format(1000))) == ()
     (note,) = distribute.advice(parser.parse(exchange.format(16 << 20)))
     assert note.startswith("one exchange between the workers takes 64.0MiB at once, and twice that in memory; ")
+
+
+def test_a_measured_step_exchanges_nothing():
+    graph = parser.parse("""
+    graph step(%g) -> (%sum, %twice) after(%sum) {
+      %g = Placeholder() : (float32[8])
+      %sum = CollectiveReduceV2!(%g) : (float32[8])
+      %twice = AddV2(%sum, %sum) after(%sum) : (float32[8])
+    }
+    """)
+    own = profiler.without_side_effects(graph)
+    assert [node.op for node in own.nodes] == ["Placeholder", "AddV2"]
+    assert own.by_name["twice"].inputs == ("g", "g")
+    assert own.outputs == ("g", "twice")
