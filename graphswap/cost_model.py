@@ -215,6 +215,8 @@ class CostModel:
         if node.op == ir.FETCH:
             pieces = ir.swap_pieces(node.outputs[0])
             return Workspace(late=(node.outputs[0].nbytes // pieces,)) if pieces > 1 else Workspace()
+        if node.op == ir.ALL_REDUCE:
+            return Workspace(late=(node.outputs[0].nbytes,))  # what arrives of the other replicas
         nbytes: Any = dict(node.attrs).get("workspace_bytes", 0)
         if not nbytes and self.device.has_cpu_kernels:
             if node.op == "MaxPoolGrad":

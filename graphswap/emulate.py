@@ -109,9 +109,7 @@ def run_script(memory_bytes: int, argv: Sequence[str]) -> int:
     Raises:
         ValueError: If there is no such script or less than 1 MiB of memory.
     """
-    if not argv or not pathlib.Path(argv[0]).is_file():
-        received = f"'{argv[0]}', which is no file" if argv else "nothing"
-        raise ValueError(f"script: expected a Python file to run, received {received}. Name it after `--`.")
+    check_script(argv)
     variables = {**os.environ, **environment(memory_bytes)}
     with subprocess.Popen([sys.executable, "-m", "graphswap.emulate", *argv], env=variables) as child:
         # The terminal sends Ctrl-C to the child as well. A handler is not inherited, unlike SIG_IGN.
@@ -123,6 +121,13 @@ def run_script(memory_bytes: int, argv: Sequence[str]) -> int:
             for number, handler in previous.items():
                 signal.signal(number, handler)
     return status if status >= 0 else 128 - status
+
+
+def check_script(argv: Sequence[str]) -> None:
+    """Raises a ValueError if the first of a script's file and its arguments is no file."""
+    if not argv or not pathlib.Path(argv[0]).is_file():
+        received = f"'{argv[0]}', which is no file" if argv else "nothing"
+        raise ValueError(f"script: expected a Python file to run, received {received}. Name it after `--`.")
 
 
 def _main(argv: Sequence[str]) -> None:

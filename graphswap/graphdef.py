@@ -96,7 +96,7 @@ def import_function(
                 inputs=tuple(inputs),
                 control_inputs=controls,
                 outputs=outputs,
-                device=operation.device,
+                device=_local_device(operation),
                 stateful=bool(operation.op_def.is_stateful),
             )
         )
@@ -123,6 +123,41 @@ _SMALL = frozenset(
     "Shape ShapeN Where Unique UniqueV2 BroadcastGradientArgs Range StridedSlice Squeeze Reshape Cast Prod".split()
 )
 """Ops whose unknown outputs are taken for small: index arithmetic on shapes."""
+
+
+def arguments(func_graph: FuncGraph) -> list[tf.Tensor]:
+    """The function's inputs less what it captures, now or when it is called."""
+    captured = {internal.op.name for _, internal in func_graph.captures}
+    captured.update(internal.op.name for internal in func_graph.deferred_internal_captures)
+    return [tensor for tensor in func_graph.inputs if tensor.op.name not in captured]
+
+
+def group_size(func_graph: FuncGraph) -> int:
+    """How many replicas the function's collectives join; 1 if it has none."""
+    sizes = [
+        tf.get_static_value(operation.inputs[1])
+        for operation in func_graph.get_operations()
+        if operation.type.startswith("Collective")
+    ]
+    return max((int(size) for size in sizes if size is not None), default=1)
+
+
+def _local_device(operation: Any) -> str:
+    """The operation's device, without the name of this process if it is one of a cluster's: all plan one graph.
+
+    Raises:
+        UnsupportedGraphError: If it is in another process.
+    """
+    device = tf.DeviceSpec.from_string(operation.device)
+    if device.job in (None, "localhost"):
+        return operation.device
+    here = tf.DeviceSpec.from_string(tf.config.list_logical_devices("CPU")[0].name)
+    if (device.job, device.task) != (here.job, here.task):
+        raise UnsupportedGraphError(
+            f"expected a step within '{here.make_merged_spec(tf.DeviceSpec()).to_string()}', received node "
+            f"'{operation.name}' ({operation.type}) on '{operation.device}'. Run it in the process that it is for."
+        )
+    return tf.DeviceSpec(device_type=device.device_type, device_index=device.device_index).to_string()
 
 
 def _in_trace_order(func_graph: FuncGraph) -> list[Any]:
@@ -239,11 +274,21 @@ def _resolved_shapes(
         return lambda tensor: _shape(tensor)
     definition = func_graph.as_graph_def()
     known = {tensor.op.name: shape for tensor, shape in zip(func_graph.inputs, argument_shapes, strict=False)}
+    passed: dict[str, str] = {}  # result of a conditional -> its input that either branch passes on
     for node in definition.node:
         node.attr.pop("_output_shapes", None)
         shape = known.get(node.name)
         if shape is not None:
             node.attr["shape"].shape.CopyFrom(tf.TensorShape(shape).as_proto())
+        if node.op in _CONDITIONALS:
+            operation = func_graph.get_operation_by_name(node.name)
+            shapes = [tf.TensorShape(_gathered_shape(tensor)).as_proto() for tensor in operation.outputs]
+            del node.attr["output_shapes"].list.shape[:]
+            node.attr["output_shapes"].list.shape.extend(shapes)
+            passed.update(_passed_on(operation))
+    for node in definition.node:
+        for index, reference in enumerate(node.input):
+            node.input[index] = passed.get(reference, reference)
     scratch = FuncGraph("shapes")
     with scratch.as_default():
         placeholders = {}
@@ -257,9 +302,48 @@ def _resolved_shapes(
     def resolve(tensor: tf.Tensor) -> Shape:
         if tensor.shape.is_fully_defined() or tensor.dtype.name not in ir.ITEM_BYTES:
             return _shape(tensor)
+        if tensor.op.type == _GATHER:
+            return _gathered_shape(tensor)
         return _shape(scratch.get_tensor_by_name(f"shapes/{tensor.name}"))
 
     return resolve
+
+
+_GATHER = "CollectiveGatherV2"
+_CONDITIONALS = frozenset({"If", "StatelessIf"})
+
+
+def _passed_on(operation: Any) -> dict[str, str]:
+    """Results of a conditional that either branch passes on unchanged, by their names in a definition."""
+    bodies = [_body(operation.graph, operation.get_attr(name).name) for name in ("then_branch", "else_branch")]
+    branches = [body for body in bodies if body is not None]
+    found = {}
+    for index, tensor in enumerate(operation.outputs if len(branches) == len(bodies) else ()):
+        for position, given in enumerate(operation.inputs[1:]):
+            if all(_source(body.outputs[index]) is body.inputs[position].op for body in branches):
+                found[_defined_name(tensor)] = _defined_name(given)
+    return found
+
+
+def _defined_name(tensor: tf.Tensor) -> str:
+    return tensor.name.removesuffix(":0")
+
+
+def _gathered_shape(tensor: tf.Tensor) -> Shape:
+    """The shape of what is gathered of all replicas, where each gives as much as this one.
+
+    TensorFlow gathers sparse gradients in one of two branches; in the second one they are of different lengths.
+    """
+    maker = tensor
+    if tensor.op.type in _CONDITIONALS:
+        body = _body(tensor.graph, tensor.op.get_attr("then_branch").name)
+        maker = body.outputs[tensor.value_index] if body is not None else tensor
+    source = _source(maker)
+    size = tf.get_static_value(source.inputs[1]) if source.type == _GATHER else None
+    own = _shape(source.inputs[0]) if size is not None else None
+    if size is None or not own or own[0] is None:
+        return _shape(tensor)
+    return (int(size) * own[0], *own[1:])
 
 
 def _with_hidden_bytes(graph: ir.Graph, func_graph: FuncGraph, folding: Folding | None) -> ir.Graph:
@@ -872,10 +956,14 @@ def build_function(
 def run_built(
     function: concrete_function_lib.ConcreteFunction, func_graph: FuncGraph, arguments: Sequence[tf.Tensor]
 ) -> Any:
-    """Runs what `build_function` made of `func_graph`, on its arguments and its captures as they are now."""
+    """Runs what `build_function` made of `func_graph`, on its arguments and its captures as they are now.
+
+    What is captured only when it is called, the keys of collectives, is 0: asking for a key would use it up.
+    """
     captures = [external for external, _ in func_graph.captures]
+    keys = [tf.zeros(tensor.shape, tensor.dtype) for tensor in func_graph.deferred_internal_captures]
     with without_memory_optimizer():
-        return function._call_flat([*arguments, *captures], [])
+        return function._call_flat([*arguments, *captures, *keys], [])
 
 
 def hlo(func_graph: FuncGraph, graph: ir.Graph) -> Any:

@@ -51,6 +51,9 @@ PLACE = "Place"
 ANCHOR = "Anchor"
 """Its first input, bit for bit, but not before its other inputs are there: a wait that XLA keeps."""
 
+ALL_REDUCE = "CollectiveReduceV2"
+"""The sum of its first input over all replicas, which all compute it at the same time."""
+
 RESIDENT_OPS = frozenset({"Placeholder", "Const", "VarHandleOp"})
 """Ops whose outputs are in memory before the step starts and stay there."""
 

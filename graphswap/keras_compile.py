@@ -2,7 +2,12 @@
 
 Three methods of Keras are extended: `Trainer.compile` takes the option, `Trainer.get_compile_config` saves
 it with the model, `TensorFlowTrainer.make_train_function` runs the training step through a `Session`.
-`disable` puts them back.
+
+Two more are mended, as Keras 3.15 can't `fit` or `evaluate` under MultiWorkerMirroredStrategy (keras-team/keras#20585):
+`TensorFlowTrainer._maybe_symbolic_build` averages a whole batch over all workers to learn its shapes, which TensorFlow
+refuses, and `reduce_per_replica` averages losses and metrics along an axis that scalars don't have.
+
+`disable` puts all of them back.
 """
 
 from __future__ import annotations
@@ -12,10 +17,11 @@ from typing import Any
 
 import keras
 import tensorflow as tf
+from keras.src.backend.tensorflow import trainer
 from keras.src.backend.tensorflow.trainer import TensorFlowTrainer
 from keras.src.trainers.trainer import Trainer
 
-from graphswap import graphdef, model_state, pipeline
+from graphswap import distribute, graphdef, model_state, pipeline
 from graphswap.options import Options
 
 _PACKAGE = "graphswap"
@@ -30,9 +36,13 @@ def enable() -> None:
     _originals["compile"] = Trainer.compile
     _originals["get_compile_config"] = Trainer.get_compile_config
     _originals["make_train_function"] = TensorFlowTrainer.make_train_function
+    _originals["_maybe_symbolic_build"] = TensorFlowTrainer._maybe_symbolic_build
+    _originals["reduce_per_replica"] = trainer.reduce_per_replica
     Trainer.compile = functools.wraps(Trainer.compile)(_compile)
     Trainer.get_compile_config = functools.wraps(Trainer.get_compile_config)(_get_compile_config)
     TensorFlowTrainer.make_train_function = functools.wraps(TensorFlowTrainer.make_train_function)(_make_train_function)
+    TensorFlowTrainer._maybe_symbolic_build = functools.wraps(TensorFlowTrainer._maybe_symbolic_build)(_maybe_build)
+    trainer.reduce_per_replica = functools.wraps(trainer.reduce_per_replica)(_reduce_per_replica)
 
 
 def disable() -> None:
@@ -42,6 +52,8 @@ def disable() -> None:
     Trainer.compile = _originals.pop("compile")
     Trainer.get_compile_config = _originals.pop("get_compile_config")
     TensorFlowTrainer.make_train_function = _originals.pop("make_train_function")
+    TensorFlowTrainer._maybe_symbolic_build = _originals.pop("_maybe_symbolic_build")
+    trainer.reduce_per_replica = _originals.pop("reduce_per_replica")
     keras.saving.get_custom_objects().pop(f"{_PACKAGE}>Options", None)
     graphdef.off_traced()
 
@@ -91,10 +103,12 @@ def _refuse(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             "graphswap: expected an optimizer, received optimizer=None. Without one there is no training step to "
             "rewrite. Name an optimizer, or compile without graphswap."
         )
-    if getattr(model, "_distribute_strategy", None) is not None or tf.distribute.has_strategy():
+    if model._distribute_strategy is not None:
+        distribute.check(model.distribute_strategy)
+    if given.get("jit_compile") is True and model.distribute_strategy.num_replicas_in_sync > 1:
         raise ValueError(
-            "graphswap: expected a model outside of tf.distribute, received one under "
-            f"{type(tf.distribute.get_strategy()).__name__}. Distribution is not supported yet."
+            "graphswap: expected jit_compile=False with several workers, received True. XLA inside TensorFlow compiles "
+            "no collectives for CPUs. Leave jit_compile out, or compile without graphswap."
         )
 
 
@@ -112,24 +126,27 @@ def _make_train_function(self: Any, force: bool = False) -> Any:
         return _originals["make_train_function"](self, force)
     if self.train_function is not None and not force:
         return self.train_function
-    train_step = self.train_step
+    train_step, distribution = self.train_step, self.distribute_strategy
+
+    @tf.autograph.experimental.do_not_convert
+    def step(batch: Any) -> Any:
+        outputs = distribution.run(train_step, args=(batch,))
+        return trainer.reduce_per_replica(outputs, distribution, reduction="auto")
 
     def make(running: pipeline.Session) -> Any:
         @tf.autograph.experimental.do_not_convert
-        def marked(data: Any) -> Any:
-            return running.trace(train_step, data)
+        def one_step_on_data(batch: Any) -> Any:
+            return running.trace(step, batch)
 
-        told, self.jit_compile = self.jit_compile, running.jit_compile
-        function = self._make_function(marked)
-        self.jit_compile = told
-        return lambda batch: function(iter([batch]))
+        function = tf.function(one_step_on_data, reduce_retracing=True, jit_compile=running.jit_compile)
+        return self._autoconvert_optionals(function)
 
     def train_function(iterator: Any) -> Any:
         # One batch at a time, so that a step can be repeated and its true shapes are known.
         outputs = None
         for _ in range(self.steps_per_execution):
             try:
-                batch = next(iterator)
+                batch = distribute.local_value(distribution, next(iterator))
             except StopIteration:
                 break
             weights = [] if self.optimizer.built else self.trainable_variables
@@ -142,6 +159,31 @@ def _make_train_function(self: Any, force: bool = False) -> Any:
 
     self.train_function = train_function
     return None
+
+
+def _maybe_build(self: Any, iterator: Any = None, data_batch: Any = None) -> None:
+    """Keras's method, with a worker's own part of a batch in the place of all workers' average."""
+    distribution = self.distribute_strategy
+    if iterator is not None and _is_multi_worker(distribution):
+        for _, _, batches in iterator:
+            iterator, data_batch = None, distribute.local_value(distribution, next(batches))
+            break
+    _originals["_maybe_symbolic_build"](self, iterator, data_batch)
+
+
+def _reduce_per_replica(values: Any, distribution: Any, reduction: str) -> Any:
+    """Keras's function, with the workers' average of what has no axis to average along."""
+    try:
+        return _originals["reduce_per_replica"](values, distribution, reduction)
+    except ValueError as error:
+        if not (_is_multi_worker(distribution) and "Invalid reduction dimension" in str(error)):
+            raise
+    return tf.nest.map_structure(lambda value: distribution.reduce("MEAN", value, axis=None), values)
+
+
+def _is_multi_worker(distribution: Any) -> bool:
+    is_mirrored = isinstance(distribution, tf.distribute.MultiWorkerMirroredStrategy)
+    return is_mirrored and bool(distribution.cluster_resolver.cluster_spec())
 
 
 def _build(model: Any, batch: Any) -> None:

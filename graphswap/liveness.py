@@ -47,6 +47,7 @@ IN_PLACE: Mapping[str, tuple[int, ...]] = {
         (0, 1),
     ),
     "AddN": tuple(range(64)),
+    ir.ALL_REDUCE: (0,),
     **dict.fromkeys("MaxPoolGrad SoftmaxCrossEntropyWithLogits SparseSoftmaxCrossEntropyWithLogits".split(), (0,)),
     **dict.fromkeys(("Select", "SelectV2"), (1, 2)),
 }

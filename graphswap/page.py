@@ -18,7 +18,7 @@ import numpy as np
 from graphswap import ir, liveness
 from graphswap.options import format_bytes
 from graphswap.picture import Picture, decided, moments
-from graphswap.plan import Decision, Recompute, Swap
+from graphswap.plan import Place, Recompute, SideBySide, Swap
 from graphswap.simulator import Timeline
 
 _BUCKETS = 2000
@@ -104,7 +104,7 @@ class _Act:
         spans: Lane, start and end of each of its bars, in unscaled seconds.
     """
 
-    decision: Decision
+    decision: Swap | Recompute | SideBySide
     kind: str
     value: str
     nbytes: int
@@ -128,11 +128,12 @@ def _acts(picture: Picture) -> list[_Act]:
     acts = [
         _Act(decision, *_described(graph, decision), tuple((lane, *span) for lane, span in spans[id(decision)].items()))
         for decision in plan.decisions
+        if not isinstance(decision, Place)  # whose fetches and stores are nodes
     ]
     return sorted(acts, key=lambda act: act.nbytes, reverse=True)
 
 
-def _described(graph: ir.Graph, decision: Decision) -> tuple[str, str, int, str]:
+def _described(graph: ir.Graph, decision: Swap | Recompute | SideBySide) -> tuple[str, str, int, str]:
     """Kind, value, bytes and what happens."""
     if isinstance(decision, Swap):
         what = (

@@ -18,6 +18,7 @@ import tensorflow as tf
 from graphswap import (
     allocator,
     back_ends,
+    distribute,
     graphdef,
     ir,
     model_state,
@@ -44,6 +45,10 @@ _TIGHTEST = 0.75
 _CHEAP = 0.05
 _TRIALS = 3
 _STATIC_TRACES = 4
+_NO_REPEAT = (
+    "graphswap: the step was not repeated, as the other workers may have gone on. "
+    "Start all of them again, from the last checkpoint, with a memory_budget that is 3 % lower."
+)
 
 
 @dataclasses.dataclass
@@ -129,6 +134,8 @@ class Session:
         self._traced_tiers: list[tuple[tf.Variable, str]] = []  # where the variables were when the steps were traced
         self._fences: list[Any] = []  # behind the holes for small buffers
         self._trials = _TRIALS
+        self._workers = distribute.Workers()  # that train together
+        self._has_agreed = False  # whether they have planned together
         self._watched: dict[tuple[graphdef.Shape, ...], _Watched] = {}
         self._replanned: dict[tuple[graphdef.Shape, ...], tuple[planning.Planned, list[replanning.Round]]] = {}
         self._keeping_seconds = self._settling_seconds = self._step_seconds = 0.0
@@ -181,6 +188,9 @@ class Session:
             except (tf.errors.ResourceExhaustedError, tf.errors.InvalidArgumentError) as error:
                 can_repeat = self._restore()
                 self._raise_explained(error)
+                if self._workers.count > 1 and planning.is_out_of_memory(error):
+                    error.add_note(_NO_REPEAT)
+                    raise
                 if not planning.is_out_of_memory(error) or not can_repeat or self._scale < _TIGHTEST:
                     raise
                 self._tighten(f"ran out of memory ({_what_ran_out(error)[:120]})")
@@ -264,7 +274,7 @@ class Session:
         return sum(sum(step.breakdown.values()) for step in self.report.steps)
 
     def _see(self, arguments: Any) -> tuple[graphdef.Shape, ...]:
-        self._arguments = [leaf for leaf in tf.nest.flatten(arguments) if hasattr(leaf, "shape")]
+        self._arguments = [leaf for leaf in _flat(arguments) if hasattr(leaf, "shape")]
         shapes = tuple(tuple(int(d) for d in leaf.shape) for leaf in self._arguments)
         for index, shape in enumerate(shapes):
             known = self._largest.get(index)
@@ -467,10 +477,10 @@ class Session:
             with clock("measure"):
                 device = self._planner.device(can_swap=not self.jit_compile)
                 self._arrange(device, func_graph, captured)
+            self._workers = distribute.Workers(graphdef.group_size(func_graph))
+            imports = functools.partial(self._import, func_graph, shapes, clock)
             try:
-                with clock("import"):
-                    importer = graphdef.import_function if self.jit_compile else imported
-                    graph = importer(func_graph, shapes)
+                graph, leads = self._agree(imports, device) if self._plans_together() else (imports(), None)
             except UnsupportedGraphError as error:
                 if self.options.on_unsupported == "raise":
                     raise
@@ -487,20 +497,22 @@ class Session:
             with clock("place"):
                 graph = self._place(func_graph, graph, captured, device, cost_model, budget)
             replanned, rounds = self._replanned.pop(shapes, (None, []))
-            try:
-                if self.jit_compile:
+
+            def plan() -> planning.Planned:
+                with _as_asked(budget, share):
+                    return self._planner.plan(func_graph, graph, self._arguments, cost_model, budget, clock)
+
+            if self.jit_compile:
+                with _as_asked(budget, share):
                     self._compile(func_graph, shapes, graph, cost_model, budget, share, clock)
-                    return
-                if replanned is not None and replanned.graph.fingerprint == graph.fingerprint:
-                    with clock("plan"):
-                        planned = self._planner.resume(replanned, cost_model)
-                else:
-                    planned = self._planner.plan(func_graph, graph, self._arguments, cost_model, budget, clock)
-            except InfeasibleBudgetError as error:
-                asked, smallest, bound = (
-                    int(nbytes / share) for nbytes in (budget, error.smallest_bytes, error.bound_bytes)
-                )
-                raise InfeasibleBudgetError(asked, smallest + 1, error.node, bound, error.spent_seconds) from None
+                return
+            if replanned is not None and replanned.graph.fingerprint == graph.fingerprint:
+                with clock("plan"), _as_asked(budget, share):
+                    planned = self._planner.resume(replanned, cost_model)
+            elif leads is None:
+                planned = plan()
+            else:
+                planned = self._plan_together(plan if leads else None, graph, cost_model, budget)
             rewritten = graph
             if not planned.plan.is_empty:
                 with clock("rewrite"):
@@ -508,10 +520,66 @@ class Session:
                     graphdef.export_function(func_graph, rewritten, self._tiers)
             step = _step_report(planned, share / self._scale, clock.seconds, rounds, self.options.memory_budget)
             self._add_report(func_graph, shapes, step)
-            if not (planned.plan.is_empty or planned.is_settled) and profiler.is_synchronous():
+            is_alone = self._workers.count == 1  # else steps last as long as the slowest worker's
+            if is_alone and not (planned.plan.is_empty or planned.is_settled) and profiler.is_synchronous():
                 self._watched[shapes] = _Watched(
                     planned, rewritten, step, int(budget / share), profiler.memory_in_use("peak")
                 )
+
+    def _import(self, func_graph: graphdef.FuncGraph, shapes: Sequence[graphdef.Shape], clock: _Clock) -> ir.Graph:
+        with clock("import"):
+            graph = (graphdef.import_function if self.jit_compile else imported)(func_graph, shapes)
+        distribute.expect_one_device(graph)
+        return graph
+
+    def _plans_together(self) -> bool:
+        """Whether all workers plan now. Later traces are one worker's own, as when its last batch is a smaller one."""
+        return self._workers.count > 1 and not self._has_agreed
+
+    def _agree(self, imports: Callable[[], ir.Graph], device: DeviceSpec) -> tuple[ir.Graph, bool]:
+        """The step, if it is the same in all workers, and whether this one is to plan it."""
+        graphs: list[ir.Graph] = []
+
+        def facts() -> dict[str, str]:
+            graphs.append(imports())
+            nbytes, _ = self._planner.budget(device, self._scale)
+            step = f"step ({len(graphs[0].nodes)} nodes, fingerprint {graphs[0].fingerprint[:12]})"
+            return {
+                "version of graphswap": distribute.version(),
+                "version of TensorFlow": tf.__version__,
+                "options": str(self.options),
+                "budget": format_bytes(nbytes) if nbytes else str(self.options.memory_budget),
+                "step": step,
+            }
+
+        self._has_agreed = True
+        leads = self._workers.agree(facts)
+        return graphs[0], leads
+
+    def _plan_together(
+        self, plan: Callable[[], planning.Planned] | None, graph: ir.Graph, cost_model: CostModel, budget: int
+    ) -> planning.Planned:
+        """The leader's plan, on every worker.
+
+        Args:
+            plan: Makes it; None if this worker does not lead.
+            graph: The step.
+            cost_model: Its costs.
+            budget: Bytes to plan for.
+        """
+        found: list[planning.Planned] = []
+
+        def lead() -> str:
+            found.extend([plan()] if plan is not None else [])
+            return found[0].to_json() if found else ""
+
+        def follow() -> str:
+            found.extend([] if found else [self._planner.adopt(text, graph, cost_model, budget)])
+            return ""
+
+        text = next(iter(self._workers.together("plan the step", lead).values()))
+        self._workers.together("carry out the leader's plan", follow)
+        return found[0]
 
     def _compile(
         self,
@@ -562,7 +630,7 @@ class Session:
     ) -> ir.Graph:
         """Moves variables to where they will live between steps. Returns the step with what fetches and stores them."""
         places: tuple[Place, ...] = ()
-        if not self.jit_compile:
+        if not self.jit_compile and self._workers.count == 1:  # several take one graph, and links differ
             movable = [name for name, variable in captured.items() if can_adopt(variable)]
             hosted = {id(variable) for variable in self._hosted}
             fixed = [
@@ -615,8 +683,6 @@ class Session:
         self._trials = _TRIALS
 
     def _argument_shapes(self, func_graph: graphdef.FuncGraph) -> tuple[graphdef.Shape, ...]:
-        captured = {internal.op.name for _, internal in func_graph.captures}
-        arguments = [tensor for tensor in func_graph.inputs if tensor.op.name not in captured]
         return tuple(
             tuple(
                 seen if d is None else d
@@ -624,7 +690,7 @@ class Session:
             )
             if _shape(tensor) is not None
             else self._largest.get(index)
-            for index, tensor in enumerate(arguments)
+            for index, tensor in enumerate(graphdef.arguments(func_graph))
         )
 
 
@@ -728,6 +794,21 @@ def function(step: Callable[..., Any] | None = None, *, memory_budget: int | str
     return call
 
 
+@contextlib.contextmanager
+def _as_asked(budget: int, share: float) -> Iterator[None]:
+    """Turns the numbers of an InfeasibleBudgetError into those that the user would ask for.
+
+    Args:
+        budget: Bytes that were planned for.
+        share: Of the user's budget.
+    """
+    try:
+        yield
+    except InfeasibleBudgetError as error:
+        asked, smallest, bound = (int(nbytes / share) for nbytes in (budget, error.smallest_bytes, error.bound_bytes))
+        raise InfeasibleBudgetError(asked, smallest + 1, error.node, bound, error.spent_seconds) from None
+
+
 class _NestedCalls(Exception):
     """The trace calls other tf.functions: trace again and dissolve them."""
 
@@ -772,12 +853,21 @@ def _step_report(
         time_scale=scale,
         breakdown=breakdown,
         rounds=[*rounds],
-        notes=[*planned.notes],
+        notes=[*planned.notes, *distribute.advice(planned.graph)],
         file=PlanFile(plan, planned.graph, planned.cost_model),
         budget_word=asked if isinstance(asked, str) else "",
         memory_bound_bytes=planned.memory_bound_bytes,
         free_bound_bytes=None if free_bound_bytes is None else int(free_bound_bytes / share),
     )
+
+
+def _flat(arguments: Any) -> list[Any]:
+    """The leaves of nested arguments; of one that holds a value for each replica these."""
+    leaves = []
+    for leaf in tf.nest.flatten(arguments):
+        is_distributed = isinstance(leaf, tf.distribute.DistributedValues)
+        leaves += tf.nest.flatten(leaf, expand_composites=True) if is_distributed else [leaf]
+    return leaves
 
 
 def _accepts(accepted: Sequence[graphdef.Shape], shapes: Sequence[graphdef.Shape]) -> bool:

@@ -295,7 +295,7 @@ def _check_recompute(recompute: Recompute, graph: ir.Graph, position: Mapping[st
 def _check_place(place: Place, graph: ir.Graph) -> None:
     if place.tier not in TIERS:
         raise _Misfit(f"expected a tier out of {TIERS}, received {place.tier!r}.")
-    _check_names((place.variable,), graph.by_name)
+    _check_names((place.variable,), graph.position)
     if any(nbytes for nbytes in dict(graph.by_name[place.variable].attrs).get("held_bytes", (0,))):  # pyright: ignore
         raise _Misfit(f"'{place.variable}' is on the device in this graph, which `rewrites.place` has not made.")
 

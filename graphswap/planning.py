@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
+import json
 import os
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
@@ -76,6 +77,12 @@ class Planned:
     def seconds(self) -> float:
         """Predicted length of the step under the plan."""
         return self.timeline.seconds * self.time_scale
+
+    def to_json(self) -> str:
+        """What another worker needs to carry out the same plan (`Planner.adopt`)."""
+        profile = self.cost_model.profile
+        fields = {"plan": self.plan.to_json(), "profile": profile and profile.to_json(), "notes": self.notes}
+        return json.dumps(fields)
 
 
 Clock = Callable[[str], AbstractContextManager[None]]
@@ -257,6 +264,31 @@ class Planner:
         position = {name: index for index, name in enumerate(graph.inputs)}
         return tuple(sorted(places, key=lambda place: position.get(place.variable, -1)))
 
+    def adopt(self, text: str, graph: ir.Graph, cost_model: CostModel, budget: int) -> Planned:
+        """Another worker's plan for the same step, judged by its costs on this one's device.
+
+        Args:
+            text: `Planned.to_json`.
+            graph: The step.
+            cost_model: From `cost_model`.
+            budget: Bytes to plan for; 0 for as few as the options' word asks for.
+
+        Raises:
+            InfeasibleBudgetError: If it does not keep the budget here.
+            simulator.NoRoom: If the device has no room for it.
+        """
+        fields = json.loads(text)
+        plan = Plan.from_json(fields["plan"])
+        plan.check(graph)
+        profile = Profile.from_json(fields["profile"]) if fields["profile"] else None
+        cost_model = dataclasses.replace(cost_model, profile=profile)
+        if plan.is_empty:
+            plain = simulator.simulate(graph, plan, cost_model)
+            planned = Planned(graph, cost_model, budget, plan, plain, plain)
+        else:
+            planned = _expect_kept(_judged(graph, plan, cost_model, budget), budget)
+        return dataclasses.replace(planned, notes=(*fields["notes"], "the plan is the leader's"))
+
     def settle(self, planned: Planned) -> None:
         """Keeps the plan and the costs that led to it, so that later runs take it and leave it at that."""
         profile, question = planned.cost_model.profile, self._question(planned.budget)
@@ -384,11 +416,7 @@ class Given:
         """
         if self.costs is not None:
             cost_model = dataclasses.replace(cost_model, profile=self.costs.profile)
-        planned = _judged(graph, self.only, cost_model, self.only.memory_budget or budget)
-        peak = planned.timeline.allocated_peak_bytes
-        if budget and peak > budget:
-            least = planned.memory_bound_bytes or 0
-            raise InfeasibleBudgetError(budget, peak, planned.timeline.peak_step.name, least)
+        planned = _expect_kept(_judged(graph, self.only, cost_model, self.only.memory_budget or budget), budget)
         return dataclasses.replace(planned, notes=(f"the plan is that of '{self.path}'",), is_settled=True)
 
 
@@ -407,6 +435,14 @@ def _judged(graph: ir.Graph, plan: Plan, cost_model: CostModel, budget: int) -> 
     plain = simulator.simulate(graph, Plan(), cost_model)
     memory_bound_bytes = budgets.least_peak(gaps.problem(graph, cost_model)).nbytes
     return Planned(graph, cost_model, budget, plan, worst, plain, memory_bound_bytes=memory_bound_bytes)
+
+
+def _expect_kept(planned: Planned, budget: int) -> Planned:
+    """The plan, made elsewhere, unless its peak lies above the budget: then an InfeasibleBudgetError is raised."""
+    peak = planned.timeline.allocated_peak_bytes
+    if budget and peak > budget:
+        raise InfeasibleBudgetError(budget, peak, planned.timeline.peak_step.name, planned.memory_bound_bytes or 0)
+    return planned
 
 
 def _corrected(planned: Planned, seconds: float) -> Planned:

@@ -521,26 +521,33 @@ def _owners(graph: ir.Graph, folders: Collection[str]) -> Callable[[str], str]:
 def without_side_effects(graph: ir.Graph) -> ir.Graph:
     """The graph less the nodes that change state; what they would have read is still computed.
 
+    A sum over all replicas is this one's own part: they do not measure in step.
+
     Raises:
         CantMeasure: If the value of such a node is needed.
     """
     kept: list[ir.Node] = []
     waited_for: dict[str, tuple[str, ...]] = {}  # dropped node -> kept nodes before it
+    own_part: dict[str, str] = {}  # sum over all replicas -> this one's part
 
     def kept_before(names: Iterable[str]) -> tuple[str, ...]:
         return tuple(dict.fromkeys(found for name in names for found in waited_for.get(name, (name,))))
 
     for node in graph.nodes:
-        read = [ir.producer(reference) for reference in node.inputs]
+        inputs = tuple(own_part.get(reference, reference) for reference in node.inputs)
+        read = [ir.producer(reference) for reference in inputs]
+        if node.op == ir.ALL_REDUCE:
+            own_part[node.name] = inputs[0]
         if node.stateful and not dict(node.attrs).get("only_reads"):
             waited_for[node.name] = kept_before([*read, *node.control_inputs])
             continue
         needed = [name for name in read if name in waited_for]
         if needed:
             raise CantMeasure(f"'{node.name}' needs the value of '{needed[0]}', which has side effects")
-        kept.append(dataclasses.replace(node, control_inputs=kept_before(node.control_inputs)))
+        kept.append(dataclasses.replace(node, inputs=inputs, control_inputs=kept_before(node.control_inputs)))
     ends = kept_before([*graph.control_outputs, *waited_for])
-    return graph.replace(nodes=tuple(kept), control_outputs=ends)
+    outputs = tuple(own_part.get(reference, reference) for reference in graph.outputs)
+    return graph.replace(nodes=tuple(kept), outputs=outputs, control_outputs=ends)
 
 
 @contextlib.contextmanager

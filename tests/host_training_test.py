@@ -79,7 +79,7 @@ RUNS = [
     *((name, (6 if name in ("SGD", "Lion") else 9) << 20, {"optimizer": name}) for name in OPTIMIZERS),
     ("clipping", 9 << 20, {"global_clipnorm": 0.1}),
     ("averages", 9 << 20, {"use_ema": True, "ema_overwrite_frequency": 2}),
-    ("accumulation", 9 << 20, {"gradient_accumulation_steps": 3}),
+    ("accumulation", 15 << 20, {"gradient_accumulation_steps": 3}),
     ("mixed precision", 9 << 20, {"policy": "mixed_bfloat16"}),
     ("table", 5 << 20, {"model_name": "embedded"}),
 ]

@@ -255,13 +255,6 @@ def test_train_function_can_be_made_anew():
     assert len(graphswap.report(model).step.measured_seconds) >= 1
 
 
-def test_a_model_under_a_distribution_is_refused():
-    with tf.distribute.MirroredStrategy(["CPU:0"]).scope():
-        model = small_model()
-        with pytest.raises(ValueError, match="outside of tf.distribute, received one under MirroredStrategy"):
-            model.compile("sgd", "mse", graphswap="1GiB")
-
-
 def test_the_free_budget():
     model = small_model()
     model.compile("sgd", "mse", graphswap="free")

@@ -77,6 +77,12 @@ def _demo(argv: Sequence[str]) -> int | None:
     return demo.main(argv)
 
 
+def _launch(argv: Sequence[str]) -> int:
+    from graphswap.tools import launch
+
+    return launch.main(argv)
+
+
 COMMANDS = {
     "explain": Command(
         "Shows where the memory of a saved training step goes, and what could go.",
@@ -122,6 +128,11 @@ COMMANDS = {
         "Runs a Python script on an emulated accelerator, a CPU device with little memory.",
         "graphswap run --memory=300MiB -- train.py --epochs=2",
         _run,
+    ),
+    "launch": Command(
+        "Runs a Python script as a cluster of workers on this machine, to try out tf.distribute.",
+        "graphswap launch --workers=2 --memory=300MiB -- train.py --epochs=2",
+        _launch,
     ),
     "demo": Command(
         "Trains a model in less memory than it needs, and shows that the losses are the same.",

@@ -107,7 +107,8 @@ def main(argv: Sequence[str]) -> None:
         results[model, budget] = measure(
             model, budget, steps.value, seconds.value, lambda line: print(line, file=sys.stderr)
         )
-    print(benchmark.markdown_table(_HEADER, [row(*case, found) for case, found in results.items()]))
+    lines = [row(model, budget, found) for (model, budget), found in results.items()]
+    print(benchmark.markdown_table(_HEADER, lines))
     if out.value is not None:
         fields = {
             ":".join(case): {way: dataclasses.asdict(result) for way, result in found.items()}

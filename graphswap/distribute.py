@@ -1,0 +1,219 @@
+"""tf.distribute: which replica of a model this process trains, and what the workers of one training tell each other.
+
+Workers plan in step: they hold their graphs, versions and budgets against each other, and all carry out the plan of
+one, the leader. They talk through a gathering collective of TensorFlow's own, under a key of its own: whoever does not
+answer in time is an error, not a hang.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import itertools
+import json
+import os
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from graphswap import ir, profiler
+from graphswap.graphdef import UnsupportedGraphError
+from graphswap.options import format_bytes
+
+PATIENCE_SECONDS = 900.0
+"""How long a worker waits for the others, which may still be building their model or measuring its step."""
+
+_GROUP_KEY = 0x67730001
+"""TensorFlow counts its own from 1."""
+_instance_keys = itertools.count(1)
+_LARGE_SUM_BYTES = 32 << 20
+
+
+class WorkerError(RuntimeError):
+    """Workers that train one model do not agree, or one of them failed. It is raised on all of them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Workers:
+    """The processes that train a model together, one replica each.
+
+    Attributes:
+        count: How many there are.
+    """
+
+    count: int = 1
+
+    def together(self, what: str, work: Callable[[], str]) -> Mapping[str, str]:
+        """Does something on every worker, and tells all of them what came of it.
+
+        Args:
+            what: For errors: "plan the step".
+            work: Returns a text.
+
+        Returns:
+            Name of a worker to its text, the leader first.
+
+        Raises:
+            WorkerError: If it failed on another worker, or one did not answer in time. If it failed on this one, its
+                own exception.
+        """
+        failure: Exception | None = None
+        result = ""
+        try:
+            result = work()
+        except Exception as error:  # the others must hear of it, whatever it is
+            failure = error
+            result = f"{type(error).__name__}: {error}"
+        if self.count == 1:
+            if failure is not None:
+                raise failure
+            return {own_name(): result}
+        answers = sorted(map(json.loads, self._gather(json.dumps([own_name(), failure is not None, result]), what)))
+        if failure is not None:
+            raise failure
+        failed = [f"{name}: {text}" for name, is_failure, text in answers if is_failure]
+        if failed:
+            raise WorkerError(f"graphswap: expected every worker to {what}, received a failure of {'; '.join(failed)}")
+        return {name: text for name, _, text in answers}
+
+    def agree(self, facts: Callable[[], Mapping[str, str]]) -> bool:
+        """Raises a WorkerError on every worker unless all have the same facts.
+
+        Args:
+            facts: Returns what must be equal everywhere: name to value.
+
+        Returns:
+            Whether this worker is the leader, whose plan all carry out.
+        """
+        answers = self.together("trace the step", lambda: json.dumps(dict(facts())))
+        difference = first_difference({name: json.loads(answer) for name, answer in answers.items()})
+        if difference:
+            raise WorkerError(difference)
+        return next(iter(answers)) == own_name()
+
+    def _gather(self, text: str, what: str) -> list[str]:
+        packed = np.frombuffer(zlib.compress(text.encode()), np.uint8)
+        words = np.zeros(-(-len(packed) // 4), np.int32)
+        words.view(np.uint8)[: len(packed)] = packed
+        try:
+            with tf.init_scope(), tf.device("CPU:0"):
+                lengths = self._gathered(np.array([len(packed)], np.int32))
+                padded = np.zeros(-(-int(lengths.max()) // 4), np.int32)
+                padded[: len(words)] = words
+                rows = self._gathered(padded).reshape(self.count, -1).view(np.uint8)
+        except tf.errors.OpError as error:
+            raise WorkerError(
+                f"graphswap: expected all {self.count} workers to {what} within {PATIENCE_SECONDS:.0f} s, received no "
+                f"answer of some ({error.message.splitlines()[0]}). Give every process the same graphswap option, and "
+                "look at the others' output for what ended them."
+            ) from error
+        return [zlib.decompress(row[:length].tobytes()).decode() for row, length in zip(rows, lengths, strict=True)]
+
+    def _gathered(self, array: np.ndarray) -> np.ndarray:
+        return tf.raw_ops.CollectiveGatherV2(
+            input=array,
+            group_size=self.count,
+            group_key=_GROUP_KEY,
+            instance_key=next(_instance_keys),
+            ordering_token=[],
+            timeout_seconds=PATIENCE_SECONDS,
+        ).numpy()
+
+
+def first_difference(facts: Mapping[str, Mapping[str, str]]) -> str:
+    """What to tell users of the first fact that is not the same everywhere; "" if all are.
+
+    Args:
+        facts: Name of a worker to its facts.
+    """
+    leader, expected = next(iter(facts.items()))
+    for fact, value in expected.items():
+        for name, other in facts.items():
+            if other[fact] != value:
+                return (
+                    f"graphswap: expected the same {fact} in every worker, received {value} in {leader} and "
+                    f"{other[fact]} in {name}. Run the same script with the same graphswap everywhere."
+                )
+    return ""
+
+
+def version() -> str:
+    """Of graphswap, as installed."""
+    try:
+        return importlib.metadata.version("graphswap")
+    except importlib.metadata.PackageNotFoundError:
+        return "a checkout"
+
+
+def in_cluster() -> bool:
+    """Whether TF_CONFIG makes this process a part of a cluster."""
+    return bool(json.loads(os.environ.get("TF_CONFIG") or "{}").get("cluster"))
+
+
+def own_name() -> str:
+    """This process's name in its cluster: "worker 1"."""
+    device = tf.DeviceSpec.from_string(tf.config.list_logical_devices("CPU")[0].name)
+    return f"{device.job} {device.task}"
+
+
+def check(distribution: tf.distribute.Strategy) -> None:
+    """Raises a ValueError for a distribution whose steps can't be rewritten, or whose TF_CONFIG names no cluster."""
+    kind = type(distribution).__name__
+    if isinstance(distribution, tf.distribute.experimental.ParameterServerStrategy | tf.distribute.TPUStrategy):
+        raise ValueError(
+            f"graphswap: expected a distribution whose workers each hold the variables, received {kind}. "
+            "Use MultiWorkerMirroredStrategy, or compile without graphswap."
+        )
+    devices = distribution.extended.worker_devices
+    if len(devices) != 1:
+        raise ValueError(
+            f"graphswap: expected one device in each process, received {kind} with {', '.join(devices)}. Start a "
+            "process for each device under MultiWorkerMirroredStrategy, with CUDA_VISIBLE_DEVICES naming its GPU, or "
+            "compile without graphswap."
+        )
+    planned = profiler.device_name()
+    if not devices[0].endswith(f"device:{planned}"):
+        raise ValueError(
+            f"graphswap: expected a distribution on this process's first device, {planned}, received {kind} on "
+            f"{devices[0]}. Name {planned}, or show the process only the device that it is to use."
+        )
+    is_multi_worker = isinstance(distribution, tf.distribute.MultiWorkerMirroredStrategy)
+    if is_multi_worker and os.environ.get("TF_CONFIG") and not in_cluster():
+        raise ValueError(
+            f"TF_CONFIG: expected a field 'cluster' with the hosts of each job, received {os.environ['TF_CONFIG']}. "
+            "TensorFlow would train with this process alone. Add it, or unset TF_CONFIG."
+        )
+
+
+def expect_one_device(graph: ir.Graph) -> None:
+    """Raises an UnsupportedGraphError if some of the step runs on another device than the one that is planned."""
+    planned = tf.DeviceSpec.from_string(f"/device:{profiler.device_name()}")
+    for node in graph.nodes:
+        device = tf.DeviceSpec.from_string(node.device)
+        if device.device_type == planned.device_type and device.device_index not in (None, planned.device_index):
+            raise UnsupportedGraphError(
+                f"expected a step on one device, {profiler.device_name()}, received node '{node.name}' ({node.op}) on "
+                f"'{node.device}'. Start a process for each device under MultiWorkerMirroredStrategy, or set "
+                "graphswap.Options(on_unsupported='run_unchanged')."
+            )
+
+
+def advice(graph: ir.Graph) -> tuple[str, ...]:
+    """What the user should know of how the step's gradients are exchanged."""
+    sums = [graph.value(node.inputs[0]).nbytes for node in graph.nodes if node.op == ir.ALL_REDUCE]
+    most = max(sums, default=0)
+    if most < _LARGE_SUM_BYTES:
+        return ()
+    return (
+        f"one exchange between the workers takes {format_bytes(most)} at once, and twice that in memory; "
+        "MultiWorkerMirroredStrategy(communication_options=tf.distribute.experimental.CommunicationOptions("
+        "bytes_per_pack=4 << 20)) makes blocks of it",
+    )
+
+
+def local_value(distribution: tf.distribute.Strategy, value: Any) -> Any:
+    """Of a batch of all replicas this process's part, with nested values for nested ones."""
+    return tf.nest.map_structure(lambda leaf: distribution.experimental_local_results(leaf)[0], value)

@@ -1,0 +1,73 @@
+"""Runs functions of a test file on every worker of a cluster, each in a process of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from typing import Any, NamedTuple
+
+from graphswap import emulate
+from graphswap.tools import launch
+
+_RESULT = "result: "
+
+
+class Ended(NamedTuple):
+    """What came of a worker.
+
+    Attributes:
+        status: Its exit status.
+        result: What its function returned; None if it failed.
+        errors: What it wrote to stderr.
+    """
+
+    status: int
+    result: Any
+    errors: str
+
+
+def run(workers: int, memory_bytes: int | None, file: str, function: str, *arguments: Any) -> list[Ended]:
+    """Calls a function of a file that ends with `emulated.main(globals())`, on every worker.
+
+    Args:
+        workers: How many; 1 for a process without a cluster.
+        memory_bytes: Of each worker's emulated accelerator; None for none.
+        file: The file.
+        function: The function's name.
+        *arguments: For the function; like its result, what JSON can express.
+    """
+    configs = list(launch.cluster_configs(workers).values()) if workers > 1 else [""]
+    emulated = {} if memory_bytes is None else emulate.environment(memory_bytes)
+    with contextlib.ExitStack() as stack:
+        started = []
+        for config in configs:
+            variables = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TF_CONFIG": config, **emulated}
+            command = [sys.executable, *(["-m", "graphswap.emulate"] if emulated else []), file, function]
+            out, err = (stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(2))
+            process = subprocess.Popen([*command, json.dumps(arguments)], env=variables, stdout=out, stderr=err)
+            stack.callback(process.kill)
+            started.append((process, out, err))
+        return [_ended(*one) for one in started]
+
+
+def call(workers: int, memory_bytes: int | None, file: str, function: str, *arguments: Any) -> list[Any]:
+    """The same where nothing is to fail. Returns the results."""
+    ended = run(workers, memory_bytes, file, function, *arguments)
+    for index, one in enumerate(ended):
+        assert one.status == 0, f"worker {index}: {one.errors[-4000:]}"
+    return [one.result for one in ended]
+
+
+def _ended(process: subprocess.Popen[bytes], out: Any, err: Any) -> Ended:
+    try:
+        status = process.wait(300)
+    except subprocess.TimeoutExpired:
+        status = -1
+    for file in (out, err):
+        file.seek(0)
+    lines = [line for line in out if line.startswith(_RESULT)]
+    return Ended(status, json.loads(lines[0].removeprefix(_RESULT)) if lines else None, err.read())

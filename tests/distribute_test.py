@@ -1,0 +1,191 @@
+import dataclasses
+import json
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+import tiny_graphs
+import trainings
+from keras import layers
+
+import graphswap
+from graphswap import distribute, parser, profiler
+
+X = np.random.default_rng(0).normal(size=(1200, 32)).astype("float32")
+FACTS = {"version": "1", "budget": "2.0MiB"}
+
+
+def model_of(option):
+    inner = [layers.Dense(64, "relu"), layers.Dropout(0.5)]
+    model = keras.Sequential([keras.Input((32,)), *inner, layers.Dense(64, "relu"), layers.Dense(32)])
+    model.compile("adam", "mse", **option)
+    return model
+
+
+# --- workers ----------------------------------------------------------------------------------------------------
+
+
+def test_equal_facts_have_no_difference():
+    assert distribute.first_difference({"worker 0": FACTS, "worker 1": dict(FACTS)}) == ""
+
+
+def test_the_first_difference_is_told():
+    other = {**FACTS, "budget": "3.0MiB"}
+    assert distribute.first_difference({"worker 0": FACTS, "worker 1": FACTS, "worker 2": other}) == (
+        "graphswap: expected the same budget in every worker, received 2.0MiB in worker 0 and 3.0MiB in worker 2. "
+        "Run the same script with the same graphswap everywhere."
+    )
+
+
+def test_a_worker_alone_works_alone():
+    assert list(distribute.Workers().together("add", lambda: "2").values()) == ["2"]
+    with pytest.raises(KeyError):
+        distribute.Workers().together("fail", lambda: {}["x"])
+    assert distribute.Workers().agree(lambda: FACTS)
+
+
+def test_who_does_not_answer_is_an_error(monkeypatch):
+    monkeypatch.setattr(distribute, "PATIENCE_SECONDS", 1.0)
+
+    def unanswered(self, array):
+        raise tf.errors.DeadlineExceededError(None, None, "Collective has timed out.\nmore")
+
+    monkeypatch.setattr(distribute.Workers, "_gathered", unanswered)
+    with pytest.raises(distribute.WorkerError) as caught:
+        distribute.Workers(3).together("plan the step", str)
+    assert str(caught.value) == (
+        "graphswap: expected all 3 workers to plan the step within 1 s, received no answer of some (Collective has "
+        "timed out.). Give every process the same graphswap option, and look at the others' output for what ended them."
+    )
+
+
+# --- distributions ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "distribution",
+    [lambda: tf.distribute.OneDeviceStrategy("CPU:0"), lambda: tf.distribute.MirroredStrategy(["CPU:0"])],
+)
+def test_one_device_in_a_distribution(distribution):
+    def train(log, **option):
+        with distribution().scope():
+            model = model_of(option)
+        model.fit(X, X, batch_size=500, epochs=2, callbacks=[trainings.Recorder(log)], verbose=0)
+        return [model]
+
+    with trainings.reproducible(), trainings.analytic_costs():
+        trainings.assert_equal_to_plain(train, wanted=("swaps",))
+
+
+def test_a_function_under_a_distribution():
+    distribution = tf.distribute.OneDeviceStrategy("CPU:0")
+    with distribution.scope():
+        weight = tf.Variable(tf.eye(32))
+
+    def of_replica(x):
+        with tf.GradientTape() as tape:
+            y = x
+            for _ in range(4):
+                y = tf.tanh(y @ weight)
+            loss = tf.reduce_sum(y)
+        weight.assign_sub(0.01 * tape.gradient(loss, weight))
+        return loss
+
+    def step(x):
+        return distribution.reduce("SUM", distribution.run(of_replica, args=(x,)), axis=None)
+
+    planned = graphswap.function(step, memory_budget="min", strategy=trainings.EvictAll(("swap",)), swap_to="host")
+    losses = [float(planned(x)) for x in distribution.experimental_distribute_dataset(dataset())]
+    weight.assign(tf.eye(32))
+    assert losses == [float(tf.function(step)(x)) for x in dataset()]
+    assert graphswap.report(planned).step.plan.swaps
+
+
+def dataset():
+    return tf.data.Dataset.from_tensor_slices(X).batch(600)
+
+
+class Fake:
+    """A distribution over devices that are not here."""
+
+    def __init__(self, *devices):
+        self.extended = self
+        self.worker_devices = devices
+
+
+@pytest.mark.parametrize(
+    ("distribution", "message"),
+    [
+        (
+            Fake("/device:CPU:0", "/device:CPU:1"),
+            "graphswap: expected one device in each process, received Fake with /device:CPU:0, /device:CPU:1. Start a "
+            "process for each device under MultiWorkerMirroredStrategy, with CUDA_VISIBLE_DEVICES naming its GPU, or "
+            "compile without graphswap.",
+        ),
+        (
+            Fake("/device:CPU:1"),
+            "graphswap: expected a distribution on this process's first device, CPU:0, received Fake on /device:CPU:1. "
+            "Name CPU:0, or show the process only the device that it is to use.",
+        ),
+    ],
+)
+def test_other_devices_are_refused(distribution, message):
+    with pytest.raises(ValueError) as caught:
+        distribute.check(distribution)
+    assert str(caught.value) == message
+
+
+def test_a_tf_config_without_a_cluster_is_refused(monkeypatch):
+    distribution = tf.distribute.MultiWorkerMirroredStrategy()
+    distribute.check(distribution)
+    config = json.dumps({"task": {"type": "worker", "index": 0}})
+    monkeypatch.setenv("TF_CONFIG", config)
+    with pytest.raises(ValueError) as caught:
+        distribute.check(distribution)
+    assert str(caught.value) == (
+        f"TF_CONFIG: expected a field 'cluster' with the hosts of each job, received {config}. TensorFlow would train "
+        "with this process alone. Add it, or unset TF_CONFIG."
+    )
+
+
+@pytest.mark.parametrize(("device", "is_refused"), [("/device:CPU:0", False), ("/device:CPU:1", True), ("", False)])
+def test_a_step_over_two_devices_is_refused(device, is_refused):
+    graph = parser.parse(tiny_graphs.CHAIN)
+    nodes = [dataclasses.replace(node, device=device if node.name == "b2" else "") for node in graph.nodes]
+    graph = graph.replace(nodes=tuple(nodes))
+    if not is_refused:
+        distribute.expect_one_device(graph)
+        return
+    with pytest.raises(graphswap.UnsupportedGraphError) as caught:
+        distribute.expect_one_device(graph)
+    assert str(caught.value) == (
+        "expected a step on one device, CPU:0, received node 'b2' (MatMul) on '/device:CPU:1'. Start a process for "
+        "each device under MultiWorkerMirroredStrategy, or set graphswap.Options(on_unsupported='run_unchanged')."
+    )
+
+
+def test_a_large_exchange_is_told():
+    exchange = """
+    graph exchange(%g) -> (%sum) {{
+      %g = Placeholder() : (float32[{0}])
+      %sum = CollectiveReduceV2!(%g) : (float32[{0}])
+    }}
+    """
+    assert distribute.advice(parser.parse(exchange.format(1000))) == ()
+    (note,) = distribute.advice(parser.parse(exchange.format(16 << 20)))
+    assert note.startswith("one exchange between the workers takes 64.0MiB at once, and twice that in memory; ")
+
+
+def test_a_measured_step_exchanges_nothing():
+    graph = parser.parse("""
+    graph step(%g) -> (%sum, %twice) after(%sum) {
+      %g = Placeholder() : (float32[8])
+      %sum = CollectiveReduceV2!(%g) : (float32[8])
+      %twice = AddV2(%sum, %sum) after(%sum) : (float32[8])
+    }
+    """)
+    own = profiler.without_side_effects(graph)
+    assert [node.op for node in own.nodes] == ["Placeholder", "AddV2"]
+    assert own.by_name["twice"].inputs == ("g", "g")
+    assert own.outputs == ("g", "twice")

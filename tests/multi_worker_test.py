@@ -1,0 +1,188 @@
+"""Trains one model with several workers, plainly and with graphswap, and compares bits, budgets and errors."""
+
+import cluster
+import emulated
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+import trainings
+from keras import layers
+
+import graphswap
+from graphswap import distribute, profiler
+
+MIB = 1 << 20
+AMPLE = 512 * MIB
+BUDGET = 16 * MIB
+DEVICE = 19 * MIB  # a step that runs out of memory is not repeated here
+BATCH, LAST_BATCH = 8192, 6144
+EXAMPLES = BATCH + LAST_BATCH
+X = np.random.default_rng(0).normal(size=(EXAMPLES, 4)).astype("float32")
+Y = np.random.default_rng(1).integers(0, 4, EXAMPLES)
+
+
+def perceptron(has_noise):
+    """A model that is all activations; with noise it has Dropout, and statistics of all workers' examples."""
+    x = image = keras.Input((4,))
+    for _ in range(3):
+        x = layers.Dense(128)(x)
+        x = layers.BatchNormalization(synchronized=True)(x) if has_noise else layers.LayerNormalization()(x)
+        x = layers.ReLU()(x)
+        x = layers.Dropout(0.1)(x) if has_noise else x
+    return keras.Model(image, layers.Dense(4)(x))
+
+
+def distribution():
+    if distribute.in_cluster():
+        return tf.distribute.MultiWorkerMirroredStrategy()
+    return tf.distribute.get_strategy()
+
+
+def compiled(budget, has_noise):
+    keras.utils.set_random_seed(3)
+    option = {} if budget is None else {"graphswap": graphswap.Options(budget, swap_to="host", planning_seconds=1.0)}
+    with distribution().scope():
+        model = perceptron(has_noise)
+        optimizer = keras.optimizers.Adam(1e-2) if has_noise else keras.optimizers.SGD(0.01)
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        model.compile(optimizer, loss, metrics=["accuracy"], **option)
+    return model
+
+
+# --- run by workers ---------------------------------------------------------------------------------------------
+
+
+def steps(budget):
+    """Trains on four batches, two of them smaller ones."""
+    with trainings.reproducible():
+        model = compiled(budget, has_noise=True)
+        logs = [model.train_on_batch(*parts(size), return_dict=True) for size in (BATCH, LAST_BATCH, BATCH, LAST_BATCH)]
+    weights = [variable.numpy() for variable in (*model.variables, *model.optimizer.variables)]
+    result = {
+        "logs": [{name: float(value) for name, value in one.items()} for one in logs],
+        "weights": [np.asarray(value).tobytes().hex() for value in weights],
+        "peak": profiler.memory_in_use("peak"),
+    }
+    if budget is not None:
+        report = graphswap.report(model)
+        result["decisions"] = [len(step.plan.swaps) + len(step.plan.recomputes) for step in report.steps]
+        result["notes"] = report.steps[0].notes
+    return result
+
+
+def parts(size):
+    """This worker's part of a batch of all workers."""
+    resolver = tf.distribute.cluster_resolver.TFConfigClusterResolver()
+    count, index = resolver.cluster_spec().num_tasks("worker"), resolver.task_id
+    part = slice(index * size // count, (index + 1) * size // count)
+    return X[:size][part], Y[:size][part]
+
+
+def fit(budget):
+    """Fits on arrays with a smaller last batch, and with validation."""
+    log = []
+    model = compiled(budget, has_noise=False)
+    history = model.fit(
+        X,
+        Y,
+        batch_size=BATCH,
+        epochs=2,
+        validation_data=(X[:1000], Y[:1000]),
+        callbacks=[trainings.Recorder(log)],
+        shuffle=False,
+        verbose=0,
+    )
+    return {
+        "log": [{name: float(value) for name, value in entry.items()} for entry in log],
+        "history": history.history,
+        "weights": [float(value) for variable in model.variables for value in np.ravel(variable.numpy())],
+        "evaluated": model.evaluate(X, Y, batch_size=BATCH, verbose=0),
+        "predicted": np.shape(model.predict(X, batch_size=BATCH, verbose=0)),
+        "plans": [] if budget is None else [not step.plan.is_empty for step in graphswap.report(model).steps],
+    }
+
+
+def disagree(what):
+    """Takes a step on workers that differ in something. Returns the error."""
+    distribution = tf.distribute.MultiWorkerMirroredStrategy()
+    index = distribution.cluster_resolver.task_id
+    budget = {"budget": (1 + index) * MIB, "infeasible": 1000}.get(what, MIB)
+    activation = "tanh" if what == "step" and index else "relu"
+    if what == "version":
+        distribute.version = lambda: f"0.{index}"
+    if what == "silence":
+        distribute.PATIENCE_SECONDS = 5.0
+    with distribution.scope():
+        model = keras.Sequential([keras.Input((4,)), *(layers.Dense(8, activation) for _ in range(3)), layers.Dense(4)])
+        option = {} if what == "silence" and index else {"graphswap": budget}
+        model.compile("sgd", "mse", **option)
+    try:
+        model.train_on_batch(X[:8], X[:8])
+    except (ValueError, RuntimeError, tf.errors.OpError) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+# --- tests ------------------------------------------------------------------------------------------------------
+
+
+def test_bits_and_budgets_where_plain_fails():
+    plain = cluster.call(2, AMPLE, __file__, "steps", None)
+    ours = cluster.call(2, DEVICE, __file__, "steps", BUDGET)
+    for index in range(2):
+        assert ours[index]["logs"] == plain[index]["logs"]
+        assert ours[index]["weights"] == plain[index]["weights"]
+        assert all(ours[index]["decisions"])
+        assert ours[index]["peak"] <= BUDGET < DEVICE < plain[index]["peak"]
+    assert "the plan is the leader's" in ours[1]["notes"]
+    assert ours[0]["decisions"][0] == ours[1]["decisions"][0]
+
+
+def test_fit_on_two_workers_is_that_of_one_process():
+    ours = cluster.call(2, None, __file__, "fit", "min")
+    (alone,) = cluster.call(1, None, __file__, "fit", None)
+    for one in ours:
+        assert one["plans"] and all(one["plans"])
+        assert one["predicted"] == alone["predicted"]
+        # Two sums over 4096 examples and their sum round otherwise than one over 8192.
+        np.testing.assert_allclose(one["weights"], alone["weights"], rtol=0, atol=1e-6)
+        np.testing.assert_allclose(one["evaluated"], alone["evaluated"], rtol=1e-6)
+        for name, values in alone["history"].items():
+            np.testing.assert_allclose(one["history"][name], values, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("budget", "expected the same options in every worker, received Options(memory_budget=1048576"),
+        (
+            "version",
+            "expected the same version of graphswap in every worker, received 0.0 in worker 0 and 0.1 in worker",
+        ),
+        ("step", "expected the same step in every worker, received "),
+    ],
+)
+def test_workers_that_differ_are_refused_on_all(what, message):
+    first, second = cluster.call(2, None, __file__, "disagree", what)
+    assert first == second
+    assert first.startswith(f"WorkerError: graphswap: {message}")
+    assert first.endswith("Run the same script with the same graphswap everywhere.")
+
+
+def test_a_failure_of_one_is_told_to_all():
+    leader, follower = cluster.call(2, None, __file__, "disagree", "infeasible")
+    assert leader.startswith("InfeasibleBudgetError: memory_budget=0.1MiB is below the smallest reachable peak")
+    assert follower.startswith(
+        "WorkerError: graphswap: expected every worker to plan the step, received a failure of worker 0: "
+        "InfeasibleBudgetError: memory_budget=0.1MiB is below the smallest reachable peak"
+    )
+
+
+def test_a_worker_without_the_option_is_no_hang():
+    asking, _ = cluster.run(2, None, __file__, "disagree", "silence")
+    assert asking.result.startswith("WorkerError: graphswap: expected all 2 workers to trace the step within 5 s")
+
+
+if __name__ == "__main__":
+    emulated.main(globals())
