@@ -135,8 +135,8 @@ def _make_train_function(self: Any, force: bool = False) -> Any:
 
     def make(running: pipeline.Session) -> Any:
         @tf.autograph.experimental.do_not_convert
-        def one_step_on_data(batch: Any) -> Any:
-            return running.trace(step, batch)
+        def one_step_on_data(data: Any) -> Any:
+            return running.trace(step, data)
 
         function = tf.function(one_step_on_data, reduce_retracing=True, jit_compile=running.jit_compile)
         return self._autoconvert_optionals(function)

@@ -12,13 +12,12 @@ from collections.abc import Collection, Sequence
 from graphswap import ir, rewrites, simulator, strategies
 from graphswap.cost_model import CostModel
 from graphswap.plan import Place, Plan
-from graphswap.strategies.base import InfeasibleBudgetError
-from graphswap.variables import values, worth_moving
+from graphswap.strategies import gaps
+from graphswap.strategies.base import InfeasibleBudgetError, Placing, Strategy
+from graphswap.variables import trips, values, worth_moving
 
 _PARTS = 8
 """In how many steps the share of variables that leave is tried."""
-_GAIN = 0.97
-"""A plan with more variables on the device is taken unless it makes the step longer by more than the rest."""
 _EASY = 0.9
 """A step whose buffers take no more of the budget is left alone."""
 
@@ -27,40 +26,47 @@ def choose(
     graph: ir.Graph,
     cost_model: CostModel,
     memory_budget: int,
+    strategy: Strategy,
     movable: Collection[str],
     fixed: Sequence[Place] = (),
     planning_seconds: float = math.inf,
 ) -> tuple[Place, ...]:
     """Chooses the variables that leave the device.
 
-    They are tried in the order of what moving a byte costs: a slot of an optimizer is fetched once and stored once, a
-    weight is fetched for each pass. Of a few shares of all their bytes that is taken which a greedy plan of the
-    activations makes fastest; so the two compete for the same budget. If no plan keeps it, all leave.
+    Unless the strategy has an order of its own, they are tried in the order of what moving a byte costs: a slot of an
+    optimizer is fetched once and stored once, a weight is fetched for each pass. Of a few shares of all their bytes
+    that is taken which a greedy plan of the activations, or such a strategy's, makes fastest; so the two compete for
+    the same budget. If no plan keeps it, all leave.
 
-    Known weaknesses: variables leave in one order; a variable leaves for the whole step.
+    Known weaknesses: variables leave in one order; a variable leaves for the whole step; fewer may be as fast.
 
     Args:
         graph: The step, all variables on the device.
         cost_model: Its costs.
         memory_budget: Bytes.
+        strategy: What will plan the rest.
         movable: Names of variables that may leave.
         fixed: What has left already.
         planning_seconds: When to stop looking for a better choice.
     """
-    gone = {place.variable for place in fixed}
-    order = [variable for variable in worth_moving(graph, movable) if variable not in gone]
-    known = values(graph)
-    total = list(itertools.accumulate((known[variable].nbytes for variable in order), initial=0))
+    has_groups = isinstance(strategy, Placing)
+    judge = strategy if has_groups else strategies.Greedy(planning_seconds=0.0)
+    groups = strategy.groups(graph, movable) if has_groups else _one_by_one(graph, cost_model, movable)
+    gone, known = {place.variable for place in fixed}, values(graph)
+    left = [[name for name in group if name not in gone] for group in groups]
+    sizes = [sum(known[name].nbytes for name in group) for group in left]
+    total = list(itertools.accumulate(sizes, initial=0))
     counts = sorted({bisect.bisect_left(total, total[-1] * part / _PARTS) for part in range(_PARTS + 1)})
 
     def places(count: int) -> tuple[Place, ...]:
-        return (*fixed, *(Place(variable, cost_model.far_tier) for variable in order[:count]))
+        leaving = itertools.chain.from_iterable(left[:count])
+        return (*fixed, *(Place(name, cost_model.far_tier) for name in leaving))
 
     @functools.cache
     def seconds(count: int) -> float:
         placed = rewrites.place(graph, Plan(decisions=places(count)))
         try:
-            plan = strategies.Greedy(planning_seconds=0.0).plan(placed, cost_model, memory_budget)
+            plan = judge.plan(placed, cost_model, memory_budget)
         except InfeasibleBudgetError:
             return math.inf
         return simulator.simulate(placed, plan, cost_model).seconds
@@ -69,10 +75,31 @@ def choose(
     if simulator.simulate(as_it_is, Plan(), cost_model).peak_bytes <= memory_budget * _EASY:
         return places(0)
     stop = time.monotonic() + planning_seconds
-    best = counts[-1]
+    best, fewer = counts[-1], 0  # with `fewer` away, no plan was found, or a slower one
     for count in reversed(counts[:-1]):
         if time.monotonic() > stop or math.isinf(seconds(count)):
+            fewer = count
             break
-        if seconds(count) * _GAIN <= seconds(best):
-            best = count
+        if seconds(count) <= seconds(best):
+            best, fewer = count, 0
+        else:
+            fewer = max(fewer, count)
+    while best - fewer > 1 and time.monotonic() < stop:
+        middle = (best + fewer) // 2
+        best, fewer = (middle, fewer) if seconds(middle) <= seconds(best) else (best, middle)
     return places(best)
+
+
+def _one_by_one(graph: ir.Graph, cost_model: CostModel, movable: Collection[str]) -> list[list[str]]:
+    """The variables, what travels least first; of those that travel as often, what is used farthest from the peak."""
+    problem = gaps.problem(graph, cost_model)
+    peak, position, cost = int(problem.live.argmax()), problem.graph.position, trips(graph)
+
+    def distance(name: str) -> int:
+        """Nodes between the peak and the nearest one that uses the variable."""
+        direct = graph.consumers[name]
+        users = [*direct, *(user for node in direct for user in graph.consumers.get(node, ()))]
+        return min(abs(position[user] - peak) for user in users)
+
+    names = worth_moving(graph, movable)
+    return [[name] for name in sorted(names, key=lambda name: (cost[name], -distance(name)))]

@@ -260,7 +260,8 @@ class Planner:
         elif not budget or (cost_model.far_tier == "disk" and self._options.swap_to == "auto"):
             places = fixed
         else:
-            places = model_data.choose(graph, cost_model, budget, movable, fixed, self._options.planning_seconds)
+            seconds = self._options.planning_seconds
+            places = model_data.choose(graph, cost_model, budget, self._strategy(), movable, fixed, seconds)
         position = {name: index for index, name in enumerate(graph.inputs)}
         return tuple(sorted(places, key=lambda place: position.get(place.variable, -1)))
 

@@ -9,7 +9,9 @@ from graphswap.strategies.chen import Chen
 from graphswap.strategies.greedy import Greedy
 from graphswap.strategies.joint import Joint
 from graphswap.strategies.karma import Karma
+from graphswap.strategies.patrickstar import PatrickStar
 from graphswap.strategies.swap_all import SwapAll
+from graphswap.strategies.zero_offload import ZeroOffload
 
 STRATEGIES: Mapping[str, Strategy] = {
     "auto": Auto(),
@@ -19,4 +21,6 @@ STRATEGIES: Mapping[str, Strategy] = {
     "checkmate": Checkmate(),
     "chen": Chen(),
     "swap_all": SwapAll(),
+    "patrickstar": PatrickStar(),
+    "zero_offload": ZeroOffload(),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from typing import Protocol, runtime_checkable
 
 from graphswap import ir
@@ -18,6 +19,20 @@ class Strategy(Protocol):
 
         Raises:
             InfeasibleBudgetError: If it finds none.
+        """
+        ...
+
+
+@runtime_checkable
+class Placing(Strategy, Protocol):
+    """A strategy that says itself which variables leave the device together."""
+
+    def groups(self, graph: ir.Graph, movable: Collection[str]) -> Sequence[Sequence[str]]:
+        """Returns groups of variables, in the order in which they leave.
+
+        Args:
+            graph: The step, all variables on the device.
+            movable: Names of variables that may leave.
         """
         ...
 

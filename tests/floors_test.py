@@ -37,6 +37,7 @@ STEPS = {
         {"timing", "relaxation"},
         {"budgets"},
         {"fitting"},
+        {"fetching"},
         None,
         {"annealing"},
         {"joint"},

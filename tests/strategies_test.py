@@ -6,14 +6,15 @@ import testing
 from graphswap.cost_model import Link
 from graphswap.simulator import simulate
 from graphswap.strategies import STRATEGIES
-from graphswap.strategies.base import InfeasibleBudgetError, Strategy
+from graphswap.strategies.base import InfeasibleBudgetError, Placing, Strategy
 
 MIB = 1 << 20
 CHAIN = testing.chain(8)  # 11 MiB
+OF_ACTIVATIONS = [name for name, strategy in STRATEGIES.items() if not isinstance(strategy, Placing)]
 MODEL = testing.seconds_per_node(1.0, Link(MIB, MIB, 0.25))
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize("name", OF_ACTIVATIONS)
 def test_a_strategy(name):
     strategy = STRATEGIES[name]
     assert isinstance(strategy, Strategy)
@@ -24,6 +25,14 @@ def test_a_strategy(name):
     assert plan.fingerprint == CHAIN.fingerprint
     assert simulate(CHAIN, plan, MODEL).peak_bytes <= 9 * MIB
     assert strategy.plan(CHAIN, MODEL, 9 * MIB) == plan
+
+
+@pytest.mark.parametrize("name", sorted(STRATEGIES.keys() - OF_ACTIVATIONS))
+def test_a_strategy_that_leaves_activations_alone(name):
+    assert isinstance(STRATEGIES[name], Placing)
+    with pytest.raises(InfeasibleBudgetError):
+        STRATEGIES[name].plan(CHAIN, MODEL, 9 * MIB)
+    assert STRATEGIES[name].plan(CHAIN, MODEL, 11 * MIB).decisions == ()
 
 
 @pytest.mark.parametrize("name", ["auto", "greedy", "karma"])
