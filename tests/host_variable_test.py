@@ -90,8 +90,8 @@ def test_a_variable_beyond_2_gib_travels_in_pieces():
     variable.move("disk")
     assert len(variable.store_handles) > 512
     variable.move("device")
-    assert variable[-2:].numpy().tolist() == [0, 7]
-    assert int(tf.math.count_nonzero(variable)) == 1
+    value = variable.numpy()
+    assert (np.count_nonzero(value), value[-1]) == (1, 7)
 
 
 @TIERS
