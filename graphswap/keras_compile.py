@@ -138,7 +138,9 @@ def _make_train_function(self: Any, force: bool = False) -> Any:
         def one_step_on_data(data: Any) -> Any:
             return running.trace(step, data)
 
-        function = tf.function(one_step_on_data, reduce_retracing=True, jit_compile=running.jit_compile)
+        function = one_step_on_data
+        if not self.run_eagerly:  # else `trace` refuses
+            function = tf.function(function, reduce_retracing=True, jit_compile=running.jit_compile)
         return self._autoconvert_optionals(function)
 
     def train_function(iterator: Any) -> Any:
