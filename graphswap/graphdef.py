@@ -882,8 +882,9 @@ def export_function(func_graph: FuncGraph, graph: ir.Graph, far_tiers: tiers.Tie
     placed = [exporter.inputs[variable] for variable in graph.placed]
     if placed:
         _remove_accesses(func_graph, placed)
+        kept = set(func_graph.get_operations())
         func_graph.outputs = [
-            tensor if tensor.op in func_graph.get_operations() else exporter.tensor(reference)
+            tensor if tensor.op in kept else exporter.tensor(reference)
             for tensor, reference in zip(func_graph.outputs, graph.outputs, strict=True)
         ]
         ends = [op for node in graph.nodes if node.op == ir.STORE for op in exporter.done[node.name]]
@@ -1459,12 +1460,21 @@ def _decidable(func_graph: FuncGraph) -> list[Any]:
 
     def is_known(operation: Any) -> bool:
         """Whether the step's variables decide on its results, as they are before the step."""
-        if operation.type == "Placeholder":
-            return operation.name in captured
-        if operation.type == "ReadVariableOp" and operation.control_inputs:
-            return False
-        is_pure = not operation.op_def.is_stateful or operation.type == "ReadVariableOp"
-        return is_pure and operation.type not in OPAQUE and all(is_known(tensor.op) for tensor in operation.inputs)
+        pending, seen = [operation], {operation}
+        while pending:
+            operation = pending.pop()
+            is_read = operation.type == "ReadVariableOp"
+            if (
+                (operation.type == "Placeholder" and operation.name not in captured)
+                or (is_read and operation.control_inputs)  # perhaps after an update
+                or (operation.op_def.is_stateful and not is_read)
+                or operation.type in OPAQUE
+            ):
+                return False
+            found = {tensor.op for tensor in operation.inputs} - seen
+            seen |= found
+            pending += found
+        return True
 
     return [
         operation

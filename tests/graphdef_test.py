@@ -560,3 +560,48 @@ def test_sums_stay_sums_where_tensorflow_takes_memory_to_be_short():
     with graphdef.without_memory_optimizer():
         assert "AddN" in ops_that_run(functools.partial(tf.function(total, autograph=False), x))
     assert "AddN" not in ops_that_run(functools.partial(tf.function(total, autograph=False), x))
+
+
+# --- branches ---------------------------------------------------------------------------------------------------
+
+
+def _step_with_a_branch(condition):
+    """Counts its runs, and adds x to a variable in one of two ways."""
+    counter, total = tf.Variable(0), tf.Variable(0.0)
+
+    @tf.function(autograph=False)
+    def step(x):
+        tf.cond(condition(counter, x), lambda: total.assign_add(x), lambda: total.assign_sub(x))
+        counter.assign_add(1)
+        return total.read_value()
+
+    return step, counter
+
+
+def test_branches_are_known_where_variables_decide():
+    step, counter = _step_with_a_branch(lambda counter, _: counter % 2 == 1)
+    decide = graphdef.decidable_branches(step.get_concrete_function(tf.constant(1.0)).graph)
+    assert decide() == (False,)
+    counter.assign(3)
+    assert decide() == (True,)
+
+
+def test_branches_that_the_batch_decides_on_stay_however_deep_the_step():
+    def condition(_, x):
+        for _ in range(1500):
+            x = x + x
+        return x > 0
+
+    step, _ = _step_with_a_branch(condition)
+    assert graphdef.decidable_branches(step.get_concrete_function(tf.constant(1.0)).graph) is None
+
+
+@pytest.mark.parametrize("is_true", [True, False])
+def test_the_branch_that_is_taken_becomes_a_part_of_the_step(is_true):
+    step, _ = _step_with_a_branch(lambda counter, _: counter % 2 == 1)
+    traced = step.get_concrete_function(tf.constant(1.0)).graph
+    graphdef.take_branches(traced, (is_true,))
+    ops = {operation.type for operation in traced.get_operations()}
+    assert "If" not in ops
+    assert ("AssignSubVariableOp" in ops) != is_true
+    assert graphdef.decidable_branches(traced) is None
