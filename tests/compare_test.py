@@ -77,7 +77,7 @@ def rows(table):
 
 def test_trials_take_turns_step_by_step(turns):
     two, three = Trial("gpt", 1, steps=2), Trial("vit", 1, steps=3)
-    results = compare.in_turns({"two": two, "three": three}, lambda name, line: None, {})
+    results = trial.in_turns({"two": two, "three": three}, lambda name, line: None, {})
     begin = [("start", two), ("step", two), ("start", three), ("step", three)]
     assert turns[:4] == begin
     assert turns[4:-2] == [("step", two), ("step", three)] * 2
@@ -103,7 +103,7 @@ def test_a_strategy_without_a_plan_is_not_asked_again(turns):
 
 def test_plain_must_train_in_plenty_of_memory(monkeypatch):
     failed = Result("KeyError: 'gptt'")
-    monkeypatch.setattr(compare, "in_turns", lambda trials, *_: dict.fromkeys(trials, failed))
+    monkeypatch.setattr(trial, "in_turns", lambda trials, *_: dict.fromkeys(trials, failed))
     with pytest.raises(RuntimeError, match="expected gptt to train in plenty of memory, received KeyError"):
         compare.measure("gptt", ["50%"], 1, 1, 1.0, lambda line: None)
 

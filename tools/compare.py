@@ -9,9 +9,7 @@ the first strategy, the second, ..., again plain Keras. So a noisy machine is no
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import functools
 import itertools
 import json
 import math
@@ -112,7 +110,7 @@ def measure(
     with tempfile.TemporaryDirectory() as cache:  # of measured costs: whoever comes first measures them for all
 
         def run(title: str, trials: Mapping[str, Trial]) -> dict[str, Result]:
-            return in_turns(trials, lambda name, line: say(f"{title}, {name}: {line}"), {"XDG_CACHE_HOME": cache})
+            return trial.in_turns(trials, lambda name, line: say(f"{title}, {name}: {line}"), {"XDG_CACHE_HOME": cache})
 
         first = run(model, {"plain": ample, "plain without memory optimiser": without})
         plain, reference = first.values()
@@ -132,33 +130,6 @@ def measure(
             for strategy, result in results.items():
                 case.planned[strategy].append(result)
     return cases
-
-
-def in_turns(
-    trials: Mapping[str, Trial], say: Callable[[str, str], None], environment: Mapping[str, str]
-) -> dict[str, Result]:
-    """Runs trials that take turns, step by step.
-
-    Args:
-        trials: By name.
-        say: Gets a trial's name and the lines of its progress.
-        environment: Further variables for the processes.
-    """
-    results = {}
-    with contextlib.ExitStack() as stack:
-        processes = {}
-        for name, what in trials.items():
-            process = trial.Process(what, functools.partial(say, name), environment)
-            processes[name] = stack.enter_context(process)
-            process.step()  # one after the other also traces, measures and plans
-        for _ in range(max(what.steps for what in trials.values()) - 1):
-            for process in processes.values():
-                process.step()
-        for name, process in processes.items():
-            results[name] = process.result()
-            if results[name].error:
-                say(name, results[name].error.splitlines()[-1])
-    return results
 
 
 def found_no_plan(result: Result) -> bool:

@@ -9,7 +9,6 @@ the second, by hand.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import pathlib
@@ -66,16 +65,7 @@ def measure(
         nbytes = int(peak_bytes * float(budget.rstrip("%")) / 100)
         trials[budget] = dataclasses.replace(plain, graphswap=f"{nbytes}B")
     trials[BY_HAND] = dataclasses.replace(plain, by_hand=True)
-    with contextlib.ExitStack() as stack:
-        processes = {}
-        for way, one in trials.items():
-            say(f"{model}: {way}")
-            processes[way] = stack.enter_context(trial.Process(one, say))
-            processes[way].step()
-        for _ in range(steps - 1):
-            for process in processes.values():
-                process.step()
-        return {way: process.result() for way, process in processes.items()}
+    return trial.in_turns(trials, lambda way, line: say(f"{model}: {way}: {line}"))
 
 
 def rows(model: str, results: Mapping[str, Result]) -> list[tuple[str, ...]]:

@@ -8,7 +8,6 @@ its model in host memory. The two take turns, step by step. A plain run in the b
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import pathlib
@@ -61,16 +60,7 @@ def measure(
     )
     say(f"{model}: {SMALL}, {budget}")
     results = {SMALL: trial.run(dataclasses.replace(plain, memory_bytes=nbytes, steps=1), say)}
-    with contextlib.ExitStack() as stack:
-        processes = {}
-        for way, one in ((PLAIN, plain), (OURS, ours)):
-            say(f"{model}: {way}")
-            processes[way] = stack.enter_context(trial.Process(one, say))
-            processes[way].step()
-        for _ in range(steps - 1):
-            for process in processes.values():
-                process.step()
-        return results | {way: process.result() for way, process in processes.items()}
+    return results | trial.in_turns({PLAIN: plain, OURS: ours}, lambda way, line: say(f"{model}: {way}: {line}"))
 
 
 def row(model: str, budget: str, results: Mapping[str, Result]) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -156,6 +157,33 @@ def run(trial: Trial, say: Callable[[str], None], environment: Mapping[str, str]
     """Runs a trial in a new process and waits for its end. Arguments are those of `Process`."""
     with Process(trial, say, environment) as process:
         return process.result()
+
+
+def in_turns(
+    trials: Mapping[str, Trial], say: Callable[[str, str], None], environment: Mapping[str, str] | None = None
+) -> dict[str, Result]:
+    """Runs trials that take turns, step by step.
+
+    Args:
+        trials: By name.
+        say: Gets a trial's name and the lines of its progress.
+        environment: Further variables for the processes.
+    """
+    results = {}
+    with contextlib.ExitStack() as stack:
+        processes = {}
+        for name, what in trials.items():
+            process = Process(what, functools.partial(say, name), environment)
+            processes[name] = stack.enter_context(process)
+            process.step()  # one after the other also traces, measures and plans
+        for _ in range(max(what.steps for what in trials.values()) - 1):
+            for process in processes.values():
+                process.step()
+        for name, process in processes.items():
+            results[name] = process.result()
+            if results[name].error:
+                say(name, results[name].error.splitlines()[-1])
+    return results
 
 
 def telling_lines(errors: str) -> str:
