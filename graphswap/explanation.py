@@ -18,6 +18,7 @@ from graphswap.simulator import Live, Timeline, at_peak
 from graphswap.strategies import budgets, gaps, greedy
 from graphswap.strategies.base import InfeasibleBudgetError
 from graphswap.strategies.solver import SolverError
+from graphswap.variables import SMALL_BYTES
 
 if TYPE_CHECKING:  # it needs TensorFlow
     from graphswap.profiler import Recorded
@@ -243,7 +244,7 @@ def _candidate(problem: gaps.Gaps, live: Live) -> Candidate:
     index = problem.storage_of.get(problem.root_of.get(live.value, live.value))
     if index is None or problem.storages[index].is_held:
         return Candidate(live, owner, None, None, "it outlives the step or becomes a variable")
-    if live.nbytes <= gaps.SMALL_BYTES:
+    if live.nbytes <= SMALL_BYTES:
         return Candidate(live, owner, None, None, "it is small: moving it would cost more than it frees")
     gap = problem.long_gap.get(index)
     if gap is None:

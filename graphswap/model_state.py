@@ -17,8 +17,9 @@ from typing import Any
 import tensorflow as tf
 
 from graphswap import ir, profiler, state_directory, tiers
-from graphswap.host_variable import SMALL_BYTES, HostVariable, host_variables
+from graphswap.host_variable import HostVariable, host_variables
 from graphswap.state_directory import Entry, Manifest, StateError
+from graphswap.variables import SMALL_BYTES
 
 _NUMBER = re.compile(r"_\d+(?=[_/:]|$)")
 

@@ -7,7 +7,7 @@ from collections.abc import Collection
 from graphswap import ir, liveness
 
 SMALL_BYTES = 64 << 10
-"""Variables up to this size stay on the device: moving them costs more than it frees."""
+"""Variables and other storages up to this size stay on the device: moving them costs more than it frees."""
 
 _WRITES = liveness.ASSIGNS | liveness.UPDATES
 _ACCESSES = {"ReadVariableOp", "ResourceGather"} | _WRITES

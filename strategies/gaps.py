@@ -21,9 +21,7 @@ from graphswap.incremental import Incremental, Outline
 from graphswap.plan import Decision, Plan, Recompute, Swap
 from graphswap.simulator import Timeline, simulate
 from graphswap.strategies import order as order_lib
-
-SMALL_BYTES = 64 << 10
-"""Storages up to this size stay on the device: moving them costs more than it frees."""
+from graphswap.variables import SMALL_BYTES
 
 AGAIN = "recompute again"
 """A way to evict: what comes back early, as another recompute needs it, goes again until it is due itself."""

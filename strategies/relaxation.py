@@ -38,6 +38,7 @@ import numpy as np
 from graphswap import allocator, bound, ir, liveness
 from graphswap.strategies import gaps
 from graphswap.strategies.solver import Solution
+from graphswap.variables import SMALL_BYTES
 
 _CHECKS = 100
 _DEPTH = 6
@@ -526,7 +527,7 @@ class Relaxation:
         """Bytes at each position of storages that are too small to plan for, while nobody uses them."""
         change = np.zeros(len(self._problem.order) + 1)
         for storage in self._problem.storages:
-            if not storage.is_held and storage.nbytes <= gaps.SMALL_BYTES:
+            if not storage.is_held and storage.nbytes <= SMALL_BYTES:
                 points = (storage.born, *storage.uses)
                 for start, end in zip(points, points[1:], strict=False):
                     change[start + 1] += storage.nbytes
