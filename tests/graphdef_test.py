@@ -569,7 +569,6 @@ def _step_with_a_branch(condition):
     """Counts its runs, and adds x to a variable in one of two ways."""
     counter, total = tf.Variable(0), tf.Variable(0.0)
 
-    @tf.function(autograph=False)
     def step(x):
         tf.cond(condition(counter, x), lambda: total.assign_add(x), lambda: total.assign_sub(x))
         counter.assign_add(1)
@@ -580,7 +579,8 @@ def _step_with_a_branch(condition):
 
 def test_branches_are_known_where_variables_decide():
     step, counter = _step_with_a_branch(lambda counter, _: counter % 2 == 1)
-    decide = graphdef.decidable_branches(step.get_concrete_function(tf.constant(1.0)).graph)
+    decide = graphdef.decidable_branches(traced(step, floats()))
+    assert decide is not None
     assert decide() == (False,)
     counter.assign(3)
     assert decide() == (True,)
@@ -593,15 +593,15 @@ def test_branches_that_the_batch_decides_on_stay_however_deep_the_step():
         return x > 0
 
     step, _ = _step_with_a_branch(condition)
-    assert graphdef.decidable_branches(step.get_concrete_function(tf.constant(1.0)).graph) is None
+    assert graphdef.decidable_branches(traced(step, floats())) is None
 
 
 @pytest.mark.parametrize("is_true", [True, False])
 def test_the_branch_that_is_taken_becomes_a_part_of_the_step(is_true):
     step, _ = _step_with_a_branch(lambda counter, _: counter % 2 == 1)
-    traced = step.get_concrete_function(tf.constant(1.0)).graph
-    graphdef.take_branches(traced, (is_true,))
-    ops = {operation.type for operation in traced.get_operations()}
-    assert "If" not in ops
-    assert ("AssignSubVariableOp" in ops) != is_true
-    assert graphdef.decidable_branches(traced) is None
+    graph = traced(step, floats())
+    graphdef.take_branches(graph, (is_true,))
+    kinds = {operation.type for operation in graph.get_operations()}
+    assert "If" not in kinds
+    assert ("AssignSubVariableOp" in kinds) != is_true
+    assert graphdef.decidable_branches(graph) is None
