@@ -7,13 +7,14 @@ import dataclasses
 import functools
 import os
 import pathlib
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import tensorflow as tf
 
-from graphswap import graphdef, ir, pipeline, planning, profiler, rewrites, saved_model, tiers
-from graphswap.cost_model import CostModel
+from graphswap import graphdef, ir, loaded_step, pipeline, planning, profiler, rewrites, saved_model, tiers
+from graphswap.cost_model import MEMORY_VARIABLE, CostModel
 from graphswap.options import Options, format_bytes
 from graphswap.plan import Plan
 from graphswap.saved_model import SavedModelError
@@ -157,7 +158,7 @@ _TIGHTENINGS = 5
 _STEPS = 12
 _RECORDED_STEPS = 8
 _MARGIN = 0.98
-"""Of the budget: what the steps of `Planner.fitted` may use, as the layout wanders in other processes, too."""
+"""Of the budget: what the steps of `Planner.fitted` may use, as the layout wanders with what else is allocated."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -255,11 +256,28 @@ class Planner:
         """The peak of some steps; more than the device has if they run out of memory."""
         with self._clock("measure"):
             try:
-                return profiler.measure_peak(self._runner(function), _STEPS)
+                if MEMORY_VARIABLE in os.environ:
+                    peak = self._peak_when_loaded(function)
+                else:  # the memory of a real device is this process's
+                    return profiler.measure_peak(self._runner(function), _STEPS)
             except tf.errors.OpError as error:
                 if not planning.is_out_of_memory(error):
                     raise
-                return (self._begin()[1].device.memory_bytes or 0) + 1
+                peak = None
+            return (self._begin()[1].device.memory_bytes or 0) + 1 if peak is None else peak
+
+    def _peak_when_loaded(self, function: Any) -> int | None:
+        with tempfile.TemporaryDirectory() as directory:
+            copy = pathlib.Path(directory, "copy")
+            saved_model.write(self.step.owner, function, copy)
+            shapes = [tensor.shape.as_list() for tensor in self.step.arguments]
+            try:
+                return loaded_step.peak(copy, self.step.name, shapes, _STEPS)
+            except loaded_step.LoadedStepError as error:
+                raise SavedModelError(
+                    f"expected a copy of '{self.step.owner.directory}' that runs in a process of its own, received one "
+                    f"that failed: {error}. Nothing was written."
+                ) from error
 
     def _built(self, plan: Plan) -> Any:
         """A function of the step's arguments and captures, flat, that runs as planned."""
