@@ -20,13 +20,13 @@ import itertools
 import math
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import numpy as np
 
 from graphswap import ir
 from graphswap.plan import Recompute
-from graphswap.strategies import fitting, gaps, timing
+from graphswap.strategies import fitting, gaps, recombination, timing
 
 _LEAST_SHARE = 0.001
 """Of the plain step's peak: smaller storages are left as they are."""
@@ -48,6 +48,15 @@ _WARMEST = 0.01
 _COOLINGS = 2
 _WARM = 0.7
 """Of the time; in the rest the best plan is changed gap by gap."""
+_RECOMBINING = 0.6
+"""Of the time, before annealing."""
+_IDLE_ROUNDS = 2
+_PARTS = (6, 10, 16, 24, 40)
+_OTHERS = 6
+_SMALL_CHANGES = 250
+_CORRECTIONS = 6
+_CHOOSING = 2.0
+"""Seconds for an integer program."""
 _TRIALS = 60
 """For each gap and cooling, at most."""
 _ENOUGH = 0.0005
@@ -93,6 +102,7 @@ def improved(
     """
     moves = _Moves(problem, random.Random(0), indifference or {})
     search = _Search(problem, states, moves, memory_budget, seconds, least_seconds, placed)
+    search.recombine()
     for cooling in range(_COOLINGS):
         search.cool(cooling)
     search.descend()
@@ -133,6 +143,61 @@ class _Search:
         self._best = judged[0]
         for state, found in judged:
             self._offer(state, found)
+
+    def recombine(self) -> None:
+        """Makes the most promising state better by many changes at once, until that is of no use any more."""
+        state = min([*self._starts, self._best[0]], key=lambda state: self._price(self._judge(state)))
+        others, idle = list(self._starts), 0
+        while self._moves.count and idle < _IDLE_ROUNDS and self._passed() < _RECOMBINING:
+            better = self._recombined(state, others)
+            if better is state:
+                idle += 1
+            else:
+                state, idle = better, 0
+                others.append(state)
+        self._starts = [state]
+
+    def _recombined(self, state: fitting.Evictions, others: Sequence[fitting.Evictions]) -> fitting.Evictions:
+        """The best of what one change, or several that an integer program chooses, make of a state; or the state."""
+        problem, rng = self._problem, self._rng
+        now = self._judge(state)
+        part_of = self._moves.parts()
+        best, changes = (self._price(now), state), []
+
+        def judge(other: fitting.Evictions) -> Worth:
+            nonlocal best
+            found = self._judge(other)
+            self._note(other, found)
+            if self._price(found) < best[0]:
+                best = self._price(found), other
+            return found
+
+        for change in self._moves.changes(state, part_of, rng.sample(others, min(len(others), _OTHERS)), self._target):
+            if self._passed() >= _RECOMBINING:
+                break
+            try:
+                other = change()
+            except gaps.CantRecompute:
+                continue
+            touched = {part_of[gap] for gap in recombination.changed(state, other) if gap in part_of}
+            live = other.outline.live - state.outline.live
+            changes.append(recombination.Change(other, touched, live, judge(other)[1] - now[1]))
+        missed = np.zeros(len(state.outline.live))  # by how much what was chosen holds more than the sum of its changes
+        price = _PENALTY * self._plain / self._target
+        for _ in range(_CORRECTIONS):
+            picked = recombination.chosen(changes, state.outline.live + missed, self._target, price, _CHOOSING)
+            if len(picked) < 2:
+                break
+            try:
+                other = recombination.merged(problem, state, [changes[number].state for number in picked])
+            except gaps.CantRecompute:
+                break
+            if not judge(other)[0]:
+                break
+            live = other.outline.live
+            expected = state.outline.live + missed + sum(changes[number].live for number in picked)
+            missed += np.where(live > self._target, np.maximum(live - expected, 0.0), 0.0)
+        return best[1]
 
     def cool(self, cooling: int) -> None:
         """Anneals once, from the most promising state."""
@@ -259,6 +324,29 @@ class _Moves:
         for (gap, _), weight in zip(self._changes, weights, strict=True):
             self._weight[gap] = max(self._weight[gap], weight)
 
+    def parts(self) -> Mapping[int, int]:
+        """The gaps by parts of the step, a few or many."""
+        return recombination.parts(self._problem, self._gaps, self.rng.choice(_PARTS), self.rng.random())
+
+    def changes(
+        self,
+        state: fitting.Evictions,
+        part_of: Mapping[int, int],
+        others: Sequence[fitting.Evictions],
+        target: float,
+    ) -> Iterator[Callable[[], fitting.Evictions]]:
+        """Small changes of a state, and large ones: all gaps of a part as one of the others treats them."""
+        members = collections.defaultdict[int, set[int]](set)
+        for gap, part in part_of.items():
+            members[part].add(gap)
+        for other in others:
+            apart = recombination.changed(state, other)
+            for among in members.values():
+                if among & apart:
+                    yield functools.partial(recombination.with_part_of, self._problem, state, other, among & apart)
+        for _ in range(_SMALL_CHANGES):
+            yield functools.partial(self.neighbour, state, target)
+
     def neighbour(self, state: fitting.Evictions, target: float) -> fitting.Evictions:
         """The evictions with a gap or a few changed, where memory overflows rather than elsewhere.
 
@@ -269,9 +357,11 @@ class _Moves:
         evicted, since, anchors = dict(state.evicted), dict(state.since), state.anchors
         fullest = int(live.argmax())
         if live[fullest] > target and rng.random() < _WHERE_FULL:
-            self._relieve(evicted, since, fullest)
+            anchors = self._relieve(evicted, since, anchors, fullest)
         else:
             gap = self._change(evicted, since)
+            if evicted.get(gap) in ("recompute", gaps.AGAIN) and rng.random() < _HALF:
+                anchors = frozenset(anchors) | self._dead_inputs(gap)
             if rng.random() < _OF_A_KIND:
                 self._change_alike(evicted, since, gap)
             elif rng.random() < _TWICE:
@@ -330,6 +420,14 @@ class _Moves:
                 return anchors | {rng.choice(dead)}
         return anchors - {rng.choice(sorted(anchors))} if anchors else anchors
 
+    def _dead_inputs(self, gap: int) -> set[int]:
+        """What the gap's value is made of and nobody reads after the gap: kept, it is made again from that alone."""
+        problem, item = self._problem, self._problem.gaps[gap]
+        maker = problem.graph.by_name[ir.producer(problem.storages[item.storage].root)]
+        roots = {problem.root_of[reference] for reference in maker.inputs}
+        inputs = {problem.storage_of[root] for root in roots if not problem.stays(root)}
+        return {storage for storage in inputs if problem.storages[storage].uses[-1] < item.end}
+
     def _pick(self, among: Sequence[int]) -> int:
         """One of the gaps, the more likely the less the program cares."""
         (gap,) = self.rng.choices(among, [self._weight[gap] for gap in among])
@@ -343,13 +441,20 @@ class _Moves:
             since.pop(other, None)
             _set(evicted, other, evicted.get(gap, ""))
 
-    def _relieve(self, evicted: dict[int, str], since: dict[int, int], position: int) -> None:
-        """Takes something off the device at a position, or has less repeated there."""
+    def _relieve(
+        self, evicted: dict[int, str], since: dict[int, int], anchors: Collection[int], position: int
+    ) -> Collection[int]:
+        """Takes something off the device at a position, or has less repeated there; returns the anchors.
+
+        What goes right after the position can be written over there, if it is made again later.
+        """
         rng = self.rng
         over = [self._gaps[number] for number in np.flatnonzero((self._starts < position) & (self._ends > position))]
         idle = [gap for gap in over if gap not in evicted or gap in since]
         early = [gap for gap in over if evicted.get(gap) == "recompute" and gap not in since]  # may be back already
         repeated = [gap for gap, way in evicted.items() if way != "swap" and self._problem.gaps[gap].end == position]
+        read = [self._gaps[number] for number in np.flatnonzero(self._starts == position)]
+        read = [gap for gap in read if gap not in evicted]
         options: list[tuple[int, str]] = []
         if idle:
             options.append((self._pick(idle), rng.choice(_WAYS[1:])))
@@ -357,10 +462,15 @@ class _Moves:
             options.append((self._pick(early), rng.choice((gaps.AGAIN, "swap"))))
         if repeated:
             options.append((rng.choice(repeated), "swap"))
+        if read:
+            options.append((rng.choice(read), gaps.AGAIN))
         if options:
             gap, way = rng.choice(options)
             since.pop(gap, None)
             _set(evicted, gap, way)
+            if gap in read:
+                return frozenset(anchors) | self._dead_inputs(gap)
+        return anchors
 
 
 def _length(gap: gaps.Gap) -> int:

@@ -101,7 +101,9 @@ class _Search:
         solution = self._solve(int(share * target))
         if solution is None:
             return self._seen[0] if self._seen else self.unsolved(target)
-        rounded = self._rounded(solution)
+        evicted, since, anchors = rounded = self._rounded(solution)
+        again = {gap: gaps.AGAIN if way == "recompute" else way for gap, way in evicted.items()}
+        self._seen.append(fitting.at_worst_swapped(self._problem, again, anchors, since))
         state = self._repaired(*rounded, target, again=True)
         if state.outline.peak_bytes > target:
             self._seen.append(state)

@@ -38,7 +38,7 @@ STEPS = {
         {"timing", "relaxation"},
         {"budgets"},
         {"fitting"},
-        {"fetching"},
+        {"fetching", "recombination"},
         None,
         {"annealing"},
         {"joint"},
