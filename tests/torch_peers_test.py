@@ -51,3 +51,10 @@ def test_without_a_gpu_it_says_so():
     assert gpu_bench.elsewhere("torch_peers", asked).error == (
         "device: expected a GPU, PyTorch finds none. Install torch for CUDA, or name 'cpu'."
     )
+
+
+def test_an_unknown_way_is_refused_rather_than_run_plainly():
+    with pytest.raises(
+        ValueError, match="way: expected one of plain, torch.utils.checkpoint, save_on_cpu, received 'no'"
+    ):
+        torch_peers.train("gpt", SIZES["gpt"], "no", 1, "cpu")

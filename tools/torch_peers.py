@@ -155,8 +155,10 @@ def train(
         What came of it; the peak is 0 on a CPU, which counts no bytes.
 
     Raises:
-        ValueError: If there is no such device.
+        ValueError: If there is no such way or device.
     """
+    if way not in WAYS:
+        raise ValueError(f"way: expected one of {', '.join(WAYS)}, received '{way}'.")
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("high")
     on_gpu = device == "cuda"
