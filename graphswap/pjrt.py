@@ -87,7 +87,7 @@ class Step:
     def __init__(self, step: Artefact, device: str):
         jax = _jax()
         self.manifest = step.manifest
-        self._device = _device(device)
+        self._device = local_device(device)
         _check_swaps(self._device, step.manifest)
         self._executable: Any = _compile(step, self._device, self._device.client.compile_and_load, _OPTIONS)
         self.memory = _memory(self._executable)
@@ -183,6 +183,31 @@ def load(directory: str | os.PathLike[str], device: str = "cpu") -> Step:
     return Step(artefact.read(directory), device)
 
 
+def local_device(name: str) -> Any:
+    """The first JAX device of a kind.
+
+    Args:
+        name: "cpu", "gpu" or "tpu".
+
+    Raises:
+        DeviceError: If there is none.
+        ImportError: If JAX is missing, or of a version that this was not tried with.
+    """
+    jax = _jax()
+    try:
+        return jax.local_devices(backend=name)[0]
+    except RuntimeError as error:
+        raise DeviceError(
+            f"device: expected one that JAX finds here, received '{name}', of which it says: {_line(error)}. "
+            "Install JAX for it, or name another one: cpu, gpu, tpu."
+        ) from error
+
+
+def peak_bytes(device: Any) -> int:
+    """The most that the allocator of a JAX device has counted in this process; 0 if it counts nothing."""
+    return (device.memory_stats() or {}).get("peak_bytes_in_use", 0)
+
+
 def _variables(owners: Sequence[Any]) -> Mapping[str, list[Any]]:
     found: dict[str, list[Any]] = collections.defaultdict(list)
     for owner in owners:
@@ -194,17 +219,6 @@ def _variables(owners: Sequence[Any]) -> Mapping[str, list[Any]]:
 
 def _dtype_name(variable: Any) -> str:
     return str(getattr(variable.dtype, "name", variable.dtype))
-
-
-def _device(name: str) -> Any:
-    jax = _jax()
-    try:
-        return jax.local_devices(backend=name)[0]
-    except RuntimeError as error:
-        raise DeviceError(
-            f"device: expected one that JAX finds here, received '{name}', of which it says: {_line(error)}. "
-            "Install JAX for it, or name another one: cpu, gpu, tpu."
-        ) from error
 
 
 def _check_swaps(device: Any, manifest: artefact.Manifest) -> None:

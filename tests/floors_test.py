@@ -51,7 +51,7 @@ STEPS = {
         {"architectures", "planning"},
         {"models"},
         {"trial", "steps"},
-        {"benchmark", "commands"},
+        {"benchmark", "commands", "jax_gpt"},
         None,
         {"graphswap_cli"},
     ),
@@ -59,7 +59,7 @@ STEPS = {
 TENSORFLOW_DOORS = {"graphdef", "tiers", "placement", "profiler", "host_variable"}
 PRIVATE_TENSORFLOW_DOORS = {"graphdef", "profiler"}
 PRIVATE_KERAS_DOORS = {"keras_compile"}
-JAX_DOORS = {"pjrt", "tools/targets"}
+JAX_DOORS = {"pjrt", "tools/jax_gpt"}
 PRIVATE_JAX_DOORS = {"pjrt"}
 
 

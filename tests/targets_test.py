@@ -13,7 +13,7 @@ import small_gpu
 from graphswap import devices, pjrt, simulator, stablehlo_export
 from graphswap.cost_model import CostModel
 from graphswap.plan import Plan
-from graphswap.tools import targets
+from graphswap.tools import jax_gpt, targets
 
 SIZE = targets.Size(blocks=2, width=64, heads=2, length=64, batch=8)
 MIB = 1 << 20
@@ -63,7 +63,9 @@ def test_each_way_does_what_it_says(graph):
 
 @small_gpu.needs_compiler
 def test_jax_offloads_what_blocks_read():
-    repeated, offloaded = (targets.jax_step(SIZE, small_gpu.TARGET, way) for way in ("remat", "offload"))
+    repeated, offloaded = (
+        targets.jax_step(SIZE, small_gpu.TARGET, way) for way in ("remat of blocks", "offloads what blocks read")
+    )
     nbytes = 4 * SIZE.blocks * SIZE.batch * SIZE.length * SIZE.width
     assert (repeated.memory.host_temp, offloaded.memory.host_temp) == (0, nbytes)
 
@@ -83,7 +85,7 @@ def test_plans_are_tightened_until_the_compiled_step_keeps_the_budget(monkeypatc
     monkeypatch.setattr(targets, "traced", lambda size: step)
     monkeypatch.setattr(stablehlo_export, "export", lambda func_graph, graph, plan: Exported(plan))
     monkeypatch.setattr(pjrt, "compile_for", compile_for)
-    monkeypatch.setattr(targets, "POLICIES", {})
+    monkeypatch.setattr(jax_gpt, "WAYS", ())
     found = list(targets.rows(SIZE, small_gpu.TARGET, devices.DEVICES["h200"], 0.9, 0.5))
     assert [row["name"] for row in found[:3]] == [
         *("plain", "XLA's rematerialisation", "XLA's rematerialisation and offloading")

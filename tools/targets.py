@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import math
 import pathlib
 import re
 import sys
@@ -28,8 +27,9 @@ from graphswap.options import format_bytes
 from graphswap.plan import Plan
 from graphswap.strategies import Auto, gaps
 from graphswap.strategies.base import InfeasibleBudgetError
-from graphswap.tools import models, steps
+from graphswap.tools import jax_gpt, models, steps
 from graphswap.tools.benchmark import markdown_table
+from graphswap.tools.jax_gpt import Size
 
 COLUMNS = (
     "step",
@@ -41,17 +41,6 @@ COLUMNS = (
     "beside kernels",
     "compiling",
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Size:
-    """Of a GPT."""
-
-    blocks: int
-    width: int
-    heads: int
-    length: int
-    batch: int
 
 
 def traced(size: Size) -> offline.Step:
@@ -126,8 +115,8 @@ def rows(size: Size, target: str, device: DeviceSpec, share: float, seconds: flo
         except (InfeasibleBudgetError, gaps.CantRecompute) as error:
             found.append({"name": f"graphswap, {way}", "budget_bytes": budget, "error": str(error)})
         yield from found
-    for name, policy in POLICIES.items():
-        yield _row(f"JAX, {name}", functools.partial(jax_step, size, target, policy))
+    for way in jax_gpt.WAYS:
+        yield _row(f"JAX, {way}", functools.partial(jax_step, size, target, way))
 
 
 def _row(name: str, compile_: Callable[[], pjrt.Compiled]) -> dict[str, Any]:
@@ -150,107 +139,15 @@ def _row(name: str, compile_: Callable[[], pjrt.Compiled]) -> dict[str, Any]:
     }
 
 
-# --- the same in JAX ----------------------------------------------------------------------------------------------
-
-POLICIES = {"plain": "", "remat of blocks": "remat", "saves products": "dots", "offloads what blocks read": "offload"}
-
-
-def jax_step(size: Size, target: str, policy: str) -> pjrt.Compiled:
-    """The step of the same GPT in JAX: blocks in a scan, Adam, float32.
+def jax_step(size: Size, target: str, way: str) -> pjrt.Compiled:
+    """The step of the same GPT in JAX, compiled.
 
     Args:
         size: Of the GPT.
         target: XLA's description of the GPU.
-        policy: What is kept for the backward pass: "" all, "remat" what blocks read, "dots" also products without a
-            batch dimension, "offload" what blocks read, in the host's memory.
+        way: Out of `jax_gpt.WAYS`.
     """
-    import jax
-    import jax.numpy as jnp
-    from jax.ad_checkpoint import checkpoint_name
-
-    width, heads, depth = size.width, size.heads, size.width // size.heads
-
-    def normalised(x: Any, p: Any) -> Any:
-        mean, variance = x.mean(-1, keepdims=True), x.var(-1, keepdims=True)
-        return (x - mean) * jax.lax.rsqrt(variance + 1e-3) * p["gamma"] + p["beta"]
-
-    def block(x: Any, p: Any) -> tuple[Any, None]:
-        x = checkpoint_name(x, "read")
-        y = normalised(x, p["norm1"])
-        q, k, v = (jnp.einsum("btd,dhk->bthk", y, p[n]) + p[f"{n}_bias"] for n in ("query", "key", "value"))
-        scores = jnp.einsum("bthk,bshk->bhts", q / math.sqrt(depth), k)
-        scores = jnp.where(jnp.tril(jnp.ones(scores.shape[-2:], bool)), scores, -1e9)
-        y = jnp.einsum("bhts,bshk->bthk", jax.nn.softmax(scores), v)
-        x = x + jnp.einsum("bthk,hkd->btd", y, p["out"]) + p["out_bias"]
-        y = jax.nn.gelu(normalised(x, p["norm2"]) @ p["up"] + p["up_bias"], approximate=False)
-        return x + y @ p["down"] + p["down_bias"], None
-
-    policies = jax.checkpoint_policies
-    wrapped = {
-        "": block,
-        "remat": jax.checkpoint(block, prevent_cse=False),
-        "dots": jax.checkpoint(block, prevent_cse=False, policy=policies.dots_with_no_batch_dims_saveable),
-        "offload": jax.checkpoint(
-            block,
-            prevent_cse=False,
-            policy=policies.save_and_offload_only_these_names(
-                names_which_can_be_saved=[],
-                names_which_can_be_offloaded=["read"],
-                offload_src="device",
-                offload_dst="pinned_host",
-            ),
-        ),
-    }[policy]
-
-    def loss(p: Any, words: Any, following: Any) -> Any:
-        x = jax.lax.scan(wrapped, p["words"][words] + p["places"], p["blocks"])[0]
-        scores = jax.nn.log_softmax(normalised(x, p["norm"]) @ p["head"] + p["head_bias"])
-        return -jnp.take_along_axis(scores, following[..., None], -1).mean()
-
-    def step(state: Any, words: Any, following: Any) -> tuple[Any, Any]:
-        p, m, v, count = state
-        value, gradient = jax.value_and_grad(loss)(p, words, following)
-        m = jax.tree.map(lambda a, g: a + (g - a) * 0.1, m, gradient)
-        v = jax.tree.map(lambda a, g: a + (g * g - a) * 0.001, v, gradient)
-        rate = 3e-4 * jnp.sqrt(1 - 0.999**count) / (1 - 0.9**count)
-        p = jax.tree.map(lambda w, a, b: w - rate * a / (jnp.sqrt(b) + 1e-7), p, m, v)
-        return (p, m, v, count + 1), value
-
-    device = pjrt.target_device(target)
-    placed = jax.sharding.SingleDeviceSharding(device)
-
-    def array(*shape: int, dtype: Any = jnp.float32) -> Any:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=placed)
-
-    def norm(*stacked: int) -> Any:
-        return {"gamma": array(*stacked, width), "beta": array(*stacked, width)}
-
-    count = size.blocks
-    projections = {n: array(count, width, heads, depth) for n in ("query", "key", "value")}
-    projections |= {f"{n}_bias": array(count, heads, depth) for n in ("query", "key", "value")}
-    blocks = {
-        **projections,
-        "norm1": norm(count),
-        "norm2": norm(count),
-        "out": array(count, heads, depth, width),
-        "out_bias": array(count, width),
-        "up": array(count, width, 4 * width),
-        "up_bias": array(count, 4 * width),
-        "down": array(count, 4 * width, width),
-        "down_bias": array(count, width),
-    }
-    parameters = {
-        "words": array(models.VOCABULARY, width),
-        "places": array(size.length, width),
-        "blocks": blocks,
-        "norm": norm(),
-        "head": array(width, models.VOCABULARY),
-        "head_bias": array(models.VOCABULARY),
-    }
-    words = array(size.batch, size.length, dtype=jnp.int32)
-    state = (parameters, parameters, parameters, array())
-    lowered = jax.jit(step, donate_argnums=0).lower(state, words, words)
-    return pjrt.inspected(lowered.compile(compiler_options=dict(pjrt.TARGET_OPTIONS)))
+    return pjrt.inspected(jax_gpt.compiled(size, way, pjrt.target_device(target), dict(pjrt.TARGET_OPTIONS)))
 
 
 # --- the table ----------------------------------------------------------------------------------------------------

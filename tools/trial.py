@@ -31,6 +31,13 @@ AMPLE_BYTES = 4 << 30
 _STEP = "step "
 _ERROR_LINES = 4
 _ERROR_WIDTH = 160
+_TELLING = (
+    "tensorflow.python.framework.errors_impl.",
+    "OOM when ",
+    "jax.errors.JaxRuntimeError: ",
+    "torch.OutOfMemoryError: ",
+    "ImportError: ",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,9 +194,9 @@ def in_turns(
 
 
 def telling_lines(errors: str) -> str:
-    """What a user needs of TensorFlow's hundred lines: the exception, and what ran out of memory where."""
+    """What a user needs of a hundred lines: the exception, and of TensorFlow's what ran out of memory where."""
     lines = [line.strip() for line in errors.splitlines() if line.strip()]
-    telling = [line for line in lines if line.startswith(("tensorflow.python.framework.errors_impl.", "OOM when "))]
+    telling = [line for line in lines if line.startswith(_TELLING)]
     telling += [f"  {line}" for line in lines if line.startswith("[[{{node ")]
     return "\n".join(line[:_ERROR_WIDTH] for line in (telling or lines)[-_ERROR_LINES:])
 
