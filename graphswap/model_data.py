@@ -10,7 +10,7 @@ import time
 from collections.abc import Collection, Sequence
 
 from graphswap import ir, rewrites, simulator, strategies
-from graphswap.cost_model import CostModel
+from graphswap.cost_model import CostModel, Link
 from graphswap.plan import Place, Plan
 from graphswap.strategies import budgets, gaps
 from graphswap.strategies.base import InfeasibleBudgetError, Placing, Strategy
@@ -81,29 +81,35 @@ def choose(
             return math.inf
         return simulator.simulate(placed, plan, cost_model).seconds
 
-    travelling = [sum(_travel_seconds(known[name], journeys[name], cost_model) for name in group) for group in left]
-    lasting = list(itertools.accumulate(travelling, initial=0.0))
+    link = cost_model.link(cost_model.far_tier)
+    once = [sum(link.in_seconds(known[name].nbytes) for name in group) for group in left]
+    travelling = [sum(_travel_seconds(known[name], journeys[name], link) for name in group) for group in left]
+    least, most = (list(itertools.accumulate(found, initial=0.0)) for found in (once, travelling))
     as_it_is = simulator.simulate(rewrites.place(graph, Plan(decisions=places(0))), Plan(), cost_model)
     if as_it_is.peak_bytes <= memory_budget * _EASY:
         return places(0)
     stop = time.monotonic() + planning_seconds
     best = reach = _PARTS
+
+    def is_worth(count: int) -> bool:
+        """Whether with so many away the step could be noticeably faster: copies cost something, the rest never less."""
+        now = seconds(counts[best])
+        saved = min(now - as_it_is.seconds - least[count], abs(most[counts[best]] - most[count]))
+        return math.isinf(now) or saved > _NEGLIGIBLE * now
+
     while reach and time.monotonic() < stop:
-        most, fewer, more = seconds(counts[best]), max(0, best - reach), min(_PARTS, best + reach)
-        gains = [most - as_it_is.seconds, *([lasting[counts[best]] - lasting[counts[fewer]]] if best else [])]
-        if math.isfinite(most) and min(gains) <= _NEGLIGIBLE * most:
-            break
-        if best and math.isfinite(seconds(counts[fewer])) and seconds(counts[fewer]) <= most:
-            best = fewer
-        elif seconds(counts[more]) < most:
-            best = more
+        fewer, more = counts[max(0, best - reach)], counts[min(_PARTS, best + reach)]
+        now = seconds(counts[best])
+        if is_worth(fewer) and seconds(fewer) < math.inf and seconds(fewer) <= now:
+            best = max(0, best - reach)
+        elif is_worth(more) and seconds(more) < now:
+            best = min(_PARTS, best + reach)
         reach //= 2
     return places(counts[best])
 
 
-def _travel_seconds(value: ir.Value, journeys: int, cost_model: CostModel) -> float:
+def _travel_seconds(value: ir.Value, journeys: int, link: Link) -> float:
     """The most that a step takes longer for fetching a variable and storing it."""
-    link = cost_model.link(cost_model.far_tier)
     return journeys * link.in_seconds(value.nbytes) + link.out_seconds(value.nbytes)
 
 
