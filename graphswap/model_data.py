@@ -10,16 +10,20 @@ import time
 from collections.abc import Collection, Sequence
 
 from graphswap import ir, rewrites, simulator, strategies
-from graphswap.cost_model import CostModel
+from graphswap.cost_model import CostModel, Link
 from graphswap.plan import Place, Plan
-from graphswap.strategies import gaps
+from graphswap.strategies import budgets, gaps
 from graphswap.strategies.base import InfeasibleBudgetError, Placing, Strategy
 from graphswap.variables import trips, values, worth_moving
 
-_PARTS = 8
-"""In how many steps the share of variables that leave is tried."""
+_PARTS = 256
+"""How finely the share of variables that leave is chosen."""
+_SEGMENTS = (16, 8)
+"""For greedy plans: a share that fits by neither is taken not to fit."""
 _EASY = 0.9
 """A step whose buffers take no more of the budget is left alone."""
+_NEGLIGIBLE = 0.005
+"""Of a step: to save less, no further share is tried."""
 
 
 def choose(
@@ -38,6 +42,10 @@ def choose(
     that is taken which a greedy plan of the activations, or such a strategy's, makes fastest; so the two compete for
     the same budget. If no plan keeps it, all leave.
 
+    The share is looked for by halving: with more away copies take longer, with fewer activations have to go, so that
+    time has one valley. A share whose memory bound passes the budget is not planned, and the search ends where hardly
+    anything is left to be gained.
+
     Known weaknesses: variables leave in one order; a variable leaves for the whole step; fewer may be as fast.
 
     Args:
@@ -50,13 +58,13 @@ def choose(
         planning_seconds: When to stop looking for a better choice.
     """
     has_groups = isinstance(strategy, Placing)
-    judge = strategy if has_groups else strategies.Greedy(planning_seconds=0.0)
+    judge = strategy if has_groups else strategies.Greedy(planning_seconds=0.0, segments=_SEGMENTS)
     groups = strategy.groups(graph, movable) if has_groups else _one_by_one(graph, cost_model, movable)
-    gone, known = {place.variable for place in fixed}, values(graph)
+    gone, known, journeys = {place.variable for place in fixed}, values(graph), trips(graph)
     left = [[name for name in group if name not in gone] for group in groups]
     sizes = [sum(known[name].nbytes for name in group) for group in left]
     total = list(itertools.accumulate(sizes, initial=0))
-    counts = sorted({bisect.bisect_left(total, total[-1] * part / _PARTS) for part in range(_PARTS + 1)})
+    counts = [bisect.bisect_left(total, total[-1] * part / _PARTS) for part in range(_PARTS + 1)]
 
     def places(count: int) -> tuple[Place, ...]:
         leaving = itertools.chain.from_iterable(left[:count])
@@ -65,29 +73,44 @@ def choose(
     @functools.cache
     def seconds(count: int) -> float:
         placed = rewrites.place(graph, Plan(decisions=places(count)))
+        if budgets.least_peak(gaps.problem(placed, cost_model)).nbytes > memory_budget:
+            return math.inf
         try:
             plan = judge.plan(placed, cost_model, memory_budget)
         except InfeasibleBudgetError:
             return math.inf
         return simulator.simulate(placed, plan, cost_model).seconds
 
-    as_it_is = rewrites.place(graph, Plan(decisions=places(0)))
-    if simulator.simulate(as_it_is, Plan(), cost_model).peak_bytes <= memory_budget * _EASY:
+    link = cost_model.link(cost_model.far_tier)
+    once = [sum(link.in_seconds(known[name].nbytes) for name in group) for group in left]
+    travelling = [sum(_travel_seconds(known[name], journeys[name], link) for name in group) for group in left]
+    least, most = (list(itertools.accumulate(found, initial=0.0)) for found in (once, travelling))
+    as_it_is = simulator.simulate(rewrites.place(graph, Plan(decisions=places(0))), Plan(), cost_model)
+    if as_it_is.peak_bytes <= memory_budget * _EASY:
         return places(0)
     stop = time.monotonic() + planning_seconds
-    best, fewer = counts[-1], 0  # with `fewer` away, no plan was found, or a slower one
-    for count in reversed(counts[:-1]):
-        if time.monotonic() > stop or math.isinf(seconds(count)):
-            fewer = count
-            break
-        if seconds(count) <= seconds(best):
-            best, fewer = count, 0
-        else:
-            fewer = max(fewer, count)
-    while best - fewer > 1 and time.monotonic() < stop:
-        middle = (best + fewer) // 2
-        best, fewer = (middle, fewer) if seconds(middle) <= seconds(best) else (best, middle)
-    return places(best)
+    best = reach = _PARTS
+
+    def is_worth(count: int) -> bool:
+        """Whether with so many away the step could be noticeably faster: copies cost something, the rest never less."""
+        now = seconds(counts[best])
+        saved = min(now - as_it_is.seconds - least[count], abs(most[counts[best]] - most[count]))
+        return math.isinf(now) or saved > _NEGLIGIBLE * now
+
+    while reach and time.monotonic() < stop:
+        fewer, more = counts[max(0, best - reach)], counts[min(_PARTS, best + reach)]
+        now = seconds(counts[best])
+        if is_worth(fewer) and seconds(fewer) < math.inf and seconds(fewer) <= now:
+            best = max(0, best - reach)
+        elif is_worth(more) and seconds(more) < now:
+            best = min(_PARTS, best + reach)
+        reach //= 2
+    return places(counts[best])
+
+
+def _travel_seconds(value: ir.Value, journeys: int, link: Link) -> float:
+    """The most that a step takes longer for fetching a variable and storing it."""
+    return journeys * link.in_seconds(value.nbytes) + link.out_seconds(value.nbytes)
 
 
 def _one_by_one(graph: ir.Graph, cost_model: CostModel, movable: Collection[str]) -> list[list[str]]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 
 from graphswap import ir
 from graphswap.cost_model import CostModel
@@ -24,17 +23,11 @@ class Chen:
     def plan(self, graph: ir.Graph, cost_model: CostModel, memory_budget: int) -> Plan:
         """Implements `Strategy.plan`."""
         problem = gaps.problem(graph, cost_model)
-        root = max(2, round(math.sqrt(len(problem.long_gap))))
-        attempts = [functools.partial(_recompute_all, problem, segments) for segments in (root, 2 * root, root // 2)]
+        segments = fitting.checkpoint_segments(problem)
+        attempts = [functools.partial(_recompute_all, problem, number) for number in segments]
         return fitting.fit(problem, attempts, memory_budget, "chen", actions=("recompute",))
 
 
 def _recompute_all(problem: gaps.Gaps, segments: int, target: float) -> fitting.Evictions:
     del target  # all or nothing
-    anchors = problem.anchors(segments)
-    evicted = {
-        gap: "recompute"
-        for storage, gap in problem.saved.items()
-        if storage not in anchors and math.isfinite(problem.recompute_seconds(gap, {}, anchors))
-    }
-    return fitting.evictions(problem, evicted, anchors)
+    return fitting.checkpointed(problem, segments)

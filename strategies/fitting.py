@@ -71,6 +71,23 @@ def at_worst_swapped(
         return evictions(problem, dict.fromkeys(evicted, "swap"), anchors, since)
 
 
+def checkpoint_segments(problem: gaps.Gaps) -> tuple[int, ...]:
+    """Numbers of segments for `checkpointed`, that of Chen et al. first: the root of the number of storages."""
+    root = max(2, round(math.sqrt(len(problem.long_gap))))
+    return root, 2 * root, root // 2
+
+
+def checkpointed(problem: gaps.Gaps, segments: int) -> Evictions:
+    """All that waits for the backward pass is recomputed but what lies at the borders of segments."""
+    anchors = problem.anchors(segments)
+    evicted = {
+        gap: "recompute"
+        for storage, gap in problem.saved.items()
+        if storage not in anchors and math.isfinite(problem.recompute_seconds(gap, {}, anchors))
+    }
+    return evictions(problem, evicted, anchors)
+
+
 Attempt = Callable[[float], Evictions]
 """From a target in bytes to evictions, whose peak may still lie above the target."""
 

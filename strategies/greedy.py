@@ -36,15 +36,17 @@ class Greedy:
     Attributes:
         planning_seconds: When to stop looking for a faster plan.
         gives_up: Whether to stop then even if none is found: the budget is taken to be infeasible.
+        segments: Into how many segments the step is cut, one attempt each.
     """
 
     planning_seconds: float = math.inf
     gives_up: bool = False
+    segments: tuple[int, ...] = _SEGMENTS
 
     def plan(self, graph: ir.Graph, cost_model: CostModel, memory_budget: int) -> Plan:
         """Implements `Strategy.plan`."""
         problem = gaps.problem(graph, cost_model)
-        attempts = [functools.partial(evict, problem, problem.anchors(segments)) for segments in _SEGMENTS]
+        attempts = [functools.partial(evict, problem, problem.anchors(segments)) for segments in self.segments]
         return fitting.fit(
             problem, attempts, memory_budget, "greedy", planning_seconds=self.planning_seconds, gives_up=self.gives_up
         )

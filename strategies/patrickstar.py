@@ -1,9 +1,9 @@
-"""Model data in chunks, activations left alone (PatrickStar, Fang et al., arXiv 2108.05818), a baseline.
+"""Model data in chunks, activations by a fixed rule (PatrickStar, Fang et al., arXiv 2108.05818), a baseline.
 
 Weights and optimizer state are packed, each in the order in which they were made, into chunks of one size, which is
 searched for the least waste; chunks of optimizer state leave the device first. Within a step, what was fetched stays
-until there is no room, and then goes what is needed again the latest. Activations are neither swapped nor
-recomputed: to PatrickStar they are memory that is not to be had.
+until there is no room, and then goes what is needed again the latest. Activations are left alone, and where they
+have no room they are checkpointed as in `chen`, whatever else is there: PatrickStar is run on top of that.
 
 Known weaknesses: the variables of a chunk are fetched one by one here, which is kinder than all at once; and updates
 are computed on the device, where PatrickStar has the host do a part.

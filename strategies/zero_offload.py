@@ -1,7 +1,8 @@
-"""All optimizer state in host memory, all else left alone (ZeRO-Offload, Ren et al., USENIX ATC 2021), a baseline.
+"""All optimizer state in host memory (ZeRO-Offload, Ren et al., USENIX ATC 2021), a baseline.
 
-Weights, gradients and activations stay on the device. Known weakness: updates are computed on the device, for which the
-state comes and goes; ZeRO-Offload sends gradients to the host and has the host compute.
+Weights, gradients and activations stay on the device; where activations have no room they are checkpointed as in
+`chen`. Known weakness: updates are computed on the device, for which the state comes and goes; ZeRO-Offload sends
+gradients to the host and has the host compute.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ from graphswap import ir, model_data, rewrites
 from graphswap.cost_model import CostModel, DeviceSpec, Link
 from graphswap.plan import Place, Plan
 from graphswap.simulator import simulate
-from graphswap.strategies import STRATEGIES, Greedy
+from graphswap.strategies import STRATEGIES, Greedy, budgets, gaps
 from graphswap.strategies.base import InfeasibleBudgetError
 
 LAYERS = 6
@@ -85,6 +85,36 @@ def test_all_leave_where_nothing_fits():
 def test_what_has_left_stays_away():
     away = moved(2 * PEAK, fixed=(Place("w3", "host"),))
     assert away == ["w3"]
+
+
+class Recorded:
+    """A strategy that moves variables one by one and keeps the graphs that it plans."""
+
+    def __init__(self):
+        self.planned = []
+
+    def groups(self, graph, movable):
+        return [[name] for name in sorted(movable)]
+
+    def plan(self, graph, cost_model, memory_budget):
+        self.planned.append(graph)
+        return Greedy(planning_seconds=0.0).plan(graph, cost_model, memory_budget)
+
+
+def test_what_the_memory_bound_rules_out_is_not_planned():
+    strategy, budget = Recorded(), PEAK // 2
+    assert budgets.least_peak(gaps.problem(STEP, MODEL)).nbytes > budget
+    model_data.choose(STEP, MODEL, budget, strategy, ALL)
+    assert strategy.planned
+    for graph in strategy.planned:
+        assert budgets.least_peak(gaps.problem(graph, MODEL)).nbytes <= budget
+
+
+def test_where_copies_take_no_time_the_first_plan_is_the_last():
+    strategy, fast = Recorded(), Link(1e18, 1e18, 0.0)
+    places = model_data.choose(STEP, CostModel(DeviceSpec(links={"host": fast})), PEAK // 2, strategy, ALL)
+    assert len(places) == len(ALL)
+    assert len(strategy.planned) == 1
 
 
 def test_only_what_may_leave_leaves():

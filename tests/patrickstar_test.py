@@ -31,6 +31,17 @@ def test_only_fetched_values_are_dropped():
     assert {name.partition("/")[2] for decision in plan.recomputes for name in decision.nodes} == {"fetch"}
 
 
-def test_what_activations_alone_pass_is_refused():
+def test_activations_that_do_not_fit_are_checkpointed():
+    step = model_data_test.step(2048)
+    placed = rewrites.place(step, Plan(decisions=tuple(Place(name) for name in ALL)))
+    roomy = PatrickStar().plan(placed, MODEL, 1 << 40)
+    budget = simulate(placed, roomy, MODEL).peak_bytes * 7 // 8
+    plan = PatrickStar().plan(placed, MODEL, budget)
+    assert simulate(placed, plan, MODEL).peak_bytes <= budget
+    assert not plan.swaps
+    assert any(name.startswith("y") for decision in plan.recomputes for name in decision.nodes)
+
+
+def test_what_checkpoints_pass_is_refused():
     with pytest.raises(InfeasibleBudgetError):
         PatrickStar().plan(STEP, MODEL, model_data_test.PEAK // 4)

@@ -2,8 +2,9 @@
 
     python -m graphswap.tools.model_data --cases=mlp_24:60MiB,mlp_24_64:48MiB,mlp_96:64MiB --steps=8
 
-Every run is a process of its own on an emulated accelerator; graphswap's has the budget as its hard limit, and makes
-its model in host memory. The two take turns, step by step. A plain run in the budget shows that it runs out.
+Every run is a process of its own on an emulated accelerator; graphswap's have the budget as their hard limit, and make
+their model in host memory, one for each of `--strategies`. All take turns, step by step. A plain run in the budget
+shows that it runs out.
 """
 
 from __future__ import annotations
@@ -21,12 +22,14 @@ from graphswap.options import format_bytes, parse_bytes
 from graphswap.tools import benchmark, trial
 from graphswap.tools.trial import Result, Trial
 
-PLAIN, SMALL, OURS = "plain", "plain in the budget", "graphswap"
+PLAIN, SMALL = "plain", "plain in the budget"
+_PLAIN_BYTES = 2 * trial.AMPLE_BYTES
 _HEADER = (
     "model",
     "plain peak",
     "budget",
     "plain in the budget",
+    "strategy",
     "peak",
     "variables away",
     "CPU time of a step",
@@ -38,39 +41,52 @@ _HEADER = (
 
 
 def measure(
-    model: str, budget: str, steps: int, planning_seconds: float, say: Callable[[str], None]
+    model: str,
+    budget: str,
+    strategies: Sequence[str],
+    steps: int,
+    planning_seconds: float,
+    say: Callable[[str], None],
 ) -> Mapping[str, Result]:
     """Trains a model plainly and within a budget.
 
     Args:
         model: A name of `models`.
         budget: Such as "60MiB".
+        strategies: As in `Options`, one run each.
         steps: Of each run; the first is not timed.
         planning_seconds: As in `Options`.
         say: Gets the lines of the runs' progress.
 
     Returns:
-        `PLAIN`, `SMALL` and `OURS`, with what came of them.
+        `PLAIN`, `SMALL` and the strategies, with what came of them.
     """
     # TensorFlow's memory optimiser adds gradients in the order of their arrival where it takes memory to be short.
-    plain = Trial(model, trial.AMPLE_BYTES, steps=steps, memory_optimizer=False)
+    plain = Trial(model, _PLAIN_BYTES, steps=steps, memory_optimizer=False)
     nbytes = parse_bytes(budget)
+    small = dataclasses.replace(plain, memory_bytes=nbytes, steps=1)
     ours = dataclasses.replace(
         plain, memory_bytes=nbytes, graphswap="auto", planning_seconds=planning_seconds, host_variables=True
     )
+    trials = {PLAIN: plain} | {name: dataclasses.replace(ours, strategy=name) for name in strategies}
     say(f"{model}: {SMALL}, {budget}")
-    results = {SMALL: trial.run(dataclasses.replace(plain, memory_bytes=nbytes, steps=1), say)}
-    return results | trial.in_turns({PLAIN: plain, OURS: ours}, lambda way, line: say(f"{model}: {way}: {line}"))
+    results = {SMALL: trial.run(small, say)}
+    return results | trial.in_turns(trials, lambda way, line: say(f"{model}: {way}: {line}"))
 
 
-def row(model: str, budget: str, results: Mapping[str, Result]) -> tuple[str, ...]:
-    """The line of the table for one case."""
-    plain, ours = results[PLAIN], results[OURS]
+def rows(model: str, budget: str, results: Mapping[str, Result]) -> list[tuple[str, ...]]:
+    """The lines of the table for one case."""
+    plain = results[PLAIN]
     small = results[SMALL].error.splitlines()
-    failed = (small[0].split(":")[0].rpartition(".")[2] if small else "trains",)
-    head = (model, format_bytes(plain.peak_bytes) if not plain.error else plain.error.splitlines()[0], budget, *failed)
+    failed = small[0].split(":")[0].rpartition(".")[2] if small else "trains"
+    head = (model, format_bytes(plain.peak_bytes) if not plain.error else plain.error.splitlines()[0], budget, failed)
+    return [(*head, name, *_cells(result, plain)) for name, result in results.items() if name not in (PLAIN, SMALL)]
+
+
+def _cells(ours: Result, plain: Result) -> tuple[str, ...]:
+    """What a strategy's row says about its run beside the plain one."""
     if ours.error or plain.error:
-        return (*head, *(ours.error.splitlines() or [""])[:1], *[""] * 6)
+        return (*ours.error.splitlines()[:1], *[""] * 7)[:7]
 
     def ratio(name: str) -> tuple[str, str]:
         mine, theirs = (getattr(result, name)[1:] for result in (ours, plain))
@@ -78,7 +94,7 @@ def row(model: str, budget: str, results: Mapping[str, Result]) -> tuple[str, ..
 
     same = "equal to plain" if ours.equals(plain) else "differ"
     away = str(ours.report["places"])
-    return (*head, format_bytes(ours.peak_bytes), away, *ratio("cpu_seconds"), *ratio("seconds"), same)
+    return (format_bytes(ours.peak_bytes), away, *ratio("cpu_seconds"), *ratio("seconds"), same)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -86,6 +102,7 @@ def main(argv: Sequence[str]) -> None:
     values = flags.FlagValues()
     default = ["mlp_24:60MiB", "mlp_24_64:48MiB", "mlp_96:64MiB"]
     cases = flags.DEFINE_list("cases", default, "Models and budgets, as MODEL:SIZE.", flag_values=values)
+    strategies = flags.DEFINE_list("strategies", ["auto"], "As in Options; each trains once.", flag_values=values)
     steps = flags.DEFINE_integer("steps", 8, "Steps of each run.", lower_bound=2, flag_values=values)
     seconds = flags.DEFINE_float("planning_seconds", 6.0, "As in Options.", flag_values=values)
     out = flags.DEFINE_string("out", None, "File for the results, as JSON.", flag_values=values)
@@ -95,9 +112,9 @@ def main(argv: Sequence[str]) -> None:
     for case in cases.value:
         model, _, budget = case.partition(":")
         results[model, budget] = measure(
-            model, budget, steps.value, seconds.value, lambda line: print(line, file=sys.stderr)
+            model, budget, strategies.value, steps.value, seconds.value, lambda line: print(line, file=sys.stderr)
         )
-    lines = [row(model, budget, found) for (model, budget), found in results.items()]
+    lines = [line for (model, budget), found in results.items() for line in rows(model, budget, found)]
     print(benchmark.markdown_table(_HEADER, lines))
     if out.value is not None:
         fields = {
