@@ -1,9 +1,11 @@
 """Simulated annealing over what is evicted and how: makes good plans better (Kirkpatrick et al., Science 1983).
 
 A move gives a gap another way to be evicted, or the gaps of one kind next to each other, as blocks of a network are
-alike; where memory overflows, it takes something off the device there. What the program of `relaxation` does not care
-about is changed most. Plans that overflow are passed through at a price. It is as warm as the best plan so far lies
-above the bound, and cools down a few times; at last the best plan is changed gap by gap.
+alike; where memory overflows, it takes something off the device there, or has what is read last there written over and
+made again. What the program of `relaxation` does not care about is changed most. Plans that overflow are passed through
+at a price. First of all many moves are made at once, as `recombination` chooses them, and parts of plans are exchanged,
+until that does not help any more. Then it is as warm as the best plan so far lies above the bound, and cools down a few
+times; at last the best plan is changed gap by gap, and what time is left is used as in the beginning.
 
 What would be the fastest plan so far is shown to the device's allocator; each time that refuses, the sum of the buffers
 has to get a little smaller.
@@ -30,7 +32,8 @@ from graphswap.strategies import fitting, gaps, recombination, timing
 
 _LEAST_SHARE = 0.001
 """Of the plain step's peak: smaller storages are left as they are."""
-_WAYS = ("", "swap", "recompute", gaps.AGAIN)
+_WAYS = ("", "swap", gaps.SWAP_AGAIN, "recompute", gaps.AGAIN)
+_AGAIN = {"swap": gaps.SWAP_AGAIN, "recompute": gaps.AGAIN}
 _WHERE_FULL = 0.7
 _OF_A_KIND = 0.25
 _TWICE = 0.4
@@ -102,10 +105,11 @@ def improved(
     """
     moves = _Moves(problem, random.Random(0), indifference or {})
     search = _Search(problem, states, moves, memory_budget, seconds, least_seconds, placed)
-    search.recombine()
+    search.recombine(_RECOMBINING)
     for cooling in range(_COOLINGS):
         search.cool(cooling)
     search.descend()
+    search.recombine(1.0)
     return search.finished()
 
 
@@ -140,24 +144,28 @@ class _Search:
         self._given = self._placed = placed
         judged = sorted(((state, self._judge(state)) for state in states), key=lambda pair: self._price(pair[1]))
         self._starts = [state for state, _ in judged]
+        self._others = list(self._starts)
         self._best = judged[0]
         for state, found in judged:
             self._offer(state, found)
 
-    def recombine(self) -> None:
-        """Makes the most promising state better by many changes at once, until that is of no use any more."""
-        state = min([*self._starts, self._best[0]], key=lambda state: self._price(self._judge(state)))
-        others, idle = list(self._starts), 0
-        while self._moves.count and idle < _IDLE_ROUNDS and self._passed() < _RECOMBINING:
-            better = self._recombined(state, others)
+    def recombine(self, until: float) -> None:
+        """Makes the most promising state better by many changes at once, until that is of no use or time has passed.
+
+        Args:
+            until: Share of the time.
+        """
+        state, idle = min([*self._starts, self._best[0]], key=lambda state: self._price(self._judge(state))), 0
+        while self._moves.count and idle < _IDLE_ROUNDS and self._passed() < until:
+            better = self._recombined(state, until)
             if better is state:
                 idle += 1
             else:
                 state, idle = better, 0
-                others.append(state)
+                self._others.append(state)
         self._starts = [state]
 
-    def _recombined(self, state: fitting.Evictions, others: Sequence[fitting.Evictions]) -> fitting.Evictions:
+    def _recombined(self, state: fitting.Evictions, until: float) -> fitting.Evictions:
         """The best of what one change, or several that an integer program chooses, make of a state; or the state."""
         problem, rng = self._problem, self._rng
         now = self._judge(state)
@@ -172,8 +180,9 @@ class _Search:
                 best = self._price(found), other
             return found
 
-        for change in self._moves.changes(state, part_of, rng.sample(others, min(len(others), _OTHERS)), self._target):
-            if self._passed() >= _RECOMBINING:
+        others = rng.sample(self._others, min(len(self._others), _OTHERS))
+        for change in self._moves.changes(state, part_of, others, self._target):
+            if self._passed() >= until:
                 break
             try:
                 other = change()
@@ -402,7 +411,7 @@ class _Moves:
         elif way in ("", now):
             _set(evicted, gap, rng.choice([other for other in _WAYS if other != now]))
         else:
-            _set(evicted, gap, gaps.AGAIN if way == "recompute" and rng.random() < _OFTEN_AGAIN else way)
+            _set(evicted, gap, _AGAIN[way] if rng.random() < _OFTEN_AGAIN else way)
         return gap
 
     def _other_anchors(self, state: fitting.Evictions) -> frozenset[int]:
@@ -451,15 +460,18 @@ class _Moves:
         rng = self.rng
         over = [self._gaps[number] for number in np.flatnonzero((self._starts < position) & (self._ends > position))]
         idle = [gap for gap in over if gap not in evicted or gap in since]
-        early = [gap for gap in over if evicted.get(gap) == "recompute" and gap not in since]  # may be back already
-        repeated = [gap for gap, way in evicted.items() if way != "swap" and self._problem.gaps[gap].end == position]
+        early = [gap for gap in over if evicted.get(gap) in _AGAIN and gap not in since]  # may be back already
+        repeated = [
+            gap for gap, way in evicted.items() if way not in gaps.SWAPS and self._problem.gaps[gap].end == position
+        ]
         read = [self._gaps[number] for number in np.flatnonzero(self._starts == position)]
         read = [gap for gap in read if gap not in evicted]
         options: list[tuple[int, str]] = []
         if idle:
             options.append((self._pick(idle), rng.choice(_WAYS[1:])))
         if early:
-            options.append((self._pick(early), rng.choice((gaps.AGAIN, "swap"))))
+            gap = self._pick(early)
+            options.append((gap, rng.choice((_AGAIN[evicted[gap]], "swap"))))
         if repeated:
             options.append((rng.choice(repeated), "swap"))
         if read:

@@ -24,7 +24,7 @@ class Evictions:
     """A state of the search.
 
     Attributes:
-        evicted: Gap to "swap" or "recompute".
+        evicted: Gap to the way it is evicted, as in `gaps.Gaps.decide`.
         anchors: Storages that recomputing may rely on.
         since: Gap to the position after which it is evicted, where that is not the gap's start.
         reuse: As in `gaps.Gaps.decide`.
@@ -53,7 +53,7 @@ def evictions(
         gaps.CantRecompute: If a value can't be recomputed.
     """
     if problem.cost_model.link(problem.cost_model.far_tier).is_closed:
-        evicted = {gap: way for gap, way in evicted.items() if way != "swap"}
+        evicted = {gap: way for gap, way in evicted.items() if way not in gaps.SWAPS}
     decisions = problem.decide(evicted, anchors, reuse, since)
     return Evictions(dict(evicted), anchors, since or {}, reuse, decisions, problem.outline(decisions))
 

@@ -25,6 +25,10 @@ from graphswap.variables import SMALL_BYTES
 
 AGAIN = "recompute again"
 """A way to evict: what comes back early, as another recompute needs it, goes again until it is due itself."""
+SWAP_AGAIN = "swap again"
+"""Likewise; the copy that is out there is brought back twice."""
+SWAPS = frozenset({"swap", SWAP_AGAIN})
+"""Ways to evict that need the link."""
 
 _DEEPEST = 200
 """Nodes in a chain that is recomputed from one value: longer ones cost as much as a checkpoint would have saved."""
@@ -196,7 +200,7 @@ class Gaps:
         """Turns evictions into decisions. Every swap takes as little memory as it can; `timing` gives it time.
 
         Args:
-            evicted: Gap to "swap", "recompute" or `AGAIN`.
+            evicted: Gap to "swap", `SWAP_AGAIN`, "recompute" or `AGAIN`.
             anchors: Storages that recomputing may rely on even after their last use.
             reuse: For how many positions a repeated value that nobody else needs is kept for the next
                 recompute that reads it.
@@ -315,6 +319,7 @@ class _Restorer:
         self.absent: dict[int, int] = {}  # storage -> gap
         self.kept_until: dict[int, int] = {}  # storage of a repeated value -> last position that reads it
         self.restored: set[int] = set()
+        self.swapped_back: set[int] = set()  # gaps whose value was there early
         self.depth = 0  # of the chain that is followed
         self.tiny_bytes = 0.0
         self.found: list[Decision] = []
@@ -358,8 +363,12 @@ class _Restorer:
         gap = self.absent.pop(storage, None)
         self.restored.add(storage)
         details = self.gaps.storages[storage]
-        if gap is not None and self.evicted[gap] == "swap":
+        if gap is not None and self.evicted[gap] in SWAPS:
             self._swap(gap, position)
+            if self.evicted[gap] == SWAP_AGAIN and position < self.gaps.gaps[gap].end:
+                self.kept_until[storage] = position
+                self.swapped_back.add(gap)
+                self.absent[storage] = gap
             wanted = details.values[1:]
         else:
             wanted = details.values
@@ -424,13 +433,14 @@ class _Restorer:
 
     def _swap(self, gap: int, position: int) -> None:
         item, order = self.gaps.gaps[gap], self.gaps.order
-        freed = self.since.get(gap, item.start) + 1
+        left = self.kept_until[item.storage] if gap in self.swapped_back else self.since.get(gap, item.start)
+        freed = left + 1
         if position <= freed:  # needed as soon as it would be gone
             return
         self.found.append(
             Swap(
                 value=self.gaps.storages[item.storage].root,
-                out_after=order[self._first_copied(gap)],
+                out_after=order[left if gap in self.swapped_back else self._first_copied(gap)],
                 freed_before=order[freed],
                 in_after=order[position - 1],
                 in_before=order[position],

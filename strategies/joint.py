@@ -1,10 +1,11 @@
 """Swap and recompute decided together: a linear program says what is worth what, the simulator judges.
 
 The first plan is what `greedy` would choose, so that there is one early, however large the step is. Then the program
-of `relaxation` is solved for the budget and for tighter ones. Each time its fractions are rounded to evictions; what
-overflows then, as repeated chains may, is dropped again where it came back early, or evicted as `greedy` would; and
-copies are given their times. All of these, and what other strategies would evict, are where `annealing` starts from,
-for most of the time. The program's duals at the budget are the certified bound.
+of `relaxation` is solved for the budget and for tighter ones. Each time its fractions are rounded to evictions, once so
+that all that came back early goes again. What overflows then, as repeated chains may, is dropped again where it came
+back early, or evicted as `greedy` would; and copies are given their times. All of these, and what other strategies
+would evict, are where `annealing` starts from, for most of the time. The program's duals at the budget are the
+certified bound.
 
 Known weaknesses: the order is that of the other strategies; where few large storages share a small budget, the program
 does not see what chains of repeats hold, and annealing may end far from the optimum.
@@ -15,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 
 import numpy as np
 
@@ -101,15 +102,21 @@ class _Search:
         solution = self._solve(int(share * target))
         if solution is None:
             return self._seen[0] if self._seen else self.unsolved(target)
-        evicted, since, anchors = rounded = self._rounded(solution)
-        again = {gap: gaps.AGAIN if way == "recompute" else way for gap, way in evicted.items()}
-        self._seen.append(fitting.at_worst_swapped(self._problem, again, anchors, since))
+        rounded = self._rounded(solution)
+        self._seen.append(self._again(*rounded))
         state = self._repaired(*rounded, target, again=True)
         if state.outline.peak_bytes > target:
             self._seen.append(state)
             state = self._repaired(*rounded, target)
         self._seen.append(state)
         return state
+
+    def _again(
+        self, evicted: Mapping[int, str], since: Mapping[int, int], anchors: Collection[int]
+    ) -> fitting.Evictions:
+        """What came back early goes again."""
+        ways = {gap: gaps.AGAIN if way == "recompute" else gaps.SWAP_AGAIN for gap, way in evicted.items()}
+        return fitting.at_worst_swapped(self._problem, ways, anchors, since)
 
     def improved(self, placed: fitting.Evictions | None) -> fitting.Evictions | None:
         """What annealing makes of all attempts, of programs for less, and of other strategies' ways to evict.
@@ -243,7 +250,7 @@ class _Search:
                 chosen = {
                     gap: "swap"
                     for gap, way in state.evicted.items()
-                    if way != "swap" and self._covers(gap, over, problem.gaps[gap].end)
+                    if way not in gaps.SWAPS and self._covers(gap, over, problem.gaps[gap].end)
                 }
             if not (chosen or late):
                 break

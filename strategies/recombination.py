@@ -57,8 +57,8 @@ def parts(problem: gaps.Gaps, among: Sequence[int], count: int, shift: float) ->
         shift: Moves their borders, by a share of a part.
     """
     late = sorted(among, key=lambda gap: problem.gaps[gap].end)
-    total = list(itertools.accumulate(problem.gaps[gap].nbytes for gap in late))
-    return {gap: int(before / total[-1] * count + shift) for gap, before in zip(late, total, strict=True)}
+    *before, total = itertools.accumulate((problem.gaps[gap].nbytes for gap in late), initial=0)
+    return {gap: int(nbytes / total * count + shift) for gap, nbytes in zip(late, before, strict=True)}
 
 
 def changed(base: fitting.Evictions, other: fitting.Evictions) -> set[int]:
@@ -108,6 +108,8 @@ def chosen(changes: Sequence[Change], live: np.ndarray, target: float, price: fl
     def fullest(memory: np.ndarray) -> set[int]:
         return {part.start + int(memory[part].argmax()) for part in slices}
 
+    if not changes:
+        return []
     deltas = np.array([change.live for change in changes])
     looks, found = fullest(live), []
     for _ in range(_LOOKS):

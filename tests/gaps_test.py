@@ -367,6 +367,19 @@ def test_what_came_back_early_may_go_again():
     assert goes.recomputed_seconds > stays.recomputed_seconds
 
 
+def test_what_was_swapped_back_early_may_go_again():
+    found = gaps.problem(testing.chain(6), testing.seconds_per_node(1.0, SLOW))
+    f1, f2, f3 = (found.by_storage[found.storage_of[name]][0] for name in ("f1", "f2", "f3"))  # f3 is due first
+    stays = found.decide({f1: "swap", f2: "recompute", f3: "recompute"})
+    goes = found.decide({f1: gaps.SWAP_AGAIN, f2: "recompute", f3: "recompute"}, reuse=0)
+    swap = Swap("f1", "f2", "f3", "b4", "b3", is_synchronous=True)
+    repeat = Recompute(("f2", "f3"), "b3")
+    assert stays == (swap, repeat)
+    assert goes == (swap, repeat, Swap("f1", "b3", "b2", "b2", "b1", is_synchronous=True))
+    place = found.graph.position["b2"]
+    assert found.outline(goes).live[place] == found.outline(stays).live[place] - MIB
+
+
 @pytest.mark.parametrize(("layers", "is_repeatable"), [(150, True), (600, False)])
 def test_chains_that_are_recomputed_are_not_endless(layers, is_repeatable):
     found = gaps.problem(testing.chain(layers), CostModel())
