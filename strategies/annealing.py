@@ -5,7 +5,7 @@ alike; where memory overflows, it takes something off the device there, or has w
 made again. What the program of `relaxation` does not care about is changed most. Plans that overflow are passed through
 at a price. First of all many moves are made at once, as `recombination` chooses them, and parts of plans are exchanged,
 until that does not help any more. Then it is as warm as the best plan so far lies above the bound, and cools down a few
-times; at last the best plan is changed gap by gap, and what time is left is used as in the beginning.
+times; at last the best plan is changed gap by gap.
 
 What would be the fastest plan so far is shown to the device's allocator; each time that refuses, the sum of the buffers
 has to get a little smaller.
@@ -109,7 +109,6 @@ def improved(
     for cooling in range(_COOLINGS):
         search.cool(cooling)
     search.descend()
-    search.recombine(1.0)
     return search.finished()
 
 

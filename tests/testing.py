@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from graphswap import ir, parser
 from graphswap.cost_model import CostModel, DeviceSpec, Link, Profile
 from graphswap.plan import Recompute, Swap
+from graphswap.strategies.auto import Auto
 from graphswap.strategies.base import Strategy
 from graphswap.strategies.checkmate import Checkmate
+from graphswap.strategies.joint import Joint
 
 _WIDTHS = (8, 40, 64)
 _MEBIBYTE = ir.Value("float32", (512, 512))
@@ -45,8 +47,10 @@ def seconds_per_node(seconds: float, link: Link, **device: Any) -> CostModel:
 
 
 def brief(strategy: Strategy) -> Strategy:
-    """The strategy; `checkmate`, which could go on for long on each of many graphs, stops after a while."""
-    return dataclasses.replace(strategy, planning_seconds=0.5) if isinstance(strategy, Checkmate) else strategy
+    """The strategy; those that search, which could go on for long on each of many graphs, stop after a while."""
+    if isinstance(strategy, (Auto, Checkmate, Joint)):
+        return dataclasses.replace(strategy, planning_seconds=0.4)
+    return strategy
 
 
 def random_graphs(max_layers: int = 8, batch: int = 8) -> st.SearchStrategy[ir.Graph]:
