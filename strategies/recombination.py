@@ -141,7 +141,7 @@ def _solved(
     most = float(np.abs(deltas).sum() + live.max()) * _UNIT
     over = builder.column(most, cost=price / _UNIT)
     for at in looks:
-        terms = [(number, -deltas[number, at] * _UNIT) for number in np.flatnonzero(deltas[:, at])]
+        terms = [(int(number), -float(deltas[number, at]) * _UNIT) for number in np.flatnonzero(deltas[:, at])]
         builder.row([*terms, (over, 1.0)], lower=(live[at] - target) * _UNIT)
     touching: dict[int, list[int]] = {}
     for number, change in enumerate(changes):
