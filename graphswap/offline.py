@@ -255,18 +255,21 @@ class Planner:
     def _measured_peak(self, function: Any) -> int | None:
         """The peak of some steps; more than the device has if they run out of memory."""
         with self._clock("measure"):
-            try:
-                if MEMORY_VARIABLE in os.environ:
-                    peak = self._peak_when_loaded(function)
-                else:  # the memory of a real device is this process's
-                    return profiler.measure_peak(self._runner(function), _STEPS)
+            if MEMORY_VARIABLE in os.environ:
+                peak = self._peak_when_loaded(function)
+                return self._too_many_bytes() if peak is None else peak
+            try:  # the memory of a real device is this process's
+                return profiler.measure_peak(self._runner(function), _STEPS)
             except tf.errors.OpError as error:
                 if not planning.is_out_of_memory(error):
                     raise
-                peak = None
-            return (self._begin()[1].device.memory_bytes or 0) + 1 if peak is None else peak
+                return self._too_many_bytes()
+
+    def _too_many_bytes(self) -> int:
+        return (self._begin()[1].device.memory_bytes or 0) + 1
 
     def _peak_when_loaded(self, function: Any) -> int | None:
+        """The peak of some steps of a copy that another process loads; None if it runs out of memory."""
         with tempfile.TemporaryDirectory() as directory:
             copy = pathlib.Path(directory, "copy")
             saved_model.write(self.step.owner, function, copy)

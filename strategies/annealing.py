@@ -33,6 +33,7 @@ from graphswap.strategies import fitting, gaps, recombination, timing
 _LEAST_SHARE = 0.001
 """Of the plain step's peak: smaller storages are left as they are."""
 _WAYS = ("", "swap", gaps.SWAP_AGAIN, "recompute", gaps.AGAIN)
+_REPEATING = ("recompute", gaps.AGAIN)
 _AGAIN = {"swap": gaps.SWAP_AGAIN, "recompute": gaps.AGAIN}
 _WHERE_FULL = 0.7
 _OF_A_KIND = 0.25
@@ -52,12 +53,17 @@ _COOLINGS = 2
 _WARM = 0.7
 """Of the time; in the rest the best plan is changed gap by gap."""
 _RECOMBINING = 0.6
-"""Of the time, before annealing."""
+"""Of the time, at most, before annealing."""
 _IDLE_ROUNDS = 2
+"""Without anything better: then many changes at once are of no use any more."""
 _PARTS = (6, 10, 16, 24, 40)
+"""Into how many parts a round may cut the step."""
 _OTHERS = 6
+"""Plans that a round takes parts of."""
 _SMALL_CHANGES = 250
+"""Beside them, in each round."""
 _CORRECTIONS = 6
+"""Times to choose anew as what was chosen holds more than the sum of its changes."""
 _CHOOSING = 2.0
 """Seconds for an integer program."""
 _TRIALS = 60
@@ -105,7 +111,7 @@ def improved(
     """
     moves = _Moves(problem, random.Random(0), indifference or {})
     search = _Search(problem, states, moves, memory_budget, seconds, least_seconds, placed)
-    search.recombine(_RECOMBINING)
+    search.recombine()
     for cooling in range(_COOLINGS):
         search.cool(cooling)
     search.descend()
@@ -143,28 +149,26 @@ class _Search:
         self._given = self._placed = placed
         judged = sorted(((state, self._judge(state)) for state in states), key=lambda pair: self._price(pair[1]))
         self._starts = [state for state, _ in judged]
-        self._others = list(self._starts)
         self._best = judged[0]
         for state, found in judged:
             self._offer(state, found)
 
-    def recombine(self, until: float) -> None:
-        """Makes the most promising state better by many changes at once, until that is of no use or time has passed.
-
-        Args:
-            until: Share of the time.
-        """
-        state, idle = min([*self._starts, self._best[0]], key=lambda state: self._price(self._judge(state))), 0
-        while self._moves.count and idle < _IDLE_ROUNDS and self._passed() < until:
-            better = self._recombined(state, until)
+    def recombine(self) -> None:
+        """Makes the most promising state better by many changes at once."""
+        state, others, idle = self._most_promising(), list(self._starts), 0
+        while self._moves.count and idle < _IDLE_ROUNDS and self._passed() < _RECOMBINING:
+            better = self._recombined(state, others)
             if better is state:
                 idle += 1
             else:
                 state, idle = better, 0
-                self._others.append(state)
+                others.append(state)
         self._starts = [state]
 
-    def _recombined(self, state: fitting.Evictions, until: float) -> fitting.Evictions:
+    def _most_promising(self) -> fitting.Evictions:
+        return min([*self._starts, self._best[0]], key=lambda state: self._price(self._judge(state)))
+
+    def _recombined(self, state: fitting.Evictions, others: Sequence[fitting.Evictions]) -> fitting.Evictions:
         """The best of what one change, or several that an integer program chooses, make of a state; or the state."""
         problem, rng = self._problem, self._rng
         now = self._judge(state)
@@ -179,9 +183,9 @@ class _Search:
                 best = self._price(found), other
             return found
 
-        others = rng.sample(self._others, min(len(self._others), _OTHERS))
-        for change in self._moves.changes(state, part_of, others, self._target):
-            if self._passed() >= until:
+        some = rng.sample(others, min(len(others), _OTHERS))
+        for change in self._moves.changes(state, part_of, some, self._target):
+            if self._passed() >= _RECOMBINING:
                 break
             try:
                 other = change()
@@ -210,7 +214,7 @@ class _Search:
     def cool(self, cooling: int) -> None:
         """Anneals once, from the most promising state."""
         rng, count = self._rng, _TRIALS * self._moves.count
-        start = min([*self._starts, self._best[0]], key=lambda state: self._price(self._judge(state)))
+        start = self._most_promising()
         state, now, target = start, self._judge(start), self._target
         distance = max(self._price(now) - self._least_seconds, _ENOUGH * self._plain)
         warmth = min(_WARMTH * distance, _WARMEST * self._plain)
@@ -368,7 +372,7 @@ class _Moves:
             anchors = self._relieve(evicted, since, anchors, fullest)
         else:
             gap = self._change(evicted, since)
-            if evicted.get(gap) in ("recompute", gaps.AGAIN) and rng.random() < _HALF:
+            if evicted.get(gap) in _REPEATING and rng.random() < _HALF:
                 anchors = frozenset(anchors) | self._dead_inputs(gap)
             if rng.random() < _OF_A_KIND:
                 self._change_alike(evicted, since, gap)
@@ -378,7 +382,7 @@ class _Moves:
                 other = self._pick([self._gaps[number] for number in beside])
                 _set(evicted, other, rng.choice([way for way in _WAYS if way != evicted.get(other, "")]))
         if rng.random() < _ANCHORS:
-            anchors = self._other_anchors(state)
+            anchors = self._other_anchors(state, anchors)
         return fitting.evictions(self._problem, evicted, anchors, since)
 
     def single(self) -> Iterator[Callable[[fitting.Evictions], fitting.Evictions | None]]:
@@ -386,14 +390,18 @@ class _Moves:
         problem = self._problem
         for gap in sorted(self._gaps, key=lambda gap: -problem.gaps[gap].nbytes * _length(problem.gaps[gap])):
             for way in _WAYS:
-                yield functools.partial(self._with, gap, way)
+                yield functools.partial(self._with, gap, way, ())
+            if inputs := self._dead_inputs(gap):
+                for way in _REPEATING:
+                    yield functools.partial(self._with, gap, way, inputs)
 
-    def _with(self, gap: int, way: str, state: fitting.Evictions) -> fitting.Evictions | None:
-        if state.evicted.get(gap, "") == way:
+    def _with(self, gap: int, way: str, inputs: Collection[int], state: fitting.Evictions) -> fitting.Evictions | None:
+        anchors = frozenset(state.anchors).union(inputs)
+        if state.evicted.get(gap, "") == way and len(anchors) == len(state.anchors):
             return None
         evicted = dict(state.evicted)
         _set(evicted, gap, way)
-        return fitting.evictions(self._problem, evicted, state.anchors, state.since)
+        return fitting.evictions(self._problem, evicted, anchors, state.since)
 
     def _change(self, evicted: dict[int, str], since: dict[int, int]) -> int:
         """Gives a gap another way: often one that the program cares little about, else any, rather an evicted one."""
@@ -413,9 +421,9 @@ class _Moves:
             _set(evicted, gap, _AGAIN[way] if rng.random() < _OFTEN_AGAIN else way)
         return gap
 
-    def _other_anchors(self, state: fitting.Evictions) -> frozenset[int]:
+    def _other_anchors(self, state: fitting.Evictions, anchors: Collection[int]) -> frozenset[int]:
         """One anchor less, or something more that would make a chain of repeated nodes shorter."""
-        rng, problem, anchors = self.rng, self._problem, frozenset(state.anchors)
+        rng, problem, anchors = self.rng, self._problem, frozenset(anchors)
         repeats = [decision for decision in state.decisions if isinstance(decision, Recompute)]
         if repeats and not (anchors and rng.random() < _HALF):
             repeat = rng.choice(repeats)

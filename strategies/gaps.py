@@ -317,7 +317,7 @@ class _Restorer:
         self.seconds_left = most * (1.0 + _ROUNDING)
         self.tier = gaps.cost_model.far_tier
         self.absent: dict[int, int] = {}  # storage -> gap
-        self.kept_until: dict[int, int] = {}  # storage of a repeated value -> last position that reads it
+        self.kept_until: dict[int, int] = {}  # storage of what is there early -> last position that reads it
         self.restored: set[int] = set()
         self.swapped_back: set[int] = set()  # gaps whose value was there early
         self.depth = 0  # of the chain that is followed

@@ -11,7 +11,6 @@ Known weaknesses: chains of repeats that run through several parts do not add up
 
 from __future__ import annotations
 
-import bisect
 import dataclasses
 import itertools
 from collections.abc import Collection, Mapping, Sequence
@@ -24,6 +23,7 @@ from graphswap.strategies import fitting, gaps, solver
 _STRETCHES = 150
 """Of the step: memory is looked at where it is fullest in each, and where a solution overflows in each."""
 _LOOKS = 6
+"""Times to solve a program, as it overflows where nobody looked."""
 _GAP = 0.02
 """How far from its optimum a program is solved."""
 _UNIT = 1e-9
@@ -101,15 +101,14 @@ def chosen(changes: Sequence[Change], live: np.ndarray, target: float, price: fl
         price: Seconds that each byte above it counts for, at the worst position.
         seconds: Time limit for each program that is solved.
     """
-    stretches = np.arange(len(live)) * _STRETCHES // len(live)
-    borders = [bisect.bisect_left(stretches, stretch) for stretch in range(_STRETCHES)]
-    slices = [slice(start, end) for start, end in itertools.pairwise([*borders, len(live)]) if start < end]
-
-    def fullest(memory: np.ndarray) -> set[int]:
-        return {part.start + int(memory[part].argmax()) for part in slices}
-
     if not changes:
         return []
+    borders = np.linspace(0, len(live), min(len(live), _STRETCHES) + 1).astype(int)
+    slices = [slice(start, end) for start, end in itertools.pairwise(borders)]
+
+    def fullest(memory: np.ndarray) -> set[int]:
+        return {int(part.start + memory[part].argmax()) for part in slices}
+
     deltas = np.array([change.live for change in changes])
     looks, found = fullest(live), []
     for _ in range(_LOOKS):

@@ -47,3 +47,8 @@ def test_it_runs_in_a_process_of_its_own():
 def test_a_device_that_is_not_here_is_named():
     result = gpu_bench.elsewhere("jax_gpt", {"size": SIZES, "way": "plain", "steps": 2, "device": "gpu"})
     assert result.error.startswith("device: expected one that JAX finds here, received 'gpu'")
+
+
+def test_an_unknown_way_is_refused():
+    with pytest.raises(ValueError, match=f"way: expected one of {', '.join(jax_gpt.WAYS)}, received 'no'"):
+        jax_gpt.train(SIZE, "no", 1, "cpu")

@@ -81,8 +81,8 @@ def evicting_plan(rng: random.Random, graph: ir.Graph, cost_model: CostModel) ->
     evicted = {}
     anchors = {storage for storage in range(len(problem.storages)) if rng.random() < 0.2}
     for gap in range(len(problem.gaps)):
-        action = rng.choice(["", "swap", "recompute", gaps.AGAIN])
-        if action == "swap" or problem.recompute_seconds(gap, {}, anchors) < float("inf"):
+        action = rng.choice(["", "swap", gaps.SWAP_AGAIN, "recompute", gaps.AGAIN])
+        if action in gaps.SWAPS or problem.recompute_seconds(gap, {}, anchors) < float("inf"):
             evicted[gap] = action
     evicted = {gap: action for gap, action in evicted.items() if action}
     late = {gap: problem.gaps[gap] for gap in evicted if rng.random() < 0.2}

@@ -94,8 +94,8 @@ def test_no_evictions_get_below_the_bound(seed):
     for share in (0.2, 0.5, 1.0, 1.0) * 4:
         evicted = {}
         for gap in range(len(problem.gaps)):
-            way = rng.choice(["swap", "recompute", "recompute"])
-            if rng.random() < share and (way == "swap" or math.isfinite(problem.recompute_seconds(gap, {}, ()))):
+            way = rng.choice(["swap", gaps.SWAP_AGAIN, "recompute", "recompute", gaps.AGAIN])
+            if rng.random() < share and (way in gaps.SWAPS or math.isfinite(problem.recompute_seconds(gap, {}, ()))):
                 evicted[gap] = way
         outline = problem.outline(problem.decide(evicted, (), rng.randrange(60)))
         outcomes.append((outline.peak_bytes, outline.seconds))

@@ -4,7 +4,8 @@ import pytest
 import saved_steps
 import tensorflow as tf
 
-from graphswap import offline, saved_model
+from graphswap import loaded_step, offline, saved_model
+from graphswap.cost_model import MEMORY_VARIABLE
 from graphswap.saved_model import SavedModelError
 
 
@@ -143,6 +144,29 @@ def test_a_plan_that_takes_more_than_it_says_is_tightened(saved, monkeypatch):
     assert planner.fitted()[2] == 1 << 19
     assert len(asked) == 3
     assert asked[0] > asked[1] > asked[2]
+
+
+def test_a_copy_that_fails_in_its_own_process_is_not_written(saved, monkeypatch):
+    step = offline.from_saved_model(saved_model.load(saved, "step"), batch_size=4)
+    planner = offline.Planner(step, offline.Options("1MiB", swap_to="host"))
+    planned = planner.plan()
+    monkeypatch.setenv(MEMORY_VARIABLE, str(1 << 20))
+    monkeypatch.setattr(offline.Planner, "plan", lambda self: planned)
+
+    def fail(directory, function, shapes, steps):
+        assert (function, shapes) == ("step", [[4, 8]])
+        raise loaded_step.LoadedStepError("no such op")
+
+    monkeypatch.setattr(loaded_step, "peak", fail)
+    assert refusal(planner.fitted) == (
+        f"expected a copy of '{saved}' that runs in a process of its own, received one that failed: no such op. "
+        "Nothing was written."
+    )
+    monkeypatch.setattr(loaded_step, "peak", lambda *_: None)  # out of memory
+    assert refusal(planner.fitted) == (
+        "expected a plan whose steps keep 1.0MiB, received plans whose steps took 1.0MiB and more, as the layout of "
+        "memory wanders. Raise the budget."
+    )
 
 
 def test_steps_that_stay_above_the_budget_are_refused(saved, monkeypatch):

@@ -47,7 +47,12 @@ def step(size: Size, way: str) -> Callable[[Any, Any, Any], tuple[Any, Any]]:
 
     Returns:
         A function of state, words and the words that follow, to the new state and the loss.
+
+    Raises:
+        ValueError: If there is no such way.
     """
+    if way not in WAYS:
+        raise ValueError(f"way: expected one of {', '.join(WAYS)}, received '{way}'.")
     import jax
     import jax.numpy as jnp
     from jax.ad_checkpoint import checkpoint_name
@@ -172,6 +177,7 @@ def train(size: Size, way: str, steps: int, device: str) -> Result:
     Raises:
         DeviceError: If there is no such device.
         ImportError: If JAX is missing, or of a version that this was not tried with.
+        ValueError: If there is no such way.
     """
     pjrt.check_version()
     import jax
@@ -220,6 +226,6 @@ if __name__ == "__main__":
     asked = json.loads(sys.argv[1])
     try:
         result = train(**{**asked, "size": Size(**asked["size"])})
-    except (ImportError, pjrt.DeviceError) as error:
+    except (ImportError, ValueError, pjrt.DeviceError) as error:
         sys.exit(str(error))
     print(json.dumps(dataclasses.asdict(result)))
