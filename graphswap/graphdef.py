@@ -1119,6 +1119,8 @@ class _Exporter:
             self._add_for_xla(node)
         elif node.op == ir.ANCHOR:
             self._add_anchor(node)
+        elif dict(node.attrs).get("is_enclosed"):
+            self._add_enclosed(node)
         elif node.like or self.target is not self.source:
             self._add_copy(node)
         else:
@@ -1284,17 +1286,51 @@ class _Exporter:
         self._bind(node, operation)
 
     def _add_anchor(self, node: ir.Node) -> None:
-        """A select whose condition always holds, which XLA can't know: an integer has a last bit of 0 or 1."""
         value, *tokens = map(self.tensor, node.inputs)
         with self.target.as_default(), tf.control_dependencies(None), tf.name_scope(node.name + "/"):
-            conditions = []
-            for token in tokens:
-                bits = tf.bitcast(tf.reshape(token, [-1])[0], _BITS[token.dtype.size])
-                one = tf.ones((), bits.dtype)
-                conditions.append(tf.bitwise.bitwise_and(bits, one) <= one)
-            anchored = tf.where(functools.reduce(tf.logical_and, conditions), value, tf.zeros((), value.dtype))
+            anchored = tf.where(_are_there(tokens), value, tf.zeros((), value.dtype))
         self.tensors[node.name] = anchored
         self.done[node.name] = [anchored.op]
+
+    def _add_enclosed(self, node: ir.Node) -> None:
+        """Runs the op in a branch: XLA begins nothing of it before it has all inputs, whatever it makes of it."""
+        original = self._original(node)
+        inputs = [self.tensor(reference) for reference in node.inputs]
+
+        def branch() -> Any:
+            return (
+                tf.compat.v1.get_default_graph()
+                .create_op(
+                    node.op,
+                    inputs,
+                    [tensor.dtype for tensor in original.outputs],
+                    attrs=dict(original.node_def.attr),
+                    op_def=original.op_def,
+                )
+                .outputs
+            )
+
+        def never() -> list[tf.Tensor]:
+            return [tf.zeros(value.shape, value.dtype) for value in node.outputs]
+
+        with self._placed(node):
+            outputs = tf.cond(_are_there(inputs[-1:]), branch, never)
+        self.tensors.update(zip(node.refs(), outputs, strict=True))
+        self.done[node.name] = [outputs[0].op]
+
+
+def _are_there(tokens: Sequence[tf.Tensor]) -> tf.Tensor:
+    """A condition that always holds, which XLA can't know: an integer has a last bit of 0 or 1.
+
+    Args:
+        tokens: Floats.
+    """
+    conditions = []
+    for token in tokens:
+        bits = tf.bitcast(tf.reshape(token, [-1])[0], _BITS[token.dtype.size])
+        one = tf.ones((), bits.dtype)
+        conditions.append(tf.bitwise.bitwise_and(bits, one) <= one)
+    return functools.reduce(tf.logical_and, conditions)
 
 
 _BITS = {2: tf.uint16, 4: tf.uint32, 8: tf.uint64}

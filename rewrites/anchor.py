@@ -44,8 +44,8 @@ _CONVOLUTIONS = frozenset(
     )
 )
 _PRODUCTS = frozenset({"BatchMatMul", "BatchMatMulV2", "BatchMatMulV3", "Einsum", "MatMul"})
-_ALL_EARLY = frozenset({"MaxPoolGrad"})
-"""Ops half of whose work XLA does as soon as their first inputs are there: where the maxima lie."""
+_BEGUN_EARLY = frozenset({"MaxPoolGrad"})
+"""Ops half of whose work XLA does before their last input is there."""
 _CONSTANT_OPS = frozenset("Const OnesLike Rank Shape ShapeN Size ZerosLike".split())
 """Ops whose values XLA knows when it compiles, whatever they read."""
 
@@ -58,13 +58,14 @@ def anchor(graph: ir.Graph, plan: Plan) -> ir.Graph:
       and holds the copies from when they can be made.
     * A gradient is used when all other readers of its variable have run: else XLA copies the variable first, to
       write the new value in its place.
-    * A gradient of pooling finds the maxima in the first run of what was pooled, whatever the plan repeats.
+    * A gradient of pooling runs in a branch of its own: else XLA looks for the maxima, and makes the zeros that it
+      adds to, as soon as the forward pass is there.
 
     Args:
         graph: The step, its nodes repeated as the plan says.
         plan: Is not read: what has to wait shows in the graph.
     """
-    graph = _updates_last(_early_reads_of_first_runs(graph))
+    graph = _updates_last(_enclosed(graph))
     tokens = _Tokens(graph)
     waits = _of_operands(graph, tokens) | _of_repeats(graph, tokens)
     return _with_anchors(graph, waits | _of_gradients(graph, tokens))
@@ -179,10 +180,13 @@ def _of_gradients(graph: ir.Graph, tokens: _Tokens) -> Waits:
 
 
 def _only_for_updates(graph: ir.Graph) -> set[str]:
-    """Nodes from which arithmetic leads to nothing but variables, and copies of results that wait for these."""
+    """Nodes from which arithmetic leads to nothing but variables, and copies of results that wait for these.
+
+    A repeated node may be ordered behind an update, and does not use it.
+    """
     used_by: dict[str, list[str]] = {}
     for node in graph.nodes:
-        for name in {*map(ir.producer, node.inputs), *node.control_inputs}:
+        for name in {*map(ir.producer, node.inputs), *(() if node.like else node.control_inputs)}:
             used_by.setdefault(name, []).append(node.name)
     results = {name for name in map(ir.producer, graph.outputs) if graph.by_name[name].op != "Identity"}
     found: set[str] = set()
@@ -236,20 +240,19 @@ def _elements(value: ir.Value) -> int:
 def _updates_last(graph: ir.Graph) -> ir.Graph:
     """The graph with its updates behind everything that they could be made to wait for."""
     updates = _only_for_updates(graph)
-    return graph.replace(nodes=tuple(sorted(graph.nodes, key=lambda node: node.name in updates)))
+    first = tuple(
+        dataclasses.replace(node, control_inputs=tuple(name for name in node.control_inputs if name not in updates))
+        for node in graph.nodes
+        if node.name not in updates
+    )
+    return graph.replace(nodes=(*first, *(node for node in graph.nodes if node.name in updates)))
 
 
-def _early_reads_of_first_runs(graph: ir.Graph) -> ir.Graph:
-    def first_run(reference: str) -> str:
-        name, index = ir.split_ref(reference)
-        return ir.ref(graph.by_name[name].like or name, index)
-
+def _enclosed(graph: ir.Graph) -> ir.Graph:
+    enclosed = (("is_enclosed", True),)
     return graph.replace(
         nodes=tuple(
-            dataclasses.replace(node, inputs=(*map(first_run, node.inputs[:2]), *node.inputs[2:]))
-            if node.op in _ALL_EARLY and not node.like
-            else node
-            for node in graph.nodes
+            dataclasses.replace(node, attrs=enclosed) if node.op in _BEGUN_EARLY else node for node in graph.nodes
         )
     )
 

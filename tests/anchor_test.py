@@ -104,6 +104,15 @@ def test_a_gradient_is_used_when_the_other_readers_of_the_variable_have_run():
     assert order.index("dx") < order.index("step/anchor") < order.index("update")
 
 
+def test_an_update_that_a_repeated_node_is_ordered_behind_stays_one():
+    graph = anchored(parser.parse(UPDATED), Recompute(("y",), before="dx"))
+    repeated = graph.by_name["y/recompute"]
+    assert repeated.like == "y" and not repeated.control_inputs
+    assert graph.by_name["step"].inputs == ("m", "step/anchor")
+    order = [node.name for node in graph.nodes]
+    assert order.index("y/recompute") < order.index("dx") < order.index("step/anchor") < order.index("update")
+
+
 def test_a_gradient_that_needs_all_readers_waits_for_nothing():
     dx, dw = "  %dx = MatMul(%y, %w) : (float32[32,32])\n", "  %dw = MatMul(%x, %y) : (float32[32,32])\n"
     text = UPDATED.replace(dx, "").replace(dw, dx + dw.replace("%y", "%dx"))
@@ -164,19 +173,30 @@ graph g(%x) -> (%b) {
 """)
 
 
-def test_where_the_maxima_lie_is_found_of_the_first_run():
+def test_a_gradient_of_pooling_runs_in_a_branch():
     graph = rewrites.rewrite_for_jit(POOLED, Plan(decisions=(Recompute(("h",), before="dh"),)))
-    assert graph.by_name["dh"].inputs == ("h", "p", "dp")
+    assert graph.by_name["dh"].inputs == ("h/recompute", "p", "dp")
+    assert [node.name for node in graph.nodes if dict(node.attrs).get("is_enclosed")] == ["dh"]
     assert graph.by_name["b"].inputs == ("dh", "h/recompute")
     assert anchors(graph) == {"h/recompute/anchor": ("x", "dp")}
 
 
-def test_what_nobody_reads_goes_with_its_anchor():
-    last = POOLED.nodes[-1]
-    graph = POOLED.replace(nodes=POOLED.nodes[:-1], outputs=("dh",))
-    assert last.name == "b"
-    rewritten = rewrites.rewrite_for_jit(graph, Plan(decisions=(Recompute(("h",), before="dh"),)))
-    assert [node.name for node in rewritten.nodes] == [node.name for node in graph.nodes]
+def test_a_first_run_that_nobody_reads_goes_with_its_anchor():
+    graph = parser.parse("""
+    graph g(%x, %handle) -> (%b) {
+      %x = Placeholder() : (float32[4,8,8,16])
+      %handle = Placeholder() : (resource[])
+      %w = ReadVariableOp!(%handle) : (float32[3,3,16,16])
+      %h = Relu(%x) : (float32[4,8,8,16])
+      %y = Conv2D(%h, %w) : (float32[4,8,8,16])
+      %late = Sin(%h) : (float32[4,8,8,16])
+      %b = Mul(%late, %y) : (float32[4,8,8,16])
+    }
+    """)
+    assert "y" in anchored(graph, Recompute(("y",), before="b")).by_name
+    rewritten = rewrites.rewrite_for_jit(graph, Plan(decisions=(Recompute(("y",), before="b"),)))
+    assert "y" not in rewritten.by_name and "y/anchor" not in rewritten.by_name
+    assert rewritten.by_name["b"].inputs == ("late", "y/recompute")
 
 
 def test_an_anchor_shares_the_buffer_of_its_value():

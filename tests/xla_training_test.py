@@ -123,6 +123,32 @@ def test_an_anchor_changes_no_bit_and_is_not_folded(dtype):
     assert any(i.opcode == "select" for computation in program.computations for i in computation.instructions)
 
 
+def test_a_gradient_of_pooling_in_a_branch_changes_no_bit_and_stays_there():
+    import tensorflow as tf
+
+    from graphswap import graphdef, rewrites, tiers
+    from graphswap.plan import Plan
+
+    def step(x, y, dy):
+        pool = {"ksize": [1, 3, 3, 1], "strides": [1, 2, 2, 1], "padding": "VALID"}
+        return (tf.raw_ops.MaxPoolGrad(orig_input=x, orig_output=y, grad=dy, **pool),)
+
+    random = np.random.default_rng(0)
+    images = random.integers(0, 3, (4, 17, 17, 8)).astype("float32")  # many maxima
+    pooled = tf.nn.max_pool2d(images, 3, 2, "VALID")
+    arrays = (images, pooled, random.normal(size=pooled.shape).astype("float32"))
+    traced = tf.function(step).get_concrete_function(*map(tf.constant, arrays))
+    graph = rewrites.rewrite_for_jit(graphdef.import_function(traced.graph), Plan())
+    function = graphdef.build_function(traced.graph, graph, tiers.Tiers())
+    (expected,) = tf.function(step, jit_compile=True)(*map(tf.constant, arrays))
+    (enclosed,) = tf.function(function, jit_compile=True)(*map(tf.constant, arrays))
+    assert enclosed.numpy().tobytes() == expected.numpy().tobytes()
+    program = graphdef.compiled_hlo(traced.graph, function, graph, "CPU:0").hlo_module
+    (entry,) = (c for c in program.computations if c.id == program.entry_computation_id)
+    opcodes = {instruction.opcode for instruction in entry.instructions}
+    assert "conditional" in opcodes and opcodes.isdisjoint({"reduce-window", "scatter", "select-and-scatter"})
+
+
 def _reshaped(x, w, layers=4):
     import tensorflow as tf
 
