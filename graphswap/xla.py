@@ -19,8 +19,9 @@ from graphswap.cost_model import NO_LINK, CostModel
 from graphswap.graphdef import UnsupportedGraphError
 from graphswap.plan import Plan, PlanError
 from graphswap.profiler import Compiled
-from graphswap.strategies import budgets
+from graphswap.strategies import Auto, budgets
 from graphswap.strategies.base import InfeasibleBudgetError, Strategy
+from graphswap.strategies.chen import Chen
 
 _ATTEMPTS = 7
 _REFINEMENTS = 2
@@ -155,9 +156,11 @@ def fitted(
         if low >= _NEAR * high:
             break
         target = (low + high) // 2
-    if min(nbytes for nbytes, _ in tried) > memory_budget:
-        with contextlib.suppress(InfeasibleBudgetError):
-            attempt(budgets.smallest(strategy, graph, cost_model))
+    # Checkpoints along the chain often make a smaller program than a plan of a smaller simulated peak.
+    for smallest in (strategy, Chen()) if isinstance(strategy, Auto) else (strategy,):
+        if min(nbytes for nbytes, _ in tried) > memory_budget:
+            with contextlib.suppress(InfeasibleBudgetError):
+                attempt(budgets.smallest(smallest, graph, cost_model))
     least_bytes, least = min(tried, key=lambda one: one[0])
     if least_bytes > memory_budget:
         raise InfeasibleBudgetError(memory_budget, least_bytes, _worst_node(graph, least, cost_model))

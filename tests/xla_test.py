@@ -10,8 +10,9 @@ from graphswap.graphdef import UnsupportedGraphError
 from graphswap.plan import Plan, PlanError, Recompute
 from graphswap.profiler import Compiled
 from graphswap.simulator import simulate
-from graphswap.strategies import Greedy
+from graphswap.strategies import Auto, Greedy, budgets
 from graphswap.strategies.base import InfeasibleBudgetError
+from graphswap.strategies.chen import Chen
 
 LAYERS = 8
 MIB = 1 << 20
@@ -103,6 +104,20 @@ def test_a_chunk_that_is_larger_than_asked_for_counts():
     with pytest.raises(InfeasibleBudgetError) as caught:
         on(16 * MIB, 9 * MIB)
     assert caught.value.smallest_bytes == needed
+
+
+def test_checkpoints_along_the_chain_are_the_last_attempt():
+    strategy = Auto(0.1)
+    chen = budgets.smallest(Chen(), GRAPH, COSTS)
+    repeated = {name for decision in chen.recomputes for name in decision.nodes}
+    assert budgets.smallest(strategy, GRAPH, COSTS).decisions != chen.decisions
+
+    def compiler(graph):
+        return Compiled(MIB if {node.like for node in graph.nodes if node.like} == repeated else 64 * MIB)
+
+    assert planned(4 * MIB, compiler, strategy).planned.plan.strategy == "chen"
+    with pytest.raises(InfeasibleBudgetError):
+        planned(4 * MIB, compiler)
 
 
 def test_a_budget_that_no_program_keeps_is_refused_with_the_smallest_that_was_found():
