@@ -10,7 +10,7 @@ demo: $(VENV)/.demo
 	$(BIN)/graphswap demo
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses=auto --dist=loadfile
 
 lint: style typecheck
 
