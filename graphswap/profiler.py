@@ -447,7 +447,7 @@ def _spent(events: Sequence[Event], graph: ir.Graph) -> Mapping[str, float]:
     Raises:
         CantMeasure: If none of the events is one of the graph.
     """
-    folders = {node.name for node in graph.nodes if node.op in _FOLDERS}
+    folders = {node.name for node in graph.nodes if node.op in _FOLDERS or dict(node.attrs).get("is_inserted")}
     owner_of = _owners(graph, folders)
     intervals = [(start, start + duration, owner_of(name)) for start, duration, name, _ in events]
     spent = _shares([interval for interval in intervals if interval[2]])
@@ -536,7 +536,7 @@ def without_side_effects(graph: ir.Graph) -> ir.Graph:
     for node in graph.nodes:
         inputs = tuple(own_part.get(reference, reference) for reference in node.inputs)
         read = [ir.producer(reference) for reference in inputs]
-        if node.op == ir.ALL_REDUCE:
+        if node.op in (ir.ALL_REDUCE, ir.EXCHANGE, ir.AWAIT):
             own_part[node.name] = inputs[0]
         if node.stateful and not dict(node.attrs).get("only_reads"):
             waited_for[node.name] = kept_before([*read, *node.control_inputs])
