@@ -178,12 +178,12 @@ def _seconds(graph: ir.Graph, cost_model: CostModel, sums: Sequence[Packed], blo
 
 
 def _ahead(launches: Sequence[float], lasting: Sequence[float], most: int) -> list[int]:
-    """How many later blocks start before each is done, as far as that is no more than `most`."""
+    """How many later blocks have started once each is done, the one that starts then among them; at most `most`."""
     found, end = [], 0.0
     for number, (launch, seconds) in enumerate(zip(launches, lasting, strict=True)):
         end = max(end, launch) + seconds
         later = sum(other < end for other in launches[number + 1 :])
-        found.append(min(later, most))
+        found.append(min(later + 1, most))
     return found
 
 

@@ -13,8 +13,8 @@ from graphswap import ir
 MEMORY_VARIABLE = "GRAPHSWAP_EMULATED_MEMORY"
 """The environment variable that holds the bytes of an emulated device (`emulate`)."""
 
-NETWORK = "network"
-"""The lane on which replicas exchange gradients, and the name of its link in a profile."""
+NETWORK_LANE = ("network", "exchange")
+"""Where replicas exchange gradients, beside the lanes of far tiers, each a tier and a direction."""
 
 _MIB = 1 << 20
 
@@ -140,8 +140,7 @@ class Profile:
         seconds: Node name to seconds; nodes that did not run are missing.
         workspace: Node name to what it allocates while it runs, beyond its outputs.
         links: Tier name to `Link` as measured then, so that later runs that find the profile make the same plan.
-            Of the disk only as one plan's steps saw it: its speed depends on the directory. `NETWORK` as the workers
-            measured it together.
+            Of the disk only as one plan's steps saw it: its speed depends on the directory.
         time_scale: What a whole step took over what its parts cost. It leaves plans as they are: predictions are
             multiplied by it when they are reported.
         reserved_bytes: To leave free of the budget, as steps have been seen to need them beyond their prediction.
@@ -239,18 +238,15 @@ class CostModel:
         of Parallel and Distributed Computing 2009; TensorFlow's ring_alg.cc and NCCL do so).
         """
         workers = _workers(node)
-        return 2 * (workers - 1) * self.network.out_seconds(node.outputs[0].nbytes / workers) if workers > 1 else 0.0
+        return (
+            2 * (workers - 1) * self.device.network.out_seconds(node.outputs[0].nbytes / workers)
+            if workers > 1
+            else 0.0
+        )
 
     def network_latency_seconds(self, node: ir.Node) -> float:
         """What `network_seconds` is for no bytes."""
-        return 2 * (_workers(node) - 1) * self.network.latency_seconds
-
-    @property
-    def network(self) -> Link:
-        """The way to the next worker, as the profile has it, else the device spec."""
-        if self.profile is not None and NETWORK in self.profile.links:
-            return self.profile.links[NETWORK]
-        return self.device.network
+        return 2 * (_workers(node) - 1) * self.device.network.latency_seconds
 
     def link(self, tier: str) -> Link:
         """The way to a far tier, as the profile has it, else the device spec."""

@@ -19,10 +19,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from graphswap import actions, ir, walk
-from graphswap.cost_model import NETWORK, CostModel
+from graphswap.cost_model import NETWORK_LANE, CostModel
 from graphswap.plan import Decision, Plan, Recompute, Swap
 
-_NETWORK_LANE = (NETWORK, "exchange")
 _MOST_KEPT = 5_000
 """Parts, and likewise decisions: a plan of a search needs those of the one before."""
 
@@ -299,8 +298,8 @@ class Incremental:
                 if not is_node:
                     delay += action.facts.seconds
                     continue
-                begun = max(float(clock[place + 1]) + delay, lanes.get(_NETWORK_LANE, 0.0))
-                end = lanes[_NETWORK_LANE] = begun + action.facts.network_seconds
+                begun = max(float(clock[place + 1]) + delay, lanes.get(NETWORK_LANE, 0.0))
+                end = lanes[NETWORK_LANE] = begun + action.facts.network_seconds
                 if action.facts.is_awaited:
                     ready[number, action.outputs[0]] = end
                 else:

@@ -31,7 +31,7 @@ from graphswap import (
     tiers,
     xla,
 )
-from graphswap.cost_model import MEMORY_VARIABLE, CostModel, DeviceSpec, Profile
+from graphswap.cost_model import MEMORY_VARIABLE, CostModel, DeviceSpec, Link, Profile
 from graphswap.graphdef import UnsupportedGraphError
 from graphswap.host_variable import HostVariable, adopt, can_adopt, host_variables
 from graphswap.options import Options, format_bytes
@@ -137,6 +137,7 @@ class Session:
         self._trials = _TRIALS
         self._workers = distribute.Workers()  # that train together
         self._has_agreed = False  # whether they have planned together
+        self._network: Link | None = None  # as measured with the other workers
         self._exchanged: tuple[tuple[Exchange, ...], ir.Graph] | None = None  # what they exchange, of which trace
         self._watched: dict[tuple[graphdef.Shape, ...], _Watched] = {}
         self._replanned: dict[tuple[graphdef.Shape, ...], tuple[planning.Planned, list[replanning.Round]]] = {}
@@ -483,6 +484,7 @@ class Session:
             imports = functools.partial(self._import, func_graph, shapes, clock)
             try:
                 graph, leads = self._agree(imports, device) if self._plans_together() else (imports(), None)
+                device = dataclasses.replace(device, network=self._network or device.network)
             except UnsupportedGraphError as error:
                 if self.options.on_unsupported == "raise":
                     raise
@@ -557,6 +559,7 @@ class Session:
 
         self._has_agreed = True
         leads = self._workers.agree(facts)
+        self._network = self._workers.network()
         return graphs[0], leads
 
     def _plan_together(

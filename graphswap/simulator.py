@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from graphswap import actions, ir
 from graphswap import allocator as allocator_lib
-from graphswap.cost_model import NETWORK, CostModel
+from graphswap.cost_model import NETWORK_LANE, CostModel
 from graphswap.plan import Plan
 
 
@@ -182,7 +182,6 @@ class _Buffer:
         self.is_free = False
 
 
-_NETWORK_LANE = (NETWORK, "exchange")
 _RESIDENT_KINDS = {actions.VARIABLE: "variable", actions.ARGUMENT: "argument", actions.CONSTANT: "constant"}
 
 
@@ -327,8 +326,8 @@ class _Run:
         if kind == "run":
             self.after = facts.name
         if facts.network_seconds:
-            begun = max(self.now, self.lanes.get(_NETWORK_LANE, 0.0))
-            end = self.lanes[_NETWORK_LANE] = begun + facts.network_seconds
+            begun = max(self.now, self.lanes.get(NETWORK_LANE, 0.0))
+            end = self.lanes[NETWORK_LANE] = begun + facts.network_seconds
             if facts.is_awaited:
                 self.ready[action.outputs[0]] = end
                 return Step(facts.name, "exchange", begun, end, live)
