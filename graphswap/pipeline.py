@@ -497,6 +497,9 @@ class Session:
                 return
             fences = len(self._fences) * allocator.ALIGNMENT_BYTES
             cost_model = self._planner.cost_model(device, graph, fences, _away(captured))
+            if leads is not None:
+                resident = self._workers.together("weigh their devices", lambda: str(cost_model.resident_bytes))
+                cost_model = dataclasses.replace(cost_model, resident_bytes=max(map(int, resident.values())))
             budget, share = self._planner.budget(device, self._scale)
             with clock("place"):
                 graph = self._place(func_graph, graph, captured, device, cost_model, budget)
