@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from graphswap import ir, liveness
 from graphswap.plan import Exchange
@@ -32,25 +32,31 @@ def packed(graph: ir.Graph) -> tuple[Packed, ...]:
     summed = _needed_for(graph, [node for node in graph.nodes if node.op == ir.ALL_REDUCE])
     found = []
     for node in graph.nodes:
-        if node.op != ir.ALL_REDUCE or node.name not in updating - summed or "workers" not in dict(node.attrs):
+        workers: Any = dict(node.attrs).get("workers", 1)
+        if node.op != ir.ALL_REDUCE or node.name not in updating - summed or workers == 1:
             continue
-        join, readers = graph.by_name[ir.producer(node.inputs[0])], graph.consumers.get(node.name, ())
-        parts = graph.by_name[readers[0]] if len(readers) == 1 else None
-        is_joined = join.op == "ConcatV2" and graph.consumers[join.name] == (node.name,)
-        is_split = parts is not None and parts.op == "SplitV" and parts.inputs[0] == node.name
-        if is_joined and is_split and len(parts.outputs) == len(join.inputs) - 1 == len(set(join.inputs[:-1])):
-            values = join.inputs[:-1]
-            if [graph.value(value) for value in values] == [*parts.outputs] and node.name not in graph.outputs:
-                found.append(Packed(node.name, values, join.name, parts.name))
-        elif not is_joined:
+        join = graph.by_name[ir.producer(node.inputs[0])]
+        if join.op == "ConcatV2" and graph.consumers[join.name] == (node.name,) and node.name not in graph.outputs:
+            found += _split_again(graph, node.name, join)
+        else:
             found.append(Packed(node.name, node.inputs[:1], "", ""))
     return tuple(found)
 
 
 def exchanges(graph: ir.Graph) -> tuple[Exchange, ...]:
     """The decisions that have made the graph what it is, in order."""
-    ahead = {node.inputs[0]: dict(node.attrs)["ahead"] for node in graph.nodes if node.op == ir.AWAIT}
-    return tuple(Exchange(values, int(ahead[name])) for name, values in graph.blocks.items())  # pyright: ignore[reportArgumentType]
+    ahead: dict[str, Any] = {n.inputs[0]: dict(n.attrs)["ahead"] for n in graph.nodes if n.op == ir.AWAIT}
+    return tuple(Exchange(values, ahead[name]) for name, values in graph.blocks.items())
+
+
+def _split_again(graph: ir.Graph, name: str, join: ir.Node) -> list[Packed]:
+    """The sum of what a node joins, if one node splits it into the same values again and no other reads it."""
+    readers, values = graph.consumers.get(name, ()), join.inputs[:-1]
+    parts = graph.by_name[readers[0]] if len(readers) == 1 else join
+    if parts.op != "SplitV" or parts.inputs[0] != name or len(set(values)) < len(values):
+        return []
+    is_same = [graph.value(value) for value in values] == [*parts.outputs]
+    return [Packed(name, values, join.name, parts.name)] if is_same else []
 
 
 def _needed_for(graph: ir.Graph, nodes: Iterable[ir.Node]) -> set[str]:

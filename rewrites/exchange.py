@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import itertools
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from graphswap import ir
 from graphswap.collectives import Packed, packed
@@ -101,7 +102,8 @@ class _Exchanger:
                 value = dataclasses.replace(join.outputs[0], shape=(sum(map(self._length, decision.values)),))
                 inputs = (*decision.values, join.inputs[-1])
                 self._add(join, name=source, inputs=inputs, outputs=(value,), attrs=(_INSERTED,), control_inputs=())
-            value, workers = self._value(source, decision), int(dict(summing.attrs)["workers"])  # pyright: ignore[reportArgumentType]
+            value = self.nodes[-1].outputs[0] if is_joined else self.source.value(source)
+            workers: Any = dict(summing.attrs)["workers"]
             arriving = ir.Value("uint8", (value.nbytes - value.nbytes // workers,))
             attrs: dict[str, ir.Attr] = {"held_pieces": (1, workers - 1), "instance_key": self._key(decision, one)}
             attrs |= {"is_joined": is_joined, "sum": one.name, "workers": workers}
@@ -201,9 +203,6 @@ class _Exchanger:
     def _length(self, value: str) -> int:
         (length,) = self.source.value(value).shape or (0,)
         return int(length or 0)
-
-    def _value(self, source: str, decision: Exchange) -> ir.Value:
-        return self.source.value(source) if source == decision.values[0] else self.nodes[-1].outputs[0]
 
     def _add(self, like: ir.Node, **changes: object) -> ir.Node:
         node = dataclasses.replace(like, **changes)  # pyright: ignore[reportArgumentType]

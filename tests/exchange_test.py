@@ -2,6 +2,7 @@
 
 import dataclasses
 import random
+from typing import Any
 
 import pytest
 import testing
@@ -50,7 +51,7 @@ STEP = parser.parse(
 TWO = Plan(decisions=(Exchange(("flat_c",), 1), Exchange(("flat_b", "flat_a"), 0)))
 
 
-def keys(graph):
+def keys(graph) -> list[Any]:
     return [dict(node.attrs)["instance_key"] for node in graph.nodes if node.op == ir.EXCHANGE]
 
 

@@ -52,6 +52,7 @@ STEPS = {
         {"models"},
         {"trial", "steps"},
         {"benchmark", "commands", "jax_gpt"},
+        {"launch"},
         None,
         {"graphswap_cli"},
     ),

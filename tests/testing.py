@@ -78,7 +78,7 @@ def replicated(graph: ir.Graph, workers: int) -> ir.Graph:
         if not late.isdisjoint((*map(ir.producer, node.inputs), *node.control_inputs)):
             late.add(node.name)
     late -= {node.name for node in gradients}
-    lengths = [math.prod(node.outputs[0].shape or ()) for node in gradients]
+    lengths = [node.outputs[0].nbytes // 4 for node in gradients]
     flat = [ir.Value("float32", (length,)) for length in lengths]
     packed, index = ir.Value("float32", (sum(lengths),)), ir.Value("int32")
     names = [f"flat_{node.name}" for node in gradients]

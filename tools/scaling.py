@@ -146,7 +146,7 @@ def table(cases: Sequence[Mapping[str, Any]]) -> str:
 def main(argv: Sequence[str]) -> None:
     """Simulates all numbers of workers, prints a table and writes the numbers to a file."""
     values = flags.FlagValues()
-    model = flags.DEFINE_enum("model", "resnet50", list(MODELS), "What to train.", flag_values=values)
+    model = flags.DEFINE_enum("model", list(MODELS)[0], list(MODELS), "What to train.", flag_values=values)
     batch = flags.DEFINE_integer("batch", 128, "Examples of each worker.", lower_bound=1, flag_values=values)
     workers = flags.DEFINE_list("workers", ["1", "8", "64", "2048"], "How many there are.", flag_values=values)
     latency = flags.DEFINE_float("latency", 5e-6, "Seconds to the next worker.", lower_bound=0.0, flag_values=values)
