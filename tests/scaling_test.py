@@ -14,8 +14,9 @@ def step(batch: int) -> ir.Graph:
 
 def test_blocks_beside_sums_at_once(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(scaling, "MODELS", {"random": step})
+    monkeypatch.setattr(scaling, "_BITS_PER_SECOND", 4e9)  # for gradients of some KiB
     out = tmp_path / "scaling.json"
-    scaling.main(["scaling", "--model=random", "--batch=128", "--workers=1,8,64", "--latency=1e-9", f"--out={out}"])
+    scaling.main(["scaling", "--model=random", "--batch=1", "--workers=1,8,64", "--latency=1e-9", f"--out={out}"])
     found = json.loads(out.read_text())
     alone, *others = found["cases"]
     assert found["is_simulated"]
