@@ -28,7 +28,7 @@ def exchange(graph: ir.Graph, plan: Plan) -> ir.Graph:
     of a step. Sums of the same key are of the same values, of one step or of two.
 
     Raises:
-        PlanError: If the decisions do not name each value of a sum once, or name others.
+        PlanError: If the decisions do not name each value of a sum once, or name others; or if a number is negative.
     """
     if not plan.exchanges:
         return graph
@@ -39,6 +39,8 @@ def exchange(graph: ir.Graph, plan: Plan) -> ir.Graph:
         owners = {owner[value].name for value in decision.values if value in owner}
         if len(owners) != 1 or not owner.keys() >= set(decision.values):
             raise _misfit(decision, graph, "expected values that TensorFlow sums at once.")
+        if decision.ahead < 0:
+            raise _misfit(decision, graph, "expected a number of later blocks from 0 on.")
     wanted = [value for name in dict.fromkeys(owner[value] for value in named) for value in name.values]
     if sorted(named) != sorted(wanted):
         odd = sorted(set(wanted) ^ set(named) or set(named))[0]
@@ -173,8 +175,9 @@ class _Exchanger:
         """Number of the first block that a node is needed for; those that none needs are missing."""
         found: dict[str, int] = {}
         for number, decision in enumerate(self.decisions):
-            for value in decision.values:
-                name = ir.producer(value)
+            summing = self.source.by_name[self.owner[decision.values[0]].name]
+            waits = [control for control in summing.control_inputs if not self._is_sum(control)]
+            for name in (*map(ir.producer, decision.values), *waits):
                 found[name] = min(number, found.get(name, number))
         sums = {one.name for one in self.gone}
         for node in reversed(self.source.nodes):

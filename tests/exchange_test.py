@@ -123,6 +123,8 @@ def test_a_sum_within_the_backward_pass_keeps_its_place_among_the_blocks():
     ("decisions", "message"),
     [
         ((Exchange(("grad_c",)),), "expected values that TensorFlow sums at once."),
+        ((Exchange(()),), "expected values that TensorFlow sums at once."),
+        ((Exchange(("flat_c",), -1),), "expected a number of later blocks from 0 on."),
         ((Exchange(("flat_c",)),), "expected every value of a sum in one block; look at 'flat_a'."),
         ((*TWO.exchanges, Exchange(("flat_c",))), "expected every value of a sum in one block; look at 'flat_a'."),
     ],
