@@ -51,6 +51,8 @@ class Facts(NamedTuple):
     resides: int | None  # VARIABLE, ARGUMENT or CONSTANT if the outputs are there before the step
     assigns: str  # the variable that gets another value, or ""
     in_place: bool  # whether it keeps its buffer if nobody reads it
+    network_seconds: float  # on the network, after its own
+    is_awaited: bool  # whether that runs beside compute, until a node reads the first output
 
 
 class Action(NamedTuple):
@@ -151,6 +153,8 @@ def _facts(graph: ir.Graph, node: ir.Node, cost_model: CostModel, root_of: Mappi
         resides=resides,
         assigns=root_of[node.inputs[0]] if in_place or node.op in liveness.ASSIGNS else "",
         in_place=in_place,
+        network_seconds=cost_model.network_seconds(graph, node),
+        is_awaited=node.op == ir.EXCHANGE,
     )
 
 

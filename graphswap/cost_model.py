@@ -13,6 +13,9 @@ from graphswap import ir
 MEMORY_VARIABLE = "GRAPHSWAP_EMULATED_MEMORY"
 """The environment variable that holds the bytes of an emulated device (`emulate`)."""
 
+NETWORK_LANE = ("network", "exchange")
+"""Where replicas exchange gradients, beside the lanes of far tiers, each a tier and a direction."""
+
 _MIB = 1 << 20
 
 
@@ -45,11 +48,11 @@ class Link:
         """Whether what is copied out never arrives, or never comes back."""
         return not (self.out_bytes_per_second and self.in_bytes_per_second)
 
-    def out_seconds(self, nbytes: int) -> float:
+    def out_seconds(self, nbytes: float) -> float:
         """Seconds of a copy off the device; infinite if nothing gets through."""
         return self.latency_seconds + _seconds(nbytes, self.out_bytes_per_second)
 
-    def in_seconds(self, nbytes: int) -> float:
+    def in_seconds(self, nbytes: float) -> float:
         """Seconds of a copy back, likewise."""
         return self.latency_seconds + _seconds(nbytes, self.in_bytes_per_second)
 
@@ -70,6 +73,7 @@ class DeviceSpec:
         memory_bytes_per_second: For the analytic estimate of everything else.
         launch_seconds: Added to every node.
         links: Tier name to `Link`.
+        network: The way to the next worker of a ring; copies out are those to it.
 
     Raises:
         ValueError: If a number is out of range or no number.
@@ -87,6 +91,7 @@ class DeviceSpec:
     links: Mapping[str, Link] = dataclasses.field(
         default_factory=lambda: {"host": Link(), "disk": Link(0.7e9, 0.9e9, 100e-6)}
     )
+    network: Link = dataclasses.field(default_factory=lambda: Link(1.25e9, 1.25e9, 50e-6, overlaps=True))  # 10 Gb/s
 
     def __post_init__(self) -> None:
         for name in ("flops_per_second", "memory_bytes_per_second"):
@@ -104,7 +109,7 @@ def _expect(
         raise ValueError(f"{owner}.{name}: expected {expected}, received {value!r}. Correct it, or measure again.")
 
 
-def _seconds(nbytes: int, bytes_per_second: float) -> float:
+def _seconds(nbytes: float, bytes_per_second: float) -> float:
     if not bytes_per_second:
         return math.inf if nbytes else 0.0
     return nbytes / bytes_per_second
@@ -195,7 +200,7 @@ class CostModel:
             return self.link(_tier(node)).in_seconds(node.outputs[0].nbytes)
         if node.op == ir.STORE:
             return self.link(_tier(node)).out_seconds(graph.value(node.inputs[0]).nbytes)
-        if self.profile is not None:
+        if self.profile is not None or node.op == ir.EXCHANGE:
             return self.device.launch_seconds
         if not any(value.nbytes for value in node.outputs) or node.op in NO_COMPUTE:
             return self.device.launch_seconds
@@ -225,11 +230,35 @@ class CostModel:
             nbytes = _convolution_workspace(graph, node)
         return Workspace(late=(nbytes,)) if nbytes else Workspace()
 
+    def network_seconds(self, graph: ir.Graph, node: ir.Node) -> float:
+        """Seconds that a sum over all replicas is on the network, by itself; 0 for other nodes.
+
+        All pass parts around a ring, n - 1 times to sum them and n - 1 times to spread the sums, each time an n-th of
+        the bytes (Patarasuk and Yuan, "Bandwidth optimal all-reduce algorithms for clusters of workstations", Journal
+        of Parallel and Distributed Computing 2009; TensorFlow's ring_alg.cc and NCCL do so).
+        """
+        workers = _workers(node)
+        return (
+            2 * (workers - 1) * self.device.network.out_seconds(node.outputs[0].nbytes / workers)
+            if workers > 1
+            else 0.0
+        )
+
+    def network_latency_seconds(self, node: ir.Node) -> float:
+        """What `network_seconds` is for no bytes."""
+        return 2 * (_workers(node) - 1) * self.device.network.latency_seconds
+
     def link(self, tier: str) -> Link:
         """The way to a far tier, as the profile has it, else the device spec."""
         if self.profile is not None and tier in self.profile.links:
             return self.profile.links[tier]
         return self.device.links[tier]
+
+
+def _workers(node: ir.Node) -> int:
+    """How many replicas' values the node sums."""
+    workers: Any = dict(node.attrs).get("workers", 1) if node.op in (ir.ALL_REDUCE, ir.EXCHANGE) else 1
+    return workers
 
 
 def _tier(node: ir.Node) -> str:

@@ -7,29 +7,37 @@ answer in time is an error, not a hang.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import itertools
 import json
 import os
+import time
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
 from graphswap import ir, profiler
+from graphswap.cost_model import Link
 from graphswap.graphdef import UnsupportedGraphError
 from graphswap.options import format_bytes
 
 PATIENCE_SECONDS = 900.0
 """How long a worker waits for the others, which may still be building their model or measuring its step."""
 
-_GROUP_KEY = 0x67730001
+_GROUP_KEY, _SUMS_GROUP_KEY = 0x67730001, 0x67730002
 """TensorFlow counts its own from 1."""
 _instance_keys = itertools.count(1)
 _LARGE_SUM_BYTES = 32 << 20
+_SUMMED_BYTES = (4 << 10, 1 << 20)
+"""To measure the network's latency and its speed."""
+_SUMS = 4
+"""Of each size; the fastest counts, and the first one only makes the workers known to each other."""
+_CLOCK_SECONDS = 1e-6
 
 
 class WorkerError(RuntimeError):
@@ -94,22 +102,57 @@ class Workers:
             raise WorkerError(difference)
         return next(iter(answers)) == own_name()
 
-    def _gather(self, text: str, what: str) -> list[str]:
-        packed = np.frombuffer(zlib.compress(text.encode()), np.uint8)
-        words = np.zeros(-(-len(packed) // 4), np.int32)
-        words.view(np.uint8)[: len(packed)] = packed
+    def network(self) -> Link:
+        """Measures the way to the next worker of a ring, as `CostModel.network_seconds` takes it to be.
+
+        All workers have to call it at the same time. It takes 4 MiB on the device meanwhile.
+
+        Raises:
+            WorkerError: If one did not join in time.
+        """
+        steps = 2 * (self.count - 1)
+        with self._answering("measure the network"):
+            short, long = (min(self._sum_seconds(nbytes) for _ in range(_SUMS)) for nbytes in _SUMMED_BYTES)
+        fewer, more = (steps * nbytes / self.count for nbytes in _SUMMED_BYTES)
+        speed = (more - fewer) / max(long - short, _CLOCK_SECONDS)
+        return Link(speed, speed, short / steps, overlaps=True)
+
+    def _sum_seconds(self, nbytes: int) -> float:
+        with tf.init_scope(), tf.device(profiler.device_name()):
+            start = time.perf_counter()
+            tf.raw_ops.CollectiveReduceV2(
+                input=np.zeros(nbytes // 4, np.float32),
+                group_size=self.count,
+                group_key=_SUMS_GROUP_KEY,
+                instance_key=next(_instance_keys),
+                merge_op="Add",
+                final_op="Id",
+                ordering_token=[],
+                timeout_seconds=PATIENCE_SECONDS,
+            ).numpy()
+            return time.perf_counter() - start
+
+    @contextlib.contextmanager
+    def _answering(self, what: str) -> Iterator[None]:
+        """Turns what TensorFlow raises where a worker does not answer into a WorkerError."""
         try:
-            with tf.init_scope(), tf.device("CPU:0"):
-                lengths = self._gathered(np.array([len(packed)], np.int32))
-                padded = np.zeros(-(-int(lengths.max()) // 4), np.int32)
-                padded[: len(words)] = words
-                rows = self._gathered(padded).reshape(self.count, -1).view(np.uint8)
+            yield
         except tf.errors.OpError as error:
             raise WorkerError(
                 f"graphswap: expected all {self.count} workers to {what} within {PATIENCE_SECONDS:.0f} s, received no "
                 f"answer of some ({error.message.splitlines()[0]}). Give every process the same graphswap option, and "
                 "look at the others' output for what ended them."
             ) from error
+
+    def _gather(self, text: str, what: str) -> list[str]:
+        packed = np.frombuffer(zlib.compress(text.encode()), np.uint8)
+        words = np.zeros(-(-len(packed) // 4), np.int32)
+        words.view(np.uint8)[: len(packed)] = packed
+        with self._answering(what), tf.init_scope(), tf.device("CPU:0"):
+            lengths = self._gathered(np.array([len(packed)], np.int32))
+            padded = np.zeros(-(-int(lengths.max()) // 4), np.int32)
+            padded[: len(words)] = words
+            rows = self._gathered(padded).reshape(self.count, -1).view(np.uint8)
         return [zlib.decompress(row[:length].tobytes()).decode() for row, length in zip(rows, lengths, strict=True)]
 
     def _gathered(self, array: np.ndarray) -> np.ndarray:
@@ -203,6 +246,9 @@ def expect_one_device(graph: ir.Graph) -> None:
 
 def advice(graph: ir.Graph) -> tuple[str, ...]:
     """What the user should know of how the step's gradients are exchanged."""
+    blocks = [graph.by_name[name].outputs[0].nbytes for name in graph.blocks]
+    if blocks:
+        return (f"gradients are exchanged in {len(blocks)} blocks of up to {format_bytes(max(blocks))}",)
     sums = [graph.value(node.inputs[0]).nbytes for node in graph.nodes if node.op == ir.ALL_REDUCE]
     most = max(sums, default=0)
     if most < _LARGE_SUM_BYTES:

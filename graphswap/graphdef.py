@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import itertools
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -363,6 +364,9 @@ def _with_hidden_bytes(graph: ir.Graph, func_graph: FuncGraph, folding: Folding 
                 facts = [("held_bytes", (allocator.rounded(nbytes),))]
         elif node.op in _LOOPS:
             facts = _loop_bytes(node, func_graph)
+        elif node.op == ir.ALL_REDUCE:
+            workers = tf.get_static_value(func_graph.get_operation_by_name(node.name).inputs[1])
+            facts = [] if workers is None else [("workers", int(workers))]
         elif node.op == "Const" and node.outputs[0].nbytes > _MERGED_BYTES:
             digest = _digest(func_graph.get_operation_by_name(node.name))
             facts = [("held_bytes", (0,))] if digest in constants else []
@@ -879,21 +883,23 @@ def export_function(func_graph: FuncGraph, graph: ir.Graph, far_tiers: tiers.Tie
     exporter = _Exporter(func_graph, func_graph, graph.inputs, far_tiers)
     for node in graph.nodes:
         exporter.add(node)
-    placed = [exporter.inputs[variable] for variable in graph.placed]
-    if placed:
-        _remove_accesses(func_graph, placed)
+    accesses = [exporter.inputs[variable].outputs[0].consumers() for variable in graph.placed]
+    sums = {str(dict(node.attrs)["sum"]) for node in graph.nodes if node.op == ir.EXCHANGE}
+    removed = [*itertools.chain.from_iterable(accesses), *map(func_graph.get_operation_by_name, sorted(sums))]
+    if removed:
+        _remove_with_readers(func_graph, removed)
         kept = set(func_graph.get_operations())
         func_graph.outputs = [
             tensor if tensor.op in kept else exporter.tensor(reference)
             for tensor, reference in zip(func_graph.outputs, graph.outputs, strict=True)
         ]
-        ends = [op for node in graph.nodes if node.op == ir.STORE for op in exporter.done[node.name]]
+        ends = [op for node in graph.nodes if node.op in (ir.STORE, ir.AWAIT) for op in exporter.done[node.name]]
         func_graph.control_outputs = [*func_graph.control_outputs, *ends]
 
 
-def _remove_accesses(func_graph: FuncGraph, handles: Sequence[Any]) -> None:
-    """Takes out what reads or writes variables, and what reads that."""
-    pending = [reader for handle in handles for reader in handle.outputs[0].consumers()]
+def _remove_with_readers(func_graph: FuncGraph, operations: Sequence[Any]) -> None:
+    """Takes operations out, what reads or writes variables or what others stand for, and what reads that."""
+    pending = [*operations]
     removed = set(pending)
     while pending:
         found = {reader for tensor in pending.pop().outputs for reader in tensor.consumers()} - removed
@@ -1113,6 +1119,8 @@ class _Exporter:
             self._add_swap(node)
         elif node.op in (ir.FETCH, ir.STORE):
             self._add_access(node)
+        elif node.op in (ir.EXCHANGE, ir.AWAIT):
+            self._add_exchange(node)
         elif dict(node.attrs).get("is_inserted"):
             self._add_inserted(node)
         elif node.op in (ir.BARRIER, ir.PLACE):
@@ -1238,11 +1246,49 @@ class _Exporter:
         self.tensors[node.name] = tensor
         self.done[node.name] = [tensor.op]
 
+    def _add_exchange(self, node: ir.Node) -> None:
+        """Adds a sum over all replicas, like the one that it is a part of, or what waits for it."""
+        if node.op == ir.AWAIT:
+            with self._placed(node):
+                tensor = tf.identity(self.tensor(node.inputs[0]))
+            self.tensors[node.name] = tensor
+            self.done[node.name] = [tensor.op]
+            return
+        attrs = dict(node.attrs)
+        original = self.source.get_operation_by_name(str(attrs["sum"]))
+        value, size, group, *tokens = map(self.tensor, node.inputs)
+        with self.target.as_default(), tf.control_dependencies(None):
+            key = tf.constant(attrs["instance_key"], tf.int32, name=f"{node.name}/instance_key")
+            with tf.control_dependencies(self._controls(node)):
+                operation = self.target.create_op(
+                    original.type,
+                    [value, size, group, key, *tokens],
+                    [value.dtype],
+                    name=node.name,
+                    attrs={name: attr for name, attr in original.node_def.attr.items() if name != "_class"},
+                    op_def=original.op_def,
+                    compute_device=False,
+                )
+        operation._set_device(original.device)
+        operation.outputs[0].set_shape(value.shape)
+        self.tensors[node.name] = operation.outputs[0]
+        self.done[node.name] = [operation]
+
     def _add_inserted(self, node: ir.Node) -> None:
-        """Adds what stands in the place of an op on a variable itself."""
+        """Adds what stands in the place of an op on a variable itself, or joins and splits blocks of gradients."""
         inputs = [self.tensor(reference) for reference in node.inputs]
+        if node.op == "SplitV":
+            with self.target.as_default(), tf.control_dependencies(None):
+                sizes: Any = dict(node.attrs)["sizes"]
+                lengths = tf.constant(sizes, tf.int32, name=f"{node.name}/sizes")
+            with self._placed(node):
+                parts = tf.raw_ops.SplitV(value=inputs[0], size_splits=lengths, axis=inputs[1], num_split=len(sizes))
+            self._bind(node, parts[0].op)
+            return
         with self._placed(node):
-            if node.op == "GatherV2":
+            if node.op == "ConcatV2":
+                tensor = tf.raw_ops.ConcatV2(values=inputs[:-1], axis=inputs[-1])
+            elif node.op == "GatherV2":
                 axis = self.source.get_operation_by_name(node.like or node.name).get_attr("batch_dims")
                 tensor = tf.raw_ops.GatherV2(params=inputs[0], indices=inputs[1], axis=axis, batch_dims=axis)
             else:

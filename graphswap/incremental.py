@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from graphswap import actions, ir, walk
-from graphswap.cost_model import CostModel
+from graphswap.cost_model import NETWORK_LANE, CostModel
 from graphswap.plan import Decision, Plan, Recompute, Swap
 
 _MOST_KEPT = 5_000
@@ -59,6 +59,7 @@ class Incremental:
         facts = [action.facts for _, action in entries if isinstance(action, actions.Action)]
         self._seconds = np.array([fact.seconds for fact in facts])
         self._step = walk.Recorder(self._plain, entries, cost_model).record()
+        self._exchanges = _exchanges([action for _, action in entries if isinstance(action, actions.Action)])
         self._intervals = tuple(np.array(of, int) for of in (self._step.nbytes, self._step.first, self._step.last))
         self._at, self._before = self._lives(range(len(self._step.nbytes)))
         self._reaches: dict[Decision, _Reach] = {}
@@ -275,8 +276,9 @@ class Incremental:
         swapped_bytes = 0
         lanes: dict[tuple[str, str], float] = {}
         ready: dict[tuple[int, int], float] = {}  # of a part, a version: when it is there
-        events = ((number, event) for number, part in enumerate(parts) for event in part.events)
-        for number, (place, _, action, waits) in sorted(events, key=lambda numbered: numbered[1][:2]):
+        events = [(number, event) for number, part in enumerate(parts) for event in part.events]
+        events += [(-1, event) for event in self._exchanges]
+        for number, (place, is_node, action, waits) in sorted(events, key=lambda numbered: numbered[1][:2]):
             if isinstance(action, actions.Copy):
                 now = float(clock[place]) + delay
                 (source,), (target,) = action.inputs, action.outputs
@@ -291,8 +293,17 @@ class Incremental:
             else:
                 for version in waits:
                     delay = max(delay, ready.get((number, version), 0.0) - clock[place])
-                if action is not None:
+                if action is None:
+                    continue
+                if not is_node:
                     delay += action.facts.seconds
+                    continue
+                begun = max(float(clock[place + 1]) + delay, lanes.get(NETWORK_LANE, 0.0))
+                end = lanes[NETWORK_LANE] = begun + action.facts.network_seconds
+                if action.facts.is_awaited:
+                    ready[number, action.outputs[0]] = end
+                else:
+                    delay = end - clock[place + 1]
         return float(max(clock[-1] + delay, *lanes.values(), 0.0)), swapped_bytes
 
 
@@ -367,6 +378,20 @@ class _Part(NamedTuple):
     pruned: Sequence[int]
     differences: set[tuple[int, int]]
     altered: set[int]
+
+
+def _exchanges(nodes: Sequence[actions.Action]) -> list[walk.Event]:
+    """What the plain step does on the network, and what waits for it."""
+    events = []
+    awaited: set[int] = set()
+    for place, action in enumerate(nodes):
+        if waits := tuple(awaited.intersection(action.inputs)):
+            events.append(walk.Event(place, True, None, waits))
+            awaited.difference_update(waits)
+        if action.facts.network_seconds:
+            events.append(walk.Event(place, True, action))
+            awaited.update(action.outputs[:1] if action.facts.is_awaited else ())
+    return events
 
 
 def _make_room(kept: dict[Any, Any]) -> None:

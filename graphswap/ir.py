@@ -52,7 +52,17 @@ ANCHOR = "Anchor"
 """Its first input, bit for bit, but not before its other inputs are there: a wait that XLA keeps."""
 
 ALL_REDUCE = "CollectiveReduceV2"
-"""The sum of its first input over all replicas, which all compute it at the same time."""
+"""The sum of its first input over all replicas, which all compute it at the same time.
+
+How many they are is in the attribute `workers`.
+"""
+EXCHANGE = "Exchange"
+"""The same of a block of gradients, beside compute: a `CollectiveReduceV2` that no node waits for but its AWAIT.
+
+Its second output is what arrives of the other replicas, which is on the device until the block is done.
+"""
+AWAIT = "Await"
+"""The sum that an EXCHANGE makes, once it is there. The other inputs are let go of then."""
 
 RESIDENT_OPS = frozenset({"Placeholder", "Const", "VarHandleOp"})
 """Ops whose outputs are in memory before the step starts and stay there."""
@@ -189,6 +199,16 @@ class Graph:
         """Variables that live in far tiers, each with its tier."""
         accesses = [dict(node.attrs) for node in self.nodes if node.op in (FETCH, STORE)]
         return {str(attrs["variable"]): str(attrs["tier"]) for attrs in accesses}
+
+    @functools.cached_property
+    def blocks(self) -> Mapping[str, tuple[str, ...]]:
+        """EXCHANGE nodes to the values that each sums over all replicas, one behind the other."""
+        found = {}
+        for node in self.nodes:
+            if node.op == EXCHANGE:
+                is_joined = dict(node.attrs)["is_joined"]
+                found[node.name] = self.by_name[node.inputs[0]].inputs[:-1] if is_joined else node.inputs[:1]
+        return found
 
     @functools.cached_property
     def fingerprint(self) -> str:

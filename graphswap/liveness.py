@@ -28,6 +28,7 @@ ALIASES: Mapping[str, int] = dict.fromkeys(
         "ReadVariableOp",
         "PlaceholderWithDefault",
         ir.ANCHOR,  # XLA makes it a part of what reads it
+        ir.AWAIT,
     ),
     0,
 )
@@ -48,6 +49,7 @@ IN_PLACE: Mapping[str, tuple[int, ...]] = {
     ),
     "AddN": tuple(range(64)),
     ir.ALL_REDUCE: (0,),
+    ir.EXCHANGE: (0,),
     **dict.fromkeys("MaxPoolGrad SoftmaxCrossEntropyWithLogits SparseSoftmaxCrossEntropyWithLogits".split(), (0,)),
     **dict.fromkeys(("Select", "SelectV2"), (1, 2)),
 }

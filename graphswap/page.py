@@ -18,7 +18,7 @@ import numpy as np
 from graphswap import ir, liveness
 from graphswap.options import format_bytes
 from graphswap.picture import Picture, decided, moments
-from graphswap.plan import Place, Recompute, SideBySide, Swap
+from graphswap.plan import Exchange, Place, Recompute, SideBySide, Swap
 from graphswap.simulator import Timeline
 
 _BUCKETS = 2000
@@ -28,7 +28,13 @@ _ROWS = 500
 _LETTERS = 120
 """Of a name: more than a screen has room for."""
 
-_KINDS = {"run": "runs", "recompute": "runs again", "swap_out": "swap out", "swap_in": "swap in"}
+_KINDS = {
+    "run": "runs",
+    "recompute": "runs again",
+    "swap_out": "swap out",
+    "swap_in": "swap in",
+    "exchange": "exchange",
+}
 _LEGEND = {"recompute": "Nodes that run again", "side by side": "Nodes that run side by side"}
 _COLOURS = {
     "plain": "#75869c",
@@ -128,7 +134,7 @@ def _acts(picture: Picture) -> list[_Act]:
     acts = [
         _Act(decision, *_described(graph, decision), tuple((lane, *span) for lane, span in spans[id(decision)].items()))
         for decision in plan.decisions
-        if not isinstance(decision, Place)  # whose fetches and stores are nodes
+        if not isinstance(decision, Place | Exchange)  # which are nodes
     ]
     return sorted(acts, key=lambda act: act.nbytes, reverse=True)
 

@@ -68,7 +68,7 @@ def _counter(levels: Iterable[tuple[float, int]]) -> Iterator[_Event]:
 def _lane(step: Step, decision: Decision | None) -> str:
     if isinstance(decision, Swap):
         return f"swap out to {decision.tier}" if step.kind == "swap_out" else f"swap in from {decision.tier}"
-    return "compute"
+    return "network" if step.kind == "exchange" else "compute"
 
 
 def _why(decision: Decision | None) -> _Event:

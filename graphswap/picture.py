@@ -85,7 +85,7 @@ def decided(graph: ir.Graph, plan: Plan, timeline: Timeline) -> list[Decision | 
     found: list[Decision | None] = []
     last = -1  # of the user's nodes so far
     for step in timeline.steps:
-        if step.kind == "run":
+        if step.kind in ("run", "exchange"):
             last = max(last, position[step.name])
             found.append(None)
         elif step.kind == "recompute":

@@ -18,6 +18,7 @@ import tensorflow as tf
 from graphswap import (
     allocator,
     back_ends,
+    blocks,
     distribute,
     graphdef,
     ir,
@@ -30,11 +31,11 @@ from graphswap import (
     tiers,
     xla,
 )
-from graphswap.cost_model import MEMORY_VARIABLE, CostModel, DeviceSpec, Profile
+from graphswap.cost_model import MEMORY_VARIABLE, CostModel, DeviceSpec, Link, Profile
 from graphswap.graphdef import UnsupportedGraphError
 from graphswap.host_variable import HostVariable, adopt, can_adopt, host_variables
 from graphswap.options import Options, format_bytes
-from graphswap.plan import Place, Plan
+from graphswap.plan import Exchange, Place, Plan
 from graphswap.plan_file import PlanFile
 from graphswap.report import Report, StepReport
 from graphswap.strategies.base import InfeasibleBudgetError
@@ -136,6 +137,8 @@ class Session:
         self._trials = _TRIALS
         self._workers = distribute.Workers()  # that train together
         self._has_agreed = False  # whether they have planned together
+        self._network: Link | None = None  # as measured with the other workers
+        self._exchanged: tuple[tuple[Exchange, ...], ir.Graph] | None = None  # what they exchange, of which trace
         self._watched: dict[tuple[graphdef.Shape, ...], _Watched] = {}
         self._replanned: dict[tuple[graphdef.Shape, ...], tuple[planning.Planned, list[replanning.Round]]] = {}
         self._keeping_seconds = self._settling_seconds = self._step_seconds = 0.0
@@ -481,6 +484,7 @@ class Session:
             imports = functools.partial(self._import, func_graph, shapes, clock)
             try:
                 graph, leads = self._agree(imports, device) if self._plans_together() else (imports(), None)
+                device = dataclasses.replace(device, network=self._network or device.network)
             except UnsupportedGraphError as error:
                 if self.options.on_unsupported == "raise":
                     raise
@@ -493,9 +497,13 @@ class Session:
                 return
             fences = len(self._fences) * allocator.ALIGNMENT_BYTES
             cost_model = self._planner.cost_model(device, graph, fences, _away(captured))
+            if leads is not None:
+                resident = self._workers.together("weigh their devices", lambda: str(cost_model.resident_bytes))
+                cost_model = dataclasses.replace(cost_model, resident_bytes=max(map(int, resident.values())))
             budget, share = self._planner.budget(device, self._scale)
             with clock("place"):
                 graph = self._place(func_graph, graph, captured, device, cost_model, budget)
+                graph = self._exchange(graph, leads, cost_model, budget)
             replanned, rounds = self._replanned.pop(shapes, (None, []))
 
             def plan() -> planning.Planned:
@@ -554,6 +562,7 @@ class Session:
 
         self._has_agreed = True
         leads = self._workers.agree(facts)
+        self._network = self._workers.network()
         return graphs[0], leads
 
     def _plan_together(
@@ -650,6 +659,39 @@ class Session:
         self._keep_pieces()
         graphdef.capture(func_graph, [handle for variable in placed for handle in variable.store_handles])
         return rewrites.place(graph, Plan(decisions=places))
+
+    def _exchange(self, graph: ir.Graph, leads: bool | None, cost_model: CostModel, budget: int) -> ir.Graph:
+        """The step with its gradients summed block by block, if several workers do so.
+
+        Args:
+            graph: The step.
+            leads: Whether this worker chooses the blocks for all; None if it plans alone: then they are those that
+                all had chosen, as the others may run another trace of the step meanwhile.
+            cost_model: Its costs.
+            budget: Bytes to plan for.
+
+        Raises:
+            WorkerError: If this trace has other gradients than the one that all have planned.
+        """
+        if self._workers.count == 1 or self.jit_compile:
+            return graph
+        if leads is None:
+            exchanges = blocks.transferred(*self._exchanged, graph) if self._exchanged else ()
+            if exchanges is None:
+                raise distribute.WorkerError(
+                    "graphswap: expected the same gradients in all traces of a step, received others in "
+                    f"'{graph.name}', so that the workers would not meet in their sums. Compile the model again."
+                )
+        else:
+
+            def choose() -> str:
+                exchanges = self._planner.exchange(graph, cost_model, budget) if leads else ()
+                return Plan(decisions=exchanges).to_json()
+
+            answers = self._workers.together("choose the blocks of gradients", choose)
+            exchanges = Plan.from_json(next(iter(answers.values()))).exchanges
+            self._exchanged = exchanges, graph
+        return rewrites.exchange(graph, Plan(decisions=exchanges))
 
     def _move(self, captured: Mapping[str, tf.Variable], places: Sequence[Place]) -> bool:
         """Brings variables to their tiers, those without a place to the device. Whether any has moved."""

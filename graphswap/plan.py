@@ -10,6 +10,8 @@ what the user's nodes made:
 * `Recompute`: the nodes are repeated, in this order, right before `before`; they read current copies.
 * `Place`: a variable lives in a far tier between steps. It is carried out first: the other decisions name nodes of the
   graph that `rewrites.place` makes, and the plan's fingerprint is that graph's.
+* `Exchange`: values that the replicas sum together, as one block; carried out first, too. `rewrites.exchange` makes
+  these blocks of what TensorFlow would sum at once.
 * `SideBySide`: `second`, which stands right after `first`, does not wait for it. Both ask for memory before either
   lets go of any.
 
@@ -105,7 +107,22 @@ class Place:
     reason: str = ""
 
 
-Decision = Swap | Recompute | SideBySide | Place
+@dataclasses.dataclass(frozen=True, slots=True)
+class Exchange:
+    """Sums values over all replicas as one block, beside compute. Blocks start in the order of a plan's decisions.
+
+    Attributes:
+        values: References to the values, in the order in which they stand in the block.
+        ahead: How many later blocks start before this one is waited for.
+        reason: Why, for people.
+    """
+
+    values: tuple[str, ...]
+    ahead: int = 1
+    reason: str = ""
+
+
+Decision = Swap | Recompute | SideBySide | Place | Exchange
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -157,6 +174,10 @@ class Plan:
         return tuple(d for d in self.decisions if isinstance(d, Place))
 
     @property
+    def exchanges(self) -> tuple[Exchange, ...]:
+        return tuple(d for d in self.decisions if isinstance(d, Exchange))
+
+    @property
     def pairs(self) -> tuple[SideBySide, ...]:
         return tuple(d for d in self.decisions if isinstance(d, SideBySide))
 
@@ -182,7 +203,7 @@ class Plan:
         Raises:
             PlanError: If the text is no plan.
         """
-        kinds = {"Swap": Swap, "Recompute": Recompute, "SideBySide": SideBySide, "Place": Place}
+        kinds = {"Swap": Swap, "Recompute": Recompute, "SideBySide": SideBySide, "Place": Place, "Exchange": Exchange}
         try:
             fields = json.loads(text)
             decisions = []
@@ -227,6 +248,9 @@ class Plan:
                     _check_recompute(decision, graph, position)
                 elif isinstance(decision, Place):
                     _check_place(decision, graph)
+                elif isinstance(decision, Exchange):
+                    if decision.values not in graph.blocks.values():
+                        raise _Misfit("it has no such block, which `rewrites.exchange` would have made.")
                 else:
                     _check_pair(decision, graph, position)
                     if not paired.isdisjoint((decision.first, decision.second)):
@@ -249,6 +273,9 @@ class Plan:
                 lines.append(
                     f"  recompute  {', '.join(decision.nodes)}  before {decision.before}{_because(decision.reason)}"
                 )
+            elif isinstance(decision, Exchange):
+                values = ", ".join(decision.values)
+                lines.append(f"  exchange   {values}  {decision.ahead} ahead{_because(decision.reason)}")
             elif isinstance(decision, Place):
                 lines.append(f"  place      {decision.variable}  {decision.tier}{_because(decision.reason)}")
             else:
@@ -268,6 +295,8 @@ def _check_swap(swap: Swap, graph: ir.Graph, position: Mapping[str, int]) -> Non
         raise _Misfit(f"expected a tier out of {TIERS}, received {swap.tier!r}.")
     if ir.split_ref(swap.value)[1] >= len(graph.by_name[ir.producer(swap.value)].outputs):
         raise _Misfit(f"there is no value '{swap.value}'.")
+    if graph.by_name[ir.producer(swap.value)].op == ir.EXCHANGE:
+        raise _Misfit(f"'{swap.value}' is on its way to the other replicas.")
     if not graph.value(swap.value).nbytes:
         raise _Misfit(f"'{swap.value}' ({graph.value(swap.value)}) holds no bytes that could move.")
     born, out, freed, start, use = (position[name] for name in names)

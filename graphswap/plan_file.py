@@ -13,7 +13,7 @@ from typing import Any
 from graphswap import ir, parser, simulator
 from graphswap.cost_model import CostModel, DeviceSpec, Link, Profile
 from graphswap.options import format_bytes
-from graphswap.plan import TIERS, Place, Plan, PlanError
+from graphswap.plan import TIERS, Plan, PlanError
 
 _FORMAT = "graphswap plan 1"
 _DEVICE_FORMAT = "graphswap device 1"
@@ -165,14 +165,14 @@ def given(path: str | os.PathLike[str], graph: ir.Graph) -> tuple[Plan, CostMode
     return made.plan.check(graph), made.cost_model
 
 
-def places(path: str | os.PathLike[str]) -> tuple[Place, ...]:
-    """Which variables a plan in a file keeps in a far tier: its graph is known once they are.
+def first(path: str | os.PathLike[str]) -> Plan:
+    """The plan in a file, unchecked: its graph is known once its places and exchanges are carried out.
 
     Raises:
         PlanError: If the file can't be read or is no plan.
     """
     text = _text(path)
-    return (PlanFile.from_json(text).plan if _is_plan_file(text) else Plan.from_json(text)).places
+    return PlanFile.from_json(text).plan if _is_plan_file(text) else Plan.from_json(text)
 
 
 def _first_difference(planned: ir.Graph, graph: ir.Graph) -> str:
@@ -239,7 +239,8 @@ def device_from_fields(fields: Mapping[str, Any]) -> DeviceSpec:
     values = {name: value for name, value in fields.items() if name != "format"}
     try:
         links = {tier: Link(**values["links"][tier]) for tier in TIERS}
-        return DeviceSpec(**{**values, "links": links})
+        network = {"network": Link(**values["network"])} if "network" in values else {}
+        return DeviceSpec(**{**values, "links": links, **network})
     except (TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"expected a device file as written by `graphswap calibrate`, received {error}.") from error
 

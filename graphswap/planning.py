@@ -14,6 +14,8 @@ from typing import Any
 import tensorflow as tf
 
 from graphswap import (
+    blocks,
+    collectives,
     graphdef,
     ir,
     liveness,
@@ -28,7 +30,7 @@ from graphswap import (
 )
 from graphswap.cost_model import MEMORY_VARIABLE, CostModel, DeviceSpec, Profile
 from graphswap.options import Options, format_bytes
-from graphswap.plan import Place, Plan, PlanError
+from graphswap.plan import Exchange, Place, Plan, PlanError
 from graphswap.strategies import budgets, gaps
 from graphswap.strategies.base import InfeasibleBudgetError, Strategy
 
@@ -165,9 +167,9 @@ class Planner:
         if isinstance(strategy, Given):
             return strategy.judged(graph, cost_model, budget)
         plain = simulator.simulate(graph, Plan(), cost_model)
-        if budget and plain.peak_bytes * _WANDERING <= budget:
+        if budget and plain.peak_bytes * _WANDERING <= budget and not graph.blocks:
             notes = ("it fits the budget as it is",)
-            return Planned(graph, cost_model, budget, Plan(decisions=_places(graph)), plain, plain, notes)
+            return Planned(graph, cost_model, budget, Plan(decisions=_carried_out(graph)), plain, plain, notes)
         notes = []
         with clock("measure"):
             question = self._question(budget)
@@ -255,7 +257,7 @@ class Planner:
             PlanError: If the options name a file that is no plan.
         """
         if self._options.plan is not None:
-            places = plan_file.places(str(self._options.plan))
+            places = plan_file.first(str(self._options.plan)).places
         # A plain CPU's memory is the host's: its variables leave for the disk only where the user says so.
         elif not budget or (cost_model.far_tier == "disk" and self._options.swap_to == "auto"):
             places = fixed
@@ -264,6 +266,21 @@ class Planner:
             places = model_data.choose(graph, cost_model, budget, self._strategy(), movable, fixed, seconds)
         position = {name: index for index, name in enumerate(graph.inputs)}
         return tuple(sorted(places, key=lambda place: position.get(place.variable, -1)))
+
+    def exchange(self, graph: ir.Graph, cost_model: CostModel, budget: int) -> tuple[Exchange, ...]:
+        """Chooses the blocks in which several workers sum their gradients.
+
+        Args:
+            graph: The step.
+            cost_model: From `cost_model`.
+            budget: Bytes to plan for; 0 for as few as the options' word asks for.
+
+        Raises:
+            PlanError: If the options name a file that is no plan.
+        """
+        if self._options.plan is not None:
+            return plan_file.first(str(self._options.plan)).exchanges
+        return blocks.choose(graph, cost_model, None if self._options.memory_budget == "free" else budget)
 
     def adopt(self, text: str, graph: ir.Graph, cost_model: CostModel, budget: int) -> Planned:
         """Another worker's plan for the same step, judged by its costs on this one's device.
@@ -308,7 +325,7 @@ class Planner:
     def _plan(self, graph: ir.Graph, cost_model: CostModel, budget: int) -> Planned:
         reserved_bytes = cost_model.profile.reserved_bytes if cost_model.profile else 0
         plan, free_bound_bytes = self._choose(graph, cost_model, max(1, budget - reserved_bytes) if budget else 0)
-        plan = plan.replace(decisions=(*plan.decisions, *_places(graph))).check(graph)
+        plan = plan.replace(decisions=(*plan.decisions, *_carried_out(graph))).check(graph)
         return dataclasses.replace(_judged(graph, plan, cost_model, budget), free_bound_bytes=free_bound_bytes)
 
     def _choose(self, graph: ir.Graph, cost_model: CostModel, budget: int) -> tuple[Plan, int | None]:
@@ -421,9 +438,10 @@ class Given:
         return dataclasses.replace(planned, notes=(f"the plan is that of '{self.path}'",), is_settled=True)
 
 
-def _places(graph: ir.Graph) -> tuple[Place, ...]:
+def _carried_out(graph: ir.Graph) -> tuple[Place | Exchange, ...]:
     """The decisions that have made the graph what it is."""
-    return tuple(Place(variable, tier) for variable, tier in graph.placed.items())
+    places = (Place(variable, tier) for variable, tier in graph.placed.items())
+    return (*places, *collectives.exchanges(graph))
 
 
 def _judged(graph: ir.Graph, plan: Plan, cost_model: CostModel, budget: int) -> Planned:

@@ -447,7 +447,7 @@ def _spent(events: Sequence[Event], graph: ir.Graph) -> Mapping[str, float]:
     Raises:
         CantMeasure: If none of the events is one of the graph.
     """
-    folders = {node.name for node in graph.nodes if node.op in _FOLDERS}
+    folders = {node.name for node in graph.nodes if node.op in _FOLDERS or dict(node.attrs).get("is_inserted")}
     owner_of = _owners(graph, folders)
     intervals = [(start, start + duration, owner_of(name)) for start, duration, name, _ in events]
     spent = _shares([interval for interval in intervals if interval[2]])
@@ -536,7 +536,7 @@ def without_side_effects(graph: ir.Graph) -> ir.Graph:
     for node in graph.nodes:
         inputs = tuple(own_part.get(reference, reference) for reference in node.inputs)
         read = [ir.producer(reference) for reference in inputs]
-        if node.op == ir.ALL_REDUCE:
+        if node.op in (ir.ALL_REDUCE, ir.EXCHANGE, ir.AWAIT):
             own_part[node.name] = inputs[0]
         if node.stateful and not dict(node.attrs).get("only_reads"):
             waited_for[node.name] = kept_before([*read, *node.control_inputs])
@@ -582,9 +582,9 @@ Event = tuple[int, int, str, Mapping[str, Any]]
 def _node_workspace(events: Sequence[Event], graph: ir.Graph) -> Mapping[str, Workspace]:
     """Workspace by node, from the events of ops and of the allocator."""
     opaque = {node.name for node in graph.nodes if node.op in graphdef.OPAQUE}
-    buffers = _buffers(events)
+    buffers = allocations(events)
     runs = _runs(events, _owners(graph, opaque)) if device_name() == "CPU:0" else _runs_on_gpu(buffers, graph)
-    of_node: dict[str, list[_Buffer]] = collections.defaultdict(list)
+    of_node: dict[str, list[Buffer]] = collections.defaultdict(list)
     for buffer in buffers:
         of_node[buffer.op].append(buffer)
     workspace = {name: _workspace(of_node[name], runs[name][1]) for name in runs if name not in opaque}
@@ -611,7 +611,7 @@ def _runs(events: Sequence[Event], owner_of: Callable[[str], str]) -> dict[str, 
     return runs
 
 
-def _runs_on_gpu(buffers: Sequence[_Buffer], graph: ir.Graph) -> dict[str, tuple[int, int]]:
+def _runs_on_gpu(buffers: Sequence[Buffer], graph: ir.Graph) -> dict[str, tuple[int, int]]:
     """The same of a GPU's step, whose ops are no events: from a node's first buffer to the next one of another."""
     names = {node.name for node in graph.nodes}
     runs: dict[str, tuple[int, int]] = {}
@@ -625,7 +625,7 @@ def _runs_on_gpu(buffers: Sequence[_Buffer], graph: ir.Graph) -> dict[str, tuple
     return runs
 
 
-def _workspace(buffers: Sequence[_Buffer], end: int) -> Workspace:
+def _workspace(buffers: Sequence[Buffer], end: int) -> Workspace:
     """What a node held only while it ran, at the moment when that was most.
 
     Args:
@@ -645,11 +645,11 @@ def _workspace(buffers: Sequence[_Buffer], end: int) -> Workspace:
     )
 
 
-def _held_at(buffers: Sequence[_Buffer], moment: int) -> int:
+def _held_at(buffers: Sequence[Buffer], moment: int) -> int:
     return sum(buffer.nbytes for buffer in buffers if buffer.start <= moment < buffer.end)
 
 
-class _Buffer(NamedTuple):
+class Buffer(NamedTuple):
     """What the allocator handed out: times in picoseconds."""
 
     op: str
@@ -659,8 +659,9 @@ class _Buffer(NamedTuple):
     end: int
 
 
-def _buffers(events: Sequence[Event]) -> list[_Buffer]:
-    open_at: dict[int, _Buffer] = {}  # by address
+def allocations(events: Sequence[Event]) -> list[Buffer]:
+    """The buffers that the device's allocator handed out while the events were recorded."""
+    open_at: dict[int, Buffer] = {}  # by address
     closed = []
     for start, _, name, stats in events:
         if not _is_of_device(stats):
@@ -668,7 +669,7 @@ def _buffers(events: Sequence[Event]) -> list[_Buffer]:
         if name == "MemoryAllocation":
             nbytes = allocator.rounded(int(stats["requested_bytes"]))
             is_temporary = stats.get("region_type") == "temp"
-            buffer = _Buffer(str(stats.get("tf_op", "")), nbytes, is_temporary, start, _NEVER)
+            buffer = Buffer(str(stats.get("tf_op", "")), nbytes, is_temporary, start, _NEVER)
             open_at[int(stats["addr"])] = buffer
         elif name == "MemoryDeallocation":
             buffer = open_at.pop(int(stats["addr"]), None)
@@ -685,7 +686,7 @@ def _is_of_device(stats: Mapping[str, Any]) -> bool:
     return device_name() == "CPU:0" or str(stats.get("allocator_name")).startswith("GPU")
 
 
-def _most_bytes(buffers: Sequence[_Buffer], start: int, end: int) -> int:
+def _most_bytes(buffers: Sequence[Buffer], start: int, end: int) -> int:
     """The most bytes that the buffers hold at a time between start and end, beyond what they hold at the start."""
     changes = [(buffer.start, buffer.nbytes) for buffer in buffers]
     changes += [(buffer.end, -buffer.nbytes) for buffer in buffers]

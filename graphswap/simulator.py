@@ -1,11 +1,11 @@
 """simulate(graph, plan, cost_model) -> Timeline: runs a step on paper. The only judge of a plan.
 
-The model is in-order execution, which `rewrites.ordering` enforces: one compute lane and one lane per
-direction of every link. Buffers are counted as TensorFlow's executor counts them: one reference per
-input that still waits to read; an elementwise op writes over an input that nobody else waits for; a
-buffer is free after its last reader, with two nodes side by side after both. A SwapOut's source is counted
-until the node that waits for it starts, a SwapIn's target from the node that starts it, so the peak holds
-however fast the link is.
+The model is in-order execution, which `rewrites.ordering` enforces: one compute lane, one lane per direction of
+every link, and one on which replicas exchange gradients, one collective at a time. Buffers are counted as TensorFlow's
+executor counts them: one reference per input that still waits to read; an elementwise op writes over an input that
+nobody else waits for; a buffer is free after its last reader, with two nodes side by side after both. A SwapOut's
+source is counted until the node that waits for it starts, a SwapIn's target from the node that starts it, what is
+exchanged until its AWAIT has run, so the peak holds however fast the links are.
 
 Known weaknesses: ops outside the chain (none after `ordering`) and TensorFlow's own graph optimiser can
 change which elementwise op writes over which input. Two nodes side by side are given the sum of their seconds.
@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from graphswap import actions, ir
 from graphswap import allocator as allocator_lib
-from graphswap.cost_model import CostModel
+from graphswap.cost_model import NETWORK_LANE, CostModel
 from graphswap.plan import Plan
 
 
@@ -28,7 +28,7 @@ class Step(NamedTuple):
 
     Attributes:
         name: Node name; a repeated node carries the name of the first one, a copy that of its value.
-        kind: "run", "recompute", "swap_out" or "swap_in".
+        kind: "run", "exchange" for one that runs on the network beside others, "recompute", "swap_out" or "swap_in".
         start: Seconds from the start of the step.
         end: Likewise.
         live_bytes: Device bytes in use at this step's worst moment.
@@ -325,6 +325,13 @@ class _Run:
         self.now = start + facts.seconds
         if kind == "run":
             self.after = facts.name
+        if facts.network_seconds:
+            begun = max(self.now, self.lanes.get(NETWORK_LANE, 0.0))
+            end = self.lanes[NETWORK_LANE] = begun + facts.network_seconds
+            if facts.is_awaited:
+                self.ready[action.outputs[0]] = end
+                return Step(facts.name, "exchange", begun, end, live)
+            self.now = end
         return Step(facts.name, kind, start, self.now, live)
 
     def _place(self, output: actions.Output, inputs: Sequence[_Buffer | None]) -> _Buffer | None:

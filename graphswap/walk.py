@@ -71,8 +71,8 @@ class Event(NamedTuple):
 
     Attributes:
         place: Position of the user's node that it is, or that comes after it.
-        is_node: Whether it is that node, which then only waits.
-        action: What is inserted; None for a node.
+        is_node: Whether it is that node, which then waits, or exchanges something with other replicas.
+        action: What is inserted, or such a node; None for another one.
         waits: Versions that must be there.
     """
 

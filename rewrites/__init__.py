@@ -7,6 +7,7 @@ from graphswap.plan import Plan
 from graphswap.rewrites import pass_manager
 from graphswap.rewrites.anchor import anchor
 from graphswap.rewrites.barriers import barriers
+from graphswap.rewrites.exchange import exchange as exchange
 from graphswap.rewrites.ordering import ordering
 from graphswap.rewrites.place import place as place
 from graphswap.rewrites.prune import prune

@@ -13,7 +13,8 @@ def ordering(graph: ir.Graph, plan: Plan) -> ir.Graph:
 
     Without it TensorFlow's executor starts whatever is ready, and the peak wanders from run to run. A node waits for
     the two before it, also where it reads them: TensorFlow's optimiser may turn either into a constant or regroup
-    products, and take the edge along. The second of a pair waits for what the first one waits for.
+    products, and take the edge along. The second of a pair waits for what the first one waits for. For an exchange only
+    those wait that read it.
     """
     first_of = {pair.second: pair.first for pair in plan.pairs}
     nodes: list[ir.Node] = []
@@ -35,8 +36,9 @@ def ordering(graph: ir.Graph, plan: Plan) -> ir.Graph:
             node = dataclasses.replace(node, attrs=tuple(sorted((*node.attrs, ("beside", nodes[-1].name)))))
         else:
             before = [*stages[-2], *stages[-1]]
-            stages = [*stages[-2:], [node.name]]
-            departing = []
+            if node.op != ir.EXCHANGE:
+                stages = [*stages[-2:], [node.name]]
+                departing = []
         known = {"", *node.control_inputs}
         controls = (*node.control_inputs, *(name for name in before if name not in known))
         nodes.append(dataclasses.replace(node, control_inputs=controls))

@@ -82,7 +82,7 @@ def _swap_out(graph: ir.Graph, decision: Swap, source: str, after: str, taken: s
         op=ir.SWAP_OUT,
         inputs=(source,),
         # Earlier, the copy would decide by chance whether a reader may write over its source.
-        control_inputs=() if ir.producer(source) == after else (after,),
+        control_inputs=() if ir.producer(source) == after else (_runs_before(graph, after),),
         outputs=(ir.Value("variant"),),
         device=device,
         attrs=_attrs(value, decision),
@@ -96,11 +96,17 @@ def _swap_in(graph: ir.Graph, decision: Swap, handle: str, after: str, taken: se
         name=ir.fresh_name(f"{decision.value.replace(':', '_')}/swap_in", taken),
         op=ir.SWAP_IN,
         inputs=(handle,),
-        control_inputs=(after,),
+        control_inputs=(_runs_before(graph, after),),
         outputs=(value,),
         device=device,
         attrs=_attrs(value, decision),
     )
+
+
+def _runs_before(graph: ir.Graph, after: str) -> str:
+    """The node to wait for so as to run after another one: not for an exchange, which runs beside compute."""
+    node = graph.by_name[after]
+    return ir.producer(node.inputs[0]) if node.op == ir.EXCHANGE else after
 
 
 def _attrs(value: ir.Value, decision: Swap) -> tuple[tuple[str, ir.Attr], ...]:

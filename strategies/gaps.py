@@ -107,8 +107,10 @@ class Gaps:
     def _can_move(self, storage: liveness.Storage) -> bool:
         """Whether all that names the buffer can be made anew from it alone.
 
-        A list of its rows can't, nor can an IdentityN that reads more than this storage.
+        A list of its rows can't, nor can an IdentityN that reads more than this storage, nor what is being exchanged.
         """
+        if self.graph.by_name[ir.producer(storage.root)].op == ir.EXCHANGE:
+            return False
         makers = [self.graph.by_name[ir.producer(value)] for value in storage.values[1:]]
         roots = {self.root_of[reference] for node in makers for reference in node.inputs}
         return all(root == storage.root or self.stays(root) for root in roots) and all(

@@ -53,7 +53,7 @@ def _list_schedule(graph: ir.Graph, depth_first: bool) -> list[str]:
         waiting[index] = len(before)
         for predecessor in before:
             followers[predecessor].append(index)
-    urgent = _only_for_updates(graph)
+    urgent = _only_for_updates(graph) | _exchanging(graph)
     old_readers, delayed = _old_readers(graph)
 
     def growth(index: int) -> int:
@@ -123,6 +123,7 @@ def _late(graph: ir.Graph, order: list[str]) -> tuple[str, ...]:
     place = {name: place for place, name in enumerate(order)}
     last_use = {root_of[reference]: name for name in order for reference in graph.by_name[name].inputs}
     sizes = _sizes(graph)
+    exchanging = _exchanging(graph)
     can_wait: set[str] = set()
     fixed: set[str] = set()  # made of variables and constants alone
     before: dict[str, list[str]] = {}
@@ -133,7 +134,7 @@ def _late(graph: ir.Graph, order: list[str]) -> tuple[str, ...]:
         is_data = node.op == "Placeholder" and any(value.nbytes for value in node.outputs)
         if not is_data and fixed.issuperset(producers) and (not node.stateful or node.op == "ReadVariableOp"):
             fixed.add(name)
-        if node.stateful or node.op in ir.RESIDENT_OPS or node.op == "ReadVariableOp":
+        if node.stateful or node.op in ir.RESIDENT_OPS or node.op == "ReadVariableOp" or name in exchanging:
             continue
         roots = {root_of[reference] for reference in node.inputs}
         freed = sum(sizes[r] for r in roots if last_use[r] == name and ir.producer(r) not in can_wait)
@@ -294,13 +295,36 @@ def _only_for_updates(graph: ir.Graph) -> frozenset[str]:
     """
     results = {ir.producer(reference) for reference in graph.outputs}
     ends: dict[str, frozenset[str]] = {}
+    blocks = {value: name for name, values in graph.blocks.items() for value in values}
+    starts = {*graph.blocks, *(ir.producer(graph.by_name[name].inputs[0]) for name in graph.blocks)}
     for node in reversed(graph.nodes):
         if node.op in liveness.ASSIGNS or node.op in liveness.UPDATES or node.op == ir.STORE:
             ends[node.name] = frozenset({node.name})
             continue
-        consumers = [name for reference in node.refs() for name in graph.consumers.get(reference, ())]
-        if consumers and node.name not in results and all(name in ends for name in consumers):
-            reached = frozenset().union(*(ends[name] for name in consumers))
-            if len(reached) <= _UPDATES_OF_A_VARIABLE:
-                ends[node.name] = reached
+        reached: set[str] = set()
+        is_known = node.name not in results
+        for reference in node.refs():
+            for name in graph.consumers.get(reference, ()):
+                if reference in blocks and name in starts:  # where it is summed with others, it stands for one variable
+                    reached.add(reference)
+                else:
+                    is_known = is_known and name in ends
+                    reached |= ends.get(name, frozenset())
+        most = sum(_UPDATES_OF_A_VARIABLE if end in blocks else 1 for end in reached)
+        if is_known and reached and most <= _UPDATES_OF_A_VARIABLE:
+            ends[node.name] = frozenset(reached)
     return frozenset(ends)
+
+
+def _exchanging(graph: ir.Graph) -> frozenset[str]:
+    """Names of the nodes that exchange gradients, and join, split and pass them on for that: they run at once."""
+    found: set[str] = set()
+    for name, values in graph.blocks.items():
+        makers = [graph.by_name[ir.producer(value)] for value in values]
+        found.update((name, *(node.name for node in makers if liveness.alias_of(node, 0) is not None)))
+        found.update([ir.producer(graph.by_name[name].inputs[0])] if len(values) > 1 else [])
+    for node in graph.nodes:
+        if node.op == ir.AWAIT:
+            readers = [graph.by_name[reader] for reader in graph.consumers.get(node.name, ())]
+            found.update((node.name, *(reader.name for reader in readers if dict(reader.attrs).get("is_inserted"))))
+    return frozenset(found)

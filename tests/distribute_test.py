@@ -1,6 +1,7 @@
 import dataclasses
 import json
 
+import exchange_test
 import keras
 import numpy as np
 import pytest
@@ -10,7 +11,8 @@ import trainings
 from keras import layers
 
 import graphswap
-from graphswap import distribute, parser, profiler
+from graphswap import distribute, parser, pipeline, profiler, rewrites
+from graphswap.cost_model import CostModel
 
 X = np.random.default_rng(0).normal(size=(1200, 32)).astype("float32")
 FACTS = {"version": "1", "budget": "2.0MiB"}
@@ -58,6 +60,35 @@ def test_who_does_not_answer_is_an_error(monkeypatch):
         "graphswap: expected all 3 workers to plan the step within 1 s, received no answer of some (Collective has "
         "timed out.). Give every process the same graphswap option, and look at the others' output for what ended them."
     )
+
+
+def test_the_network_is_measured_by_two_sizes_of_sums(monkeypatch):
+    latency, speed = 1e-4, 1e9
+    waits = iter((0.2, 0.0, 1e-3, 1e-3, 2e-3, 0.0, 1e-3, 1e-3))  # the first sum makes the workers known to each other
+
+    def seconds(self, nbytes):
+        return 2 * (self.count - 1) * (latency + nbytes / self.count / speed) + next(waits)
+
+    monkeypatch.setattr(distribute.Workers, "_sum_seconds", seconds)
+    link = distribute.Workers(4).network()
+    assert link.out_bytes_per_second == link.in_bytes_per_second == pytest.approx(speed, rel=1e-6)
+    assert link.latency_seconds == pytest.approx(latency, rel=0.02)  # a small sum has bytes, too
+    assert link.overlaps
+
+
+def test_workers_with_another_trace_of_other_gradients_are_told():
+    session = pipeline.Session(graphswap.Options("1MiB"))
+    session._workers = distribute.Workers(2)
+    session._exchanged = exchange_test.TWO.exchanges, exchange_test.STEP
+    alike = session._exchange(exchange_test.STEP, None, CostModel(), 1)
+    assert alike == rewrites.exchange(exchange_test.STEP, exchange_test.TWO)
+    other = parser.parse(
+        str(exchange_test.STEP).replace("Reshape(%grad_c) : (float32[64])", "Reshape(%grad_c) : (float32[8])")
+    )
+    with pytest.raises(
+        distribute.WorkerError, match="expected the same gradients in all traces of a step, received oth"
+    ):
+        session._exchange(other, None, CostModel(), 1)
 
 
 # --- distributions ----------------------------------------------------------------------------------------------

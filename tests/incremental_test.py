@@ -8,15 +8,17 @@ import testing
 from hypothesis import given
 from hypothesis import strategies as st
 
+from graphswap import rewrites
 from graphswap.cost_model import CostModel, DeviceSpec, Link
 from graphswap.incremental import Incremental
 from graphswap.plan import Plan
 from graphswap.simulator import simulate
 
 LINKS = {"host": Link(1e9, 2e9, 1e-6, overlaps=True), "disk": Link(1e8, 1e8, 1e-5)}
-BESIDE_COMPUTE = CostModel(DeviceSpec(links=LINKS))
+NETWORK = Link(1e9, 1e9, 1e-6, overlaps=True)
+BESIDE_COMPUTE = CostModel(DeviceSpec(links=LINKS, network=NETWORK))
 COST_MODELS = st.sampled_from(
-    [BESIDE_COMPUTE, CostModel(DeviceSpec(links=LINKS), resident_bytes=1000, far_tier="disk")]
+    [BESIDE_COMPUTE, CostModel(DeviceSpec(links=LINKS, network=NETWORK), resident_bytes=1000, far_tier="disk")]
 )
 RANDOMS = st.randoms(use_true_random=False)
 
@@ -28,9 +30,9 @@ def outlined(graph, plan, cost_model):
     most = before = 0
     for step in timeline.steps:
         most = max(most, step.live_bytes)
-        if step.kind in ("run", "recompute"):
+        if step.kind in ("run", "recompute", "exchange"):
             before += cost_model.seconds(graph, graph.by_name[step.name])
-        if step.kind == "run":
+        if step.kind in ("run", "exchange"):
             live[graph.position[step.name]], busy[graph.position[step.name]] = most, before
             most = before = 0
     return live, busy, timeline
@@ -53,7 +55,18 @@ def random_plan(rng, graph):
     return Plan(decisions=tuple(rng.choice(makers)(rng, graph, names) for _ in range(rng.randint(0, 6)))).check(graph)
 
 
-@given(testing.random_graphs(), COST_MODELS, RANDOMS)
+def graphs():
+    """Random steps, of one replica or of several."""
+    plain = testing.random_graphs()
+    return st.one_of(plain, st.builds(with_exchanges, RANDOMS, plain))
+
+
+def with_exchanges(rng, graph):
+    graph = testing.replicated(graph, rng.randint(2, 4))
+    return rewrites.exchange(graph, testing.random_exchanges(rng, graph))
+
+
+@given(graphs(), COST_MODELS, RANDOMS)
 def test_it_says_what_the_simulator_says(graph, cost_model, rng):
     incremental = Incremental(graph, cost_model)
     for _ in range(4):  # what it learns from a plan must not spoil the next one
@@ -63,7 +76,7 @@ def test_it_says_what_the_simulator_says(graph, cost_model, rng):
 @pytest.mark.parametrize("seed", range(6))
 def test_it_says_so_for_long_steps(seed):
     rng = random.Random(seed)
-    graph = testing.random_graph(rng, layers=60)
+    graph = with_exchanges(rng, testing.random_graph(rng, layers=60))
     incremental = Incremental(graph, BESIDE_COMPUTE)
     for _ in range(30):
         check(graph, random_plan(rng, graph), BESIDE_COMPUTE, incremental)

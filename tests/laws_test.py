@@ -2,14 +2,14 @@
 
 import itertools
 import random
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import testing
 from hypothesis import given
 from hypothesis import strategies as st
 
-from graphswap import ir, liveness, rewrites
+from graphswap import ir, liveness, parser, rewrites
 from graphswap.allocator import Allocator
 from graphswap.cost_model import CostModel, DeviceSpec, Link
 from graphswap.plan import Place, Plan, SideBySide
@@ -23,8 +23,9 @@ LARGE = 4096
 
 LINKS = {"host": Link(1e9, 2e9, 1e-6, overlaps=True), "disk": Link(1e8, 1e8, 1e-5)}
 # Of no memory to speak of, so that the budget limits the allocator.
-BESIDE_COMPUTE = CostModel(DeviceSpec(memory_bytes=1, links=LINKS))
-IN_THE_WAY = CostModel(DeviceSpec(memory_bytes=1, links=LINKS), resident_bytes=1000, far_tier="disk")
+NETWORK = Link(1e9, 1e9, 1e-6, overlaps=True)
+BESIDE_COMPUTE = CostModel(DeviceSpec(memory_bytes=1, links=LINKS, network=NETWORK))
+IN_THE_WAY = CostModel(DeviceSpec(memory_bytes=1, links=LINKS, network=NETWORK), resident_bytes=1000, far_tier="disk")
 COST_MODELS = st.sampled_from([BESIDE_COMPUTE, IN_THE_WAY])
 RANDOMS = st.randoms(use_true_random=False)
 
@@ -38,10 +39,17 @@ def with_places(rng: random.Random, graph: ir.Graph) -> ir.Graph:
     return rewrites.place(graph, Plan(decisions=tuple(Place(v, rng.choice(["host", "disk"])) for v in chosen)))
 
 
+def with_exchanges(rng: random.Random, graph: ir.Graph) -> ir.Graph:
+    """The step of one of several replicas, which exchange gradients block by block."""
+    graph = testing.replicated(graph, rng.randint(2, 4))
+    return rewrites.exchange(graph, testing.random_exchanges(rng, graph))
+
+
 def graphs(max_layers: int, batch: int = 8) -> st.SearchStrategy[ir.Graph]:
-    """Random steps, their variables on the device or not."""
+    """Random steps, their variables on the device or not, of one replica or of several."""
     plain = testing.random_graphs(max_layers, batch)
-    return st.one_of(plain, st.builds(with_places, st.randoms(use_true_random=False), plain))
+    changed = [st.builds(change, RANDOMS, plain) for change in (with_places, with_exchanges)]
+    return st.one_of(plain, *changed)
 
 
 def random_order(rng: random.Random, graph: ir.Graph) -> tuple[str, ...]:
@@ -102,7 +110,7 @@ class Outcome(NamedTuple):
 
 def evaluate(graph: ir.Graph) -> Outcome:
     """Runs the graph on hashes in place of tensors: equal hashes, equal tensors."""
-    values: dict[str, int] = {}
+    values: dict[str, Any] = {}
     variables: dict[str, int] = {}
     log = []
     roots = liveness.roots(graph)
@@ -111,6 +119,15 @@ def evaluate(graph: ir.Graph) -> Outcome:
         outputs = [hash((node.like or node.name, index, *inputs)) for index in range(len(node.outputs))]
         if node.op in (ir.SWAP_OUT, ir.SWAP_IN):
             outputs = inputs
+        elif node.op == "ConcatV2":
+            outputs = [tuple(inputs[:-1])]
+        elif node.op in (ir.ALL_REDUCE, ir.EXCHANGE):
+            parts = inputs[0] if isinstance(inputs[0], tuple) else (inputs[0],)
+            outputs = [tuple(hash(("sum", part)) for part in parts), *outputs[1:]]
+        elif node.op == ir.AWAIT:
+            outputs = [inputs[0][0] if len(inputs[0]) == 1 else inputs[0]]
+        elif node.op == "SplitV":
+            outputs = [*inputs[0]]
         elif node.op == "ReadVariableOp":
             outputs = [variables.get(roots[node.inputs[0]], inputs[0])]
         elif node.op in liveness.ASSIGNS:
@@ -162,6 +179,17 @@ def test_placing_changes_no_value(graph, rng):
     other_order = random_order(rng, placed_graph)
     reordered = placed_graph.replace(nodes=tuple(placed_graph.by_name[name] for name in other_order))
     assert evaluate(reordered)[:2] == evaluate(graph)[:2]
+
+
+@given(testing.random_graphs(5), RANDOMS)
+def test_exchanging_in_blocks_changes_no_value(graph, rng):
+    graph = testing.replicated(graph, 3)
+    exchanged = ir.verify(rewrites.exchange(graph, testing.random_exchanges(rng, graph)))
+    assert parser.parse(str(exchanged)) == exchanged
+    other_order = random_order(rng, exchanged)
+    reordered = exchanged.replace(nodes=tuple(exchanged.by_name[name] for name in other_order))
+    for one in (exchanged, reordered):
+        assert evaluate(one)[:2] == evaluate(graph)[:2]
 
 
 @given(graphs(5), RANDOMS, COST_MODELS)

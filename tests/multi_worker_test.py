@@ -16,6 +16,7 @@ MIB = 1 << 20
 AMPLE = 512 * MIB
 BUDGET = 16 * MIB
 DEVICE = 19 * MIB  # a step that runs out of memory is not repeated here
+SMALL_BUDGET, SMALL_DEVICE = 18 * MIB, 20 * MIB
 BATCH, LAST_BATCH = 8192, 6144
 EXAMPLES = BATCH + LAST_BATCH
 X = np.random.default_rng(0).normal(size=(EXAMPLES, 4)).astype("float32")
@@ -79,6 +80,31 @@ def parts(size):
     return X[:size][part], Y[:size][part]
 
 
+def blocks(budget):
+    """Trains a model that is all weights, and records the last step."""
+    keras.utils.set_random_seed(3)
+    option = {} if budget is None else {"graphswap": graphswap.Options(budget, swap_to="host", planning_seconds=1.0)}
+    with trainings.reproducible():
+        with distribution().scope():
+            model = keras.Sequential(
+                [keras.Input((4,)), *(layers.Dense(512, "tanh") for _ in range(9)), layers.Dense(4)]
+            )
+            model.compile(keras.optimizers.SGD(0.01), "mse", **option)
+        x, _ = parts(64)
+        logs = [model.train_on_batch(x, x) for _ in range(2)]
+        peak = profiler.memory_in_use("peak")
+        with profiler.recording() as events:
+            logs.append(model.train_on_batch(x, x))
+    distribute.Workers(2).together("end", str)  # a worker whose leader has ended is ended by TensorFlow
+    result = {"logs": [float(value) for value in logs], "peak": peak}
+    result["weights"] = [np.asarray(variable.numpy()).tobytes().hex() for variable in model.variables]
+    backward = [(start, start + length) for start, length, name, _ in events if name.startswith("gradient_tape/")]
+    sums = [start for start, _, name, _ in events if name.startswith("sgd/") and name.endswith(":CollectiveReduceV2")]
+    begun, ended = min(backward)[0], max(end for _, end in backward)
+    result["starts"] = [(start - begun) / (ended - begun) for start in sums]
+    return result
+
+
 def fit(budget):
     """Fits on arrays with a smaller last batch, and with validation."""
     log = []
@@ -137,6 +163,17 @@ def test_bits_and_budgets_where_plain_fails():
         assert ours[index]["peak"] <= BUDGET < DEVICE < plain[index]["peak"]
     assert "the plan is the leader's" in ours[1]["notes"]
     assert ours[0]["decisions"][0] == ours[1]["decisions"][0]
+
+
+def test_blocks_of_gradients_where_their_sum_at_once_has_no_room():
+    plain = cluster.call(2, AMPLE, __file__, "blocks", None)
+    ours = cluster.call(2, SMALL_DEVICE, __file__, "blocks", SMALL_BUDGET)
+    for index in range(2):
+        assert ours[index]["logs"] == plain[index]["logs"]
+        assert ours[index]["weights"] == plain[index]["weights"]
+        assert ours[index]["peak"] <= SMALL_BUDGET < SMALL_DEVICE < plain[index]["peak"]
+        assert len(ours[index]["starts"]) > len(plain[index]["starts"]) == 1
+        assert ours[index]["starts"][0] < 0.5 < plain[index]["starts"][0]  # of the backward pass
 
 
 def test_fit_on_two_workers_is_that_of_one_process():

@@ -8,12 +8,13 @@ import re
 import sys
 import time
 
+import exchange_test
 import numpy as np
 import pictures
 import pytest
 import testing
 
-from graphswap import ir, page
+from graphswap import ir, page, rewrites
 from graphswap.plan import Declined, Plan, SideBySide, Swap
 from graphswap.simulator import Step, Timeline
 
@@ -177,3 +178,9 @@ def test_without_bokeh_the_error_says_what_to_do(monkeypatch):
     monkeypatch.setitem(sys.modules, "bokeh", None)
     with pytest.raises(ImportError, match=r"expected Bokeh.*not installed.*`pip install graphswap\[report\]`"):
         page.html(pictures.picture())
+
+
+def test_blocks_of_gradients_are_nodes_and_no_rows():
+    graph = rewrites.exchange(exchange_test.STEP, exchange_test.TWO)
+    text = page.html(pictures.picture(**pictures.simulated(graph, Plan(decisions=exchange_test.TWO.decisions))))
+    assert any("exchange" in kinds for kinds in columns(charts(text), "kind"))

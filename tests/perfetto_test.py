@@ -3,10 +3,12 @@
 import collections
 import json
 
+import exchange_test
 import pictures
 import pytest
 
-from graphswap import perfetto
+from graphswap import perfetto, rewrites
+from graphswap.plan import Plan
 
 
 def events(**changes):
@@ -63,3 +65,11 @@ def test_the_counter_reaches_the_peak():
 
 def test_title_and_facts_are_kept():
     assert json.loads(perfetto.trace(pictures.picture()))["otherData"] == {"title": "a chain", "device": "none"}
+
+
+def test_blocks_of_gradients_have_a_lane():
+    graph = rewrites.exchange(exchange_test.STEP, exchange_test.TWO)
+    found = events(**pictures.simulated(graph, Plan(decisions=exchange_test.TWO.decisions)))
+    lanes = named(found, "thread_name")
+    sums = [e["name"] for e in found if e["ph"] == "X" and lanes[e["pid"], e["tid"]] == "network" and e["pid"] == 2]
+    assert sums == ["sum/block_0", "sum/block_1"]

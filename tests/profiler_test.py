@@ -224,9 +224,9 @@ def test_a_gpus_nodes_cost_what_their_kernels_take_and_little_waiting():
 
 def test_on_a_gpu_only_its_own_memory_counts(monkeypatch):
     recorded = recorded_on_gpu()
-    assert [buffer.nbytes for buffer in profiler._buffers(recorded)] == [512, 512]
+    assert [buffer.nbytes for buffer in profiler.allocations(recorded)] == [512, 512]
     monkeypatch.setattr(profiler, "device_name", lambda: "GPU:0")
-    assert [buffer.nbytes for buffer in profiler._buffers(recorded)] == [512]
+    assert [buffer.nbytes for buffer in profiler.allocations(recorded)] == [512]
 
 
 def test_a_gpus_workspace_is_known_from_its_allocator_alone(monkeypatch):
@@ -273,7 +273,7 @@ def test_a_step_of_which_nothing_was_recorded_has_no_costs():
 
 def test_workspace_is_what_a_node_gives_back_at_its_end():
     def buffer(nbytes, start, end, is_temporary=True):
-        return profiler._Buffer("node", nbytes, is_temporary, start, end)
+        return profiler.Buffer("node", nbytes, is_temporary, start, end)
 
     first, second, third = buffer(256, 1, 9), buffer(512, 2, 4), buffer(1024, 6, 9)
     output = buffer(4096, 5, 100, is_temporary=False)

@@ -10,8 +10,9 @@ from typing import Any
 from hypothesis import strategies as st
 
 from graphswap import ir, parser
+from graphswap.collectives import packed
 from graphswap.cost_model import CostModel, DeviceSpec, Link, Profile
-from graphswap.plan import Recompute, Swap
+from graphswap.plan import Exchange, Plan, Recompute, Swap
 from graphswap.strategies.auto import Auto
 from graphswap.strategies.base import Strategy
 from graphswap.strategies.checkmate import Checkmate
@@ -67,10 +68,60 @@ def random_graph(rng: random.Random, layers: int = 8, batch: int = 8) -> ir.Grap
     return _Step(rng).build(layers, batch)
 
 
+def replicated(graph: ir.Graph, workers: int) -> ir.Graph:
+    """The step of one of several replicas, which sum all gradients at once, as TensorFlow packs them."""
+    gradients = [node for node in graph.nodes if node.name.startswith("grad_w_")]
+    if not gradients:
+        return graph
+    late = {node.name for node in gradients}
+    for node in graph.nodes:
+        if not late.isdisjoint((*map(ir.producer, node.inputs), *node.control_inputs)):
+            late.add(node.name)
+    late -= {node.name for node in gradients}
+    lengths = [node.outputs[0].nbytes // 4 for node in gradients]
+    flat = [ir.Value("float32", (length,)) for length in lengths]
+    packed, index = ir.Value("float32", (sum(lengths),)), ir.Value("int32")
+    names = [f"flat_{node.name}" for node in gradients]
+    constants = ("axis", "group_size", "group_key", "sizes")
+    sum_inputs = ("joined", "group_size", "group_key", "key", "token")
+    pack = [
+        *(ir.Node(name, "Const", outputs=(index,)) for name in constants),
+        ir.Node("key", "Placeholder", outputs=(index,)),
+        ir.Node("token", "Placeholder", outputs=(ir.Value("resource"),)),
+        *(ir.Node(n, "Reshape", (g.name,), outputs=(v,)) for n, g, v in zip(names, gradients, flat, strict=True)),
+        ir.Node("joined", "ConcatV2", (*names, "axis"), outputs=(packed,)),
+        ir.Node("sum", ir.ALL_REDUCE, sum_inputs, outputs=(packed,), stateful=True, attrs=(("workers", workers),)),
+        ir.Node("split", "SplitV", ("sum", "sizes", "axis"), outputs=tuple(flat)),
+    ]
+    for number, node in enumerate(gradients):
+        pack.append(ir.Node(f"summed_{node.name}", "Reshape", (ir.ref("split", number),), outputs=node.outputs))
+    stand_in = {node.name: f"summed_{node.name}" for node in gradients}
+    updates = [
+        dataclasses.replace(node, inputs=tuple(stand_in.get(reference, reference) for reference in node.inputs))
+        for node in graph.nodes
+        if node.name in late
+    ]
+    early = [node for node in graph.nodes if node.name not in late]
+    return ir.verify(graph.replace(nodes=(*early, *pack, *updates), inputs=(*graph.inputs, "key", "token")))
+
+
+def random_exchanges(rng: random.Random, graph: ir.Graph) -> Plan:
+    """A plan of any valid blocks of what `replicated` sums."""
+    values = [value for one in packed(graph) for value in one.values]
+    rng.shuffle(values)
+    found: list[Exchange] = []
+    while values:
+        count = rng.randint(1, len(values))
+        found.append(Exchange(tuple(values[:count]), rng.randint(0, 3)))
+        del values[:count]
+    return Plan(decisions=tuple(found))
+
+
 def random_swap(rng: random.Random, graph: ir.Graph, names: tuple[str, ...]) -> Swap:
     """Any valid swap, however useless, of a graph in this order."""
     early = [(at, graph.by_name[name]) for at, name in enumerate(names[:-1])]
-    values = [(at, ref) for at, node in early for ref, v in zip(node.refs(), node.outputs, strict=True) if v.nbytes]
+    movable = [(at, node) for at, node in early if node.op != ir.EXCHANGE]
+    values = [(at, ref) for at, node in movable for ref, v in zip(node.refs(), node.outputs, strict=True) if v.nbytes]
     born, value = rng.choice(values)
     out, use = sorted(rng.sample(range(born, len(names)), 2))
     freed, start = rng.randint(out + 1, use), rng.randint(out, use - 1)
