@@ -1287,21 +1287,23 @@ class _Exporter:
         """Adds what moves a value between this worker and a parameter server, and what waits for it on either side.
 
         TensorFlow moves a tensor once to each device that reads it, as soon as it is there. So the server makes another
-        tensor of it for each fetch, when the worker asks for it; and the worker goes on when what it sends has arrived.
+        tensor of it for each fetch, when the worker asks for it.
         """
         attrs = dict(node.attrs)
         home = str(attrs["home"])
         if node.op == ir.STORE:
+            value = self.tensor(node.inputs[0])
             with self._placed(node):
-                leaving = self.tensor(node.inputs[0])
-                leaving = tf.raw_ops.EnsureShape(input=leaving, shape=leaving.shape)
+                # As strings: what is sent as it is stays on the device until gRPC lets go of it, some time later.
+                leaving = tiers.strings(value)
                 with tf.device(home):
-                    arrived = tf.identity(leaving)
+                    copy = tiers.FarCopy(leaving, [])
+                    arrived = self.tiers.swap_in(copy, value.dtype.name, tuple(value.shape.as_list()))
             for operation in self.remote:
                 for index, tensor in enumerate(operation.inputs):
                     if _copied(tensor) == attrs["value"]:
                         operation._update_input(index, arrived)
-            self.done[node.name] = [arrived.op if attrs["is_awaited"] else leaving.op]
+            self.done[node.name] = [string.op for string in leaving]
             return
         handle = str(attrs.get("handle") or node.inputs[0])
         with self._placed(node):

@@ -53,6 +53,10 @@ class Workers:
             for index in range(len(task.cluster[job]))
         }
 
+    def own(self) -> list[str]:
+        """Devices of the workers."""
+        return [device for name, device in self.devices.items() if name.startswith("worker")]
+
     def facts(self) -> Mapping[str, server.Facts]:
         """What the others say of themselves, by their names, workers first.
 
@@ -143,24 +147,37 @@ class WorkerSession:
         """Has the next call plan for less, as a worker ran out of memory. Whether there is less to plan for."""
         if self._planner is None or not planning.is_out_of_memory(error) or self._scale < _TIGHTEST:
             return False
-        self._scale *= _TIGHTENING
-        for step in self.report.steps:
-            step.notes.append(f"ran out of memory ({planning.summary(error)[:120]}); planned again, tighter")
-        self._functions.clear()
+        self._replan(f"ran out of memory ({planning.summary(error)[:120]})")
         return True
 
+    def _replan(self, why: str) -> None:
+        self._scale *= _TIGHTENING
+        for step in self.report.steps:
+            step.notes.append(f"{why}; planned again, tighter")
+        self._functions.clear()
+
     def record(self, seconds: float) -> None:
-        """Notes how long a step took."""
-        if self.report.steps:
-            self.report.steps[-1].measured_seconds.append(seconds)
+        """Notes how long a step took. If the first one of a plan has passed the budget, the next is planned tighter."""
+        if not self.report.steps:
+            return
+        step = self.report.steps[-1]
+        step.measured_seconds.append(seconds)
+        budget = step.memory_budget
+        if len(step.measured_seconds) > 1 or self.options is None or not isinstance(self.options.memory_budget, int):
+            return
+        peak = self._peak() or 0
+        if peak > budget and self._scale >= _TIGHTEST:
+            self._replan(f"took {format_bytes(peak)}")
+            server.look(self._workers.own(), forgets=True)
 
     def record_peaks(self) -> None:
         """Notes the highest peak that a worker's allocator has counted."""
-        server.settle()
-        peaks = [server.read_facts(device).peak_bytes for name, device in self._workers.devices.items() if name[0] == "w"]
-        counted = [peak for peak in peaks if peak is not None]
         for step in self.report.steps:
-            step.measured_peak_bytes = max(counted, default=None)
+            step.measured_peak_bytes = self._peak()
+
+    def _peak(self) -> int | None:
+        peaks = (facts.peak_bytes for facts in server.look(self._workers.own()))
+        return max((peak for peak in peaks if peak is not None), default=None)
 
     def _traced(self, step: Callable[..., Any], arguments: Sequence[Any]) -> Any:
         def planned(*args: Any) -> Any:
@@ -194,11 +211,12 @@ class WorkerSession:
             with clock("measure"), tf.init_scope():
                 facts = next(iter(self._workers.facts().values()))
                 device = self._device(facts)
+                in_use_bytes = max(facts.in_use_bytes for facts in server.look(self._workers.own()))
             with clock("import"):
                 shapes = [tuple(argument.shape) for argument in self._arguments]
                 graph = rewrites.host_update(pipeline.imported(func_graph, shapes))
             far_tier = "disk" if device.links["host"].is_closed else "host"
-            cost_model = CostModel(device, resident_bytes=facts.in_use_bytes, far_tier=far_tier)
+            cost_model = CostModel(device, resident_bytes=in_use_bytes, far_tier=far_tier)
             budget, share = planner.budget(device, self._scale)
             with pipeline.as_asked(budget, share):
                 planned = planner.plan(func_graph, graph, self._arguments, cost_model, budget, clock)
@@ -237,6 +255,5 @@ class WorkerSession:
         seconds(4, ps, worker)
         latency = seconds(4, ps, worker)
         speeds = [nbytes / max(1e-9, seconds(nbytes, *way) - latency) for way in ((worker, ps), (ps, worker))]
-        counting = [name for name, facts in self._workers.facts().items() if facts.peak_bytes is not None]
-        server.reset_peaks([self._workers.devices[name] for name in counting])
+        server.look(self._workers.own(), forgets=True)
         return Link(*speeds, latency)

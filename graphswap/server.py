@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 import tensorflow as tf
 
-from graphswap import distribute, plan_file, profiler
+from graphswap import allocator, distribute, placement, plan_file, profiler
 from graphswap.cost_model import MEMORY_VARIABLE, DeviceSpec
 from graphswap.distribute import WorkerError
 
@@ -32,6 +32,8 @@ _CHIEF_POLLS = 20
 """After so many polls a process looks whether the chief still answers."""
 _MISSED = 3
 """So often it may not, once it has."""
+_FENCES: list[Any] = []
+"""Behind the holes for small buffers, for as long as the process lives."""
 _JOBS = ("chief", "worker", "ps")
 
 
@@ -43,8 +45,8 @@ class Facts:
         versions: Name to what must be the same in all processes.
         memory_bytes: That TensorFlow may allocate there.
         device: Of a worker, as measured there.
-        in_use_bytes: Before any step.
-        peak_bytes: The most so far; None if the device counts no bytes.
+        in_use_bytes: Device bytes when it was last told to look.
+        peak_bytes: The most so far at that time; None if the device counts no bytes.
     """
 
     versions: Mapping[str, str]
@@ -187,11 +189,11 @@ def _serve(task: Task) -> NoReturn:
         for order in map(json.loads, _lines(_ORDERS)[done:]):
             if "error" in order:
                 raise WorkerError(order["error"])
-            tf.config.experimental.reset_memory_stats(profiler.device_name())
+            if facts.peak_bytes is not None and order["forgets"]:
+                tf.config.experimental.reset_memory_stats(profiler.device_name())
             done += 1
-        peak_bytes = profiler.memory_in_use("peak")
-        if peak_bytes != facts.peak_bytes:
-            facts = dataclasses.replace(facts, peak_bytes=peak_bytes)
+            in_use_bytes = (profiler.memory_in_use() or 0) - len(_FENCES) * allocator.ALIGNMENT_BYTES
+            facts = dataclasses.replace(facts, in_use_bytes=in_use_bytes, peak_bytes=profiler.memory_in_use("peak"))
             _append(_FACTS, facts.to_json())
         if next(polls) % _CHIEF_POLLS:
             continue
@@ -210,14 +212,16 @@ def _own_facts(task: Task) -> Facts:
     device = None
     if task.job == "worker":
         device = profiler.device_spec(int(emulated) if emulated else None, can_swap=counts)
-        device = dataclasses.replace(device, holes=0)  # nobody leaves any here
+    in_use_bytes = profiler.memory_in_use() or 0
+    if device is not None and counts:
+        _FENCES.extend(placement.leave_holes(device.holes, allocator.HOLE_BYTES, profiler.device_name()))
     if counts:
         tf.config.experimental.reset_memory_stats(profiler.device_name())
     return Facts(
         versions(),
         int(emulated) if emulated else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         device,
-        profiler.memory_in_use() or 0,
+        in_use_bytes,
         profiler.memory_in_use("peak"),
     )
 
@@ -251,11 +255,6 @@ def read_facts(device: str) -> Facts:
     return Facts.from_json(_whole_lines(text)[-1])
 
 
-def settle() -> None:
-    """Waits until what processes say of themselves is true again."""
-    time.sleep(4 * _POLL_SECONDS)
-
-
 def tell(devices: Sequence[str], error: Exception) -> None:
     """Has `serve` raise a WorkerError in other processes.
 
@@ -266,10 +265,16 @@ def tell(devices: Sequence[str], error: Exception) -> None:
     _order(devices, {"error": str(error)})
 
 
-def reset_peaks(devices: Sequence[str]) -> None:
-    """Has other processes, whose devices count their bytes, forget their peaks so far."""
-    _order(devices, {"reset": True})
-    settle()
+def look(devices: Sequence[str], forgets: bool = False) -> list[Facts]:
+    """Has other processes look at their devices, between two steps. Returns what they say of themselves.
+
+    Args:
+        devices: Theirs, as in `read_facts`.
+        forgets: Whether they are to forget their peaks so far.
+    """
+    _order(devices, {"forgets": forgets})
+    time.sleep(4 * _POLL_SECONDS)
+    return [read_facts(device) for device in devices]
 
 
 def _order(devices: Sequence[str], order: Mapping[str, Any]) -> None:

@@ -22,9 +22,8 @@ def host_update(graph: ir.Graph) -> ir.Graph:
     In the place of a server's read of a variable a `FETCH` stands before the worker's first reader: it takes device
     memory from there on, and may be repeated. Its attribute `source` is the read, `home` the server. Values of up to
     64 KiB come at the start of the step and stay: each is a Placeholder with the same attributes. A `STORE` stands
-    after each of the worker's nodes that servers read: its value is on the device until it has arrived there, unless
-    it is so small that nobody waits for that. Its attribute `value` is what they read. The variables' own nodes stay,
-    and hold no bytes.
+    after each of the worker's nodes that servers read: its value is on the device until it has left for them. Its
+    attribute `value` is what they read. The variables' own nodes stay, and hold no bytes.
 
     Raises:
         ir.GraphError: If the worker reads something of a server's that is not a variable's value.
@@ -95,8 +94,7 @@ class _Split:
     def _send(self, reference: str, reader: ir.Node) -> str:
         if reference not in self.sent:
             name = ir.fresh_name(f"{reference.replace(':', '_')}/send", self.taken)
-            is_awaited = self.source.value(reference).nbytes > SMALL_BYTES
-            attrs = (("home", reader.device), ("is_awaited", is_awaited), ("tier", TIER), ("value", reference))
+            attrs = (("home", reader.device), ("tier", TIER), ("value", reference))
             self.nodes.append(ir.Node(name, ir.STORE, (reference,), stateful=True, attrs=attrs))
             self.sent[reference] = name
         return self.sent[reference]

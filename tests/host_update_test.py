@@ -1,0 +1,5 @@
+import dataclasses
+
+import pytest
+from testing import attrs_of, graph_of
+
