@@ -166,7 +166,9 @@ def _homes(func_graph: FuncGraph) -> dict[str, str]:
 
     Variables among them, also those that are arguments.
     """
-    homes = {internal.op.name: external.device for external, internal in func_graph.captures if hasattr(external, "numpy")}
+    homes = {
+        internal.op.name: external.device for external, internal in func_graph.captures if hasattr(external, "numpy")
+    }
     homes = {name: device for name, device in homes.items() if _is_on_server(device)}
     for operation in func_graph.get_operations():
         if _is_on_server(operation.device):

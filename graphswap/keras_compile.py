@@ -55,7 +55,7 @@ def enable() -> None:
     trainer.reduce_per_replica = functools.wraps(trainer.reduce_per_replica)(_reduce_per_replica)
     TFEpochIterator.__init__ = functools.wraps(TFEpochIterator.__init__)(_epoch_iterator)
     for name in ("make_test_function", "make_predict_function"):
-        setattr(TensorFlowTrainer, name, functools.wraps(_originals[name])(functools.partialmethod(_make_on_chief, name)))
+        setattr(TensorFlowTrainer, name, functools.partialmethod(_make_on_chief, name))
     Trainer._get_metrics_result_or_logs = functools.wraps(Trainer._get_metrics_result_or_logs)(_result_or_logs)
 
 

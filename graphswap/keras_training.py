@@ -127,7 +127,9 @@ class Training:
         others = sum(map(_nbytes, (*model.non_trainable_variables, *model.optimizer.variables)))
         self._workers.expect_room(sum(weights) * (1 + self._workers.count) + others)
         for _ in range(self._workers.count):
-            self._buffers.append([_buffer(model.distribute_strategy, weight.value) for weight in model.trainable_variables])
+            self._buffers.append(
+                [_buffer(model.distribute_strategy, weight.value) for weight in model.trainable_variables]
+            )
 
     # --- what workers run --------------------------------------------------------------------------------------
 
@@ -158,9 +160,7 @@ class Training:
 
     # --- what parameter servers run ----------------------------------------------------------------------------
 
-    def _apply(
-        self, indices: list[int], shares: list[float], updates: list[Any]
-    ) -> Mapping[str, Any]:
+    def _apply(self, indices: list[int], shares: list[float], updates: list[Any]) -> Mapping[str, Any]:
         """Changes the model by what shares of a batch have come to.
 
         Args:

@@ -45,8 +45,8 @@ class Options:
         plan: A file of `StepReport.save_plan`: nothing is planned anew, and a step with another graph is refused.
         jit_compile: Whether XLA compiles the step; "auto": a few steps of the training run under XLA and under
             TensorFlow's executor, and the faster goes on; None: as `model.compile` is told, whose own "auto" is off.
-        asynchronous: Whether, under ParameterServerStrategy, each batch is one worker's, whose gradients count when they
-            come; else all workers share each batch.
+        asynchronous: Whether, under ParameterServerStrategy, each batch is one worker's, whose gradients count when
+            they come; else all workers share each batch.
 
     Raises:
         ValueError: If a value is out of range or unknown.

@@ -13,12 +13,10 @@ from typing import Any
 
 import tensorflow as tf
 
-from graphswap import cost_model as cost_model_lib
-from graphswap import distribute, graphdef, pipeline, planning, profiler, rewrites, server, tiers
+from graphswap import distribute, graphdef, pipeline, planning, rewrites, server, tiers
 from graphswap.cost_model import CostModel, DeviceSpec, Link
 from graphswap.distribute import WorkerError
 from graphswap.options import Options, format_bytes
-from graphswap.plan import Plan
 from graphswap.report import Report
 
 _TIGHTENING = 0.97
@@ -26,8 +24,6 @@ _TIGHTEST = 0.75
 _LINK_BYTES = 4 << 20
 _LEAST_LINK_BYTES = 64 << 10
 _LINK_COPIES = 4
-_WANDERING = 2.0
-"""How far the peak of TensorFlow's own order may lie above the planned order's."""
 
 
 class Workers:
@@ -139,7 +135,9 @@ class WorkerSession:
         leaves = tf.nest.flatten(arguments)
         key = tuple(None if leaf is None else (leaf.dtype, tuple(leaf.shape)) for leaf in leaves)
         if key not in self._functions:
-            self._arguments = [leaf.handle if isinstance(leaf, tf.Variable) else leaf for leaf in leaves if leaf is not None]
+            self._arguments = [
+                leaf.handle if isinstance(leaf, tf.Variable) else leaf for leaf in leaves if leaf is not None
+            ]
             self._functions[key] = self._traced(step, arguments)
         return self._functions[key]
 
@@ -254,6 +252,6 @@ class WorkerSession:
 
         seconds(4, ps, worker)
         latency = seconds(4, ps, worker)
-        speeds = [nbytes / max(1e-9, seconds(nbytes, *way) - latency) for way in ((worker, ps), (ps, worker))]
+        out, back = (nbytes / max(1e-9, seconds(nbytes, *way) - latency) for way in ((worker, ps), (ps, worker)))
         server.look(self._workers.own(), forgets=True)
-        return Link(*speeds, latency)
+        return Link(out, back, latency)

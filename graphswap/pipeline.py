@@ -826,6 +826,7 @@ def _what_ran_out(error: tf.errors.OpError) -> str:
 
 
 def optimize_marked(func_graph: graphdef.FuncGraph, mark: Any) -> None:
+    """For `graphdef.on_traced`: has the session that marked a function rewrite it."""
     mark.optimize(func_graph)
 
 
@@ -836,6 +837,15 @@ def step_report(
     rounds: Sequence[replanning.Round],
     asked: int | str,
 ) -> StepReport:
+    """What a report says of a plan.
+
+    Args:
+        planned: The plan.
+        share: Of the user's budget that was planned for.
+        breakdown: Seconds that planning took, by phase.
+        rounds: Of replanning that led to it.
+        asked: The budget as the user gave it.
+    """
     plan, timeline, scale = planned.plan, planned.timeline, planned.time_scale
     free_bound_bytes = planned.free_bound_bytes
     return StepReport(

@@ -144,7 +144,9 @@ def serve() -> None:
 def _expect_free(task: Task) -> None:
     port = int(task.address.rpartition(":")[2])
     with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as TensorFlow does: else a port just left is taken
+        probe.setsockopt(
+            socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
+        )  # as TensorFlow does: else a port just left is taken
         try:
             probe.bind(("", port))
         except OSError as error:

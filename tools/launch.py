@@ -102,9 +102,7 @@ def _free_ports(count: int) -> list[int]:
         return [one.getsockname()[1] for one in sockets]
 
 
-def _started(
-    script: Sequence[str], config: str, memory_bytes: int | None, is_limited: bool
-) -> subprocess.Popen[str]:
+def _started(script: Sequence[str], config: str, memory_bytes: int | None, is_limited: bool) -> subprocess.Popen[str]:
     """A process in a group of its own, so that what it starts ends with it."""
     variables = {**os.environ, "TF_CONFIG": config, "PYTHONUNBUFFERED": "1"}
     command = [sys.executable, *script]
