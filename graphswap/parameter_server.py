@@ -43,6 +43,7 @@ class Workers:
         task = server.Task.from_environment()
         self.coordinator = tf.distribute.coordinator.ClusterCoordinator(distribution)
         self.count = len(task.cluster["worker"])
+        self._facts: Mapping[str, server.Facts] = {}
         self.devices = {
             f"{job} {index}": f"/job:{job}/replica:0/task:{index}"
             for job in ("worker", "ps")
@@ -54,11 +55,13 @@ class Workers:
         return [device for name, device in self.devices.items() if name.startswith("worker")]
 
     def facts(self) -> Mapping[str, server.Facts]:
-        """What the others say of themselves, by their names, workers first.
+        """What the others have said of themselves at the start, by their names, workers first.
 
         Raises:
             WorkerError: If they differ in what must be the same. It is raised in all of them.
         """
+        if self._facts:
+            return self._facts
         found = {name: server.read_facts(device) for name, device in self.devices.items()}
         own = {"chief 0": server.versions()}
         difference = distribute.first_difference(own | {name: dict(facts.versions) for name, facts in found.items()})
@@ -70,6 +73,7 @@ class Workers:
         difference = difference or distribute.first_difference(budgets)
         if difference:
             raise self.refused(WorkerError(difference))
+        self._facts = found
         return found
 
     def refused(self, error: WorkerError) -> WorkerError:
@@ -209,7 +213,7 @@ class WorkerSession:
             with clock("measure"), tf.init_scope():
                 facts = next(iter(self._workers.facts().values()))
                 device = self._device(facts)
-                in_use_bytes = max(facts.in_use_bytes for facts in server.look(self._workers.own()))
+                in_use_bytes = max((facts.in_use_bytes for facts in server.look(self._workers.own())), default=0)
             with clock("import"):
                 shapes = [tuple(argument.shape) for argument in self._arguments]
                 graph = rewrites.host_update(pipeline.imported(func_graph, shapes))

@@ -6,6 +6,7 @@ it by ops that run in the other process. So there is no further port, and nothin
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -268,21 +269,25 @@ def tell(devices: Sequence[str], error: Exception) -> None:
 
 
 def look(devices: Sequence[str], forgets: bool = False) -> list[Facts]:
-    """Has other processes look at their devices, between two steps. Returns what they say of themselves.
+    """Has other processes look at their devices, between two steps. Returns what those say that are still there.
 
     Args:
         devices: Theirs, as in `read_facts`.
         forgets: Whether they are to forget their peaks so far.
     """
-    _order(devices, {"forgets": forgets})
+    there = _order(devices, {"forgets": forgets})
     time.sleep(4 * _POLL_SECONDS)
-    return [read_facts(device) for device in devices]
+    return [read_facts(device) for device in there]
 
 
-def _order(devices: Sequence[str], order: Mapping[str, Any]) -> None:
+def _order(devices: Sequence[str], order: Mapping[str, Any]) -> list[str]:
+    """Gives processes an order. Returns the devices of those that have it: the others were lost."""
+    reached = []
     for device in devices:
-        with tf.device(device):
+        with contextlib.suppress(tf.errors.InvalidArgumentError, tf.errors.UnavailableError), tf.device(device):
             tf.io.write_file(_ORDERS, json.dumps(order) + "\n")  # which appends, in memory
+            reached.append(device)
+    return reached
 
 
 def _append(path: str, line: str) -> None:

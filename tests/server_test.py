@@ -80,6 +80,7 @@ class Told:
     def __init__(self, monkeypatch, facts):
         self.errors = []
         self.workers = object.__new__(parameter_server.Workers)
+        self.workers._facts = {}
         self.workers.devices = {name: name for name in facts}
         monkeypatch.setattr(server, "read_facts", facts.__getitem__)
         monkeypatch.setattr(server, "tell", lambda devices, error: self.errors.append((devices, str(error))))
