@@ -84,8 +84,8 @@ def fit(names, is_planned):
     """Fits with a smaller last batch and validation; each model plainly, and then with graphswap if it is planned."""
     results = []
     scope = distribution()
-    for name, budgets in itertools.product(names, (None, BUDGETS)[: 1 + is_planned]):
-        budget = budgets and budgets[name]
+    for name, plans in itertools.product(names, (False, True)[: 1 + is_planned]):
+        budget = BUDGETS[name] if plans else None
         log = []
         with trainings.reproducible():
             model, x = compiled(name, budget, optimizer=descent, scope=scope)
