@@ -193,7 +193,7 @@ def expect_one_device(graph: ir.Graph) -> None:
     planned = tf.DeviceSpec.from_string(f"/device:{profiler.device_name()}")
     for node in graph.nodes:
         device = tf.DeviceSpec.from_string(node.device)
-        if device.job is not None:
+        if device.job not in (None, "localhost"):
             raise UnsupportedGraphError(
                 f"expected a step within one process, received node '{node.name}' ({node.op}) on '{node.device}'. "
                 "Train with model.fit under ParameterServerStrategy, which gives its workers their parts of a step."
