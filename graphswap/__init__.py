@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from graphswap.pipeline import function
     from graphswap.plan import Plan
     from graphswap.report import report
+    from graphswap.server import serve
     from graphswap.strategies.base import InfeasibleBudgetError
 
 __version__ = "0.1.0"
@@ -40,6 +41,7 @@ __all__ = [
     "host_variables",
     "report",
     "restore",
+    "serve",
 ]
 
 _HOMES = {
@@ -54,6 +56,7 @@ _HOMES = {
     "host_variables": "host_variable",
     "report": "report",
     "restore": "model_state",
+    "serve": "server",
 }
 
 

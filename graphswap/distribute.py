@@ -205,10 +205,10 @@ def own_name() -> str:
 def check(distribution: tf.distribute.Strategy) -> None:
     """Raises a ValueError for a distribution whose steps can't be rewritten, or whose TF_CONFIG names no cluster."""
     kind = type(distribution).__name__
-    if isinstance(distribution, tf.distribute.experimental.ParameterServerStrategy | tf.distribute.TPUStrategy):
+    if isinstance(distribution, tf.distribute.TPUStrategy):
         raise ValueError(
             f"graphswap: expected a distribution whose workers each hold the variables, received {kind}. "
-            "Use MultiWorkerMirroredStrategy, or compile without graphswap."
+            "Use MultiWorkerMirroredStrategy or ParameterServerStrategy, or compile without graphswap."
         )
     devices = distribution.extended.worker_devices
     if len(devices) != 1:
@@ -236,6 +236,11 @@ def expect_one_device(graph: ir.Graph) -> None:
     planned = tf.DeviceSpec.from_string(f"/device:{profiler.device_name()}")
     for node in graph.nodes:
         device = tf.DeviceSpec.from_string(node.device)
+        if device.job not in (None, "localhost"):
+            raise UnsupportedGraphError(
+                f"expected a step within one process, received node '{node.name}' ({node.op}) on '{node.device}'. "
+                "Train with model.fit under ParameterServerStrategy, which gives its workers their parts of a step."
+            )
         if device.device_type == planned.device_type and device.device_index not in (None, planned.device_index):
             raise UnsupportedGraphError(
                 f"expected a step on one device, {profiler.device_name()}, received node '{node.name}' ({node.op}) on "

@@ -55,6 +55,16 @@ def environment(memory_bytes: int) -> dict[str, str]:
     }
 
 
+def companion_environment() -> dict[str, str]:
+    """Environment variables of a process that has no limit, but the kernels of emulated ones, and counts its bytes.
+
+    Such as the chief of emulated workers, which measures their steps.
+    """
+    variables = environment(_MIB)
+    del variables["TF_CPU_BFC_MEM_LIMIT_IN_MB"], variables[MEMORY_VARIABLE]
+    return variables
+
+
 def reserve() -> None:
     """Makes the allocator take its whole memory as one region, as TensorFlow does on a GPU.
 

@@ -77,6 +77,7 @@ def import_function(
     operations = _in_trace_order(func_graph)
     shapes = _resolved_shapes(func_graph, operations, argument_shapes)
     names = _capture_names(func_graph)
+    homes = _homes(func_graph)
     source = dict(names)  # reference to a copy -> reference to what it copies
     nodes = []
     for operation in operations:
@@ -97,7 +98,7 @@ def import_function(
                 inputs=tuple(inputs),
                 control_inputs=controls,
                 outputs=outputs,
-                device=_local_device(operation),
+                device=homes.get(operation.name) or _local_device(operation),
                 stateful=bool(operation.op_def.is_stateful),
             )
         )
@@ -159,6 +160,32 @@ def _local_device(operation: Any) -> str:
             f"'{operation.name}' ({operation.type}) on '{operation.device}'. Run it in the process that it is for."
         )
     return tf.DeviceSpec(device_type=device.device_type, device_index=device.device_index).to_string()
+
+
+def _homes(func_graph: FuncGraph) -> dict[str, str]:
+    """Operation on a parameter server to its device: those placed there, and what takes a variable that lives there.
+
+    Variables among them, also those that are arguments.
+    """
+    homes = {
+        internal.op.name: external.device for external, internal in func_graph.captures if hasattr(external, "numpy")
+    }
+    homes = {name: device for name, device in homes.items() if _is_on_server(device)}
+    for operation in func_graph.get_operations():
+        if _is_on_server(operation.device):
+            homes[operation.name] = operation.device
+        elif not operation.device and operation.inputs and operation.inputs[0].dtype == tf.resource:
+            home = homes.get(operation.inputs[0].op.name)
+            homes.update({} if home is None else {operation.name: home})
+    for argument in (tensor for tensor in func_graph.inputs if tensor.dtype == tf.resource):
+        readers = {homes.get(reader.name) for reader in argument.consumers()}
+        if len(readers) == 1 and None not in readers:
+            homes.setdefault(argument.op.name, str(*readers))
+    return homes
+
+
+def _is_on_server(device: str | None) -> bool:
+    return bool(device) and tf.DeviceSpec.from_string(device).job == "ps"
 
 
 def _in_trace_order(func_graph: FuncGraph) -> list[Any]:
@@ -527,6 +554,13 @@ def _source(tensor: tf.Tensor) -> Any:
     while operation.type in _COPIES:
         operation = operation.inputs[0].op
     return operation
+
+
+def _copied(tensor: tf.Tensor) -> str:
+    """Reference to what a tensor is a copy of; as imported."""
+    while tensor.op.type in _COPIES and not tensor.op.control_inputs:
+        tensor = tensor.op.inputs[tensor.value_index]
+    return _ref(tensor)
 
 
 def _trips(func_graph: FuncGraph, operation: Any) -> int:
@@ -960,6 +994,18 @@ def build_function(
     return concrete_function_lib.ConcreteFunction.from_func_graph(target, None, {})
 
 
+def as_planned(function: concrete_function_lib.ConcreteFunction) -> concrete_function_lib.ConcreteFunction:
+    """The same function, from now on called without TensorFlow's memory optimiser, in whatever thread."""
+
+    class Planned(type(function)):
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            with without_memory_optimizer():
+                return super().__call__(*args, **kwargs)
+
+    function.__class__ = Planned
+    return function
+
+
 def run_built(
     function: concrete_function_lib.ConcreteFunction, func_graph: FuncGraph, arguments: Sequence[tf.Tensor]
 ) -> Any:
@@ -1103,6 +1149,7 @@ class _Exporter:
         self.source = source
         self.inputs = {name: tensor.op for name, tensor in zip(inputs, source.inputs, strict=True)}
         self.target = target
+        self.remote = [source.get_operation_by_name(name) for name in _homes(source)]
         self.tiers = far_tiers
         self.tensors: dict[str, tf.Tensor] = {}
         self.copies: dict[str, Any] = {}  # SwapOut node -> what its tier keeps
@@ -1115,7 +1162,9 @@ class _Exporter:
         return found
 
     def add(self, node: ir.Node) -> None:
-        if node.op in (ir.SWAP_OUT, ir.SWAP_IN):
+        if "home" in dict(node.attrs):
+            self._add_remote(node)
+        elif node.op in (ir.SWAP_OUT, ir.SWAP_IN):
             self._add_swap(node)
         elif node.op in (ir.FETCH, ir.STORE):
             self._add_access(node)
@@ -1273,6 +1322,49 @@ class _Exporter:
         operation.outputs[0].set_shape(value.shape)
         self.tensors[node.name] = operation.outputs[0]
         self.done[node.name] = [operation]
+
+    def _add_remote(self, node: ir.Node) -> None:
+        """Adds what moves a value between this worker and a parameter server, and what waits for it on either side.
+
+        TensorFlow moves a tensor once to each device that reads it, as soon as it is there. So the server makes another
+        tensor of it for each fetch, when the worker asks for it.
+        """
+        attrs = dict(node.attrs)
+        home = str(attrs["home"])
+        if node.op == ir.STORE:
+            value = self.tensor(node.inputs[0])
+            with self._placed(node):
+                # As strings: what is sent as it is stays on the device until gRPC lets go of it, some time later.
+                leaving = tiers.strings(value)
+                with tf.device(home):
+                    copy = tiers.FarCopy(leaving, [])
+                    arrived = self.tiers.swap_in(copy, value.dtype.name, tuple(value.shape.as_list()))
+            for operation in self.remote:
+                for index, tensor in enumerate(operation.inputs):
+                    if _copied(tensor) == attrs["value"]:
+                        operation._update_input(index, arrived)
+            self.done[node.name] = [string.op for string in leaving]
+            return
+        handle = str(attrs.get("handle") or node.inputs[0])
+        with self._placed(node):
+            with tf.device(home):
+                read = self._read(str(attrs["source"]), handle)
+                asked = tf.identity(read) if node.op == ir.FETCH else read
+            # Grappler takes an Identity out, and would let others wait for the server itself.
+            tensor = tf.raw_ops.EnsureShape(input=asked, shape=asked.shape)
+        self.tensors[node.name] = tensor
+        self.done[node.name] = [tensor.op]
+
+    def _read(self, name: str, handle: str) -> tf.Tensor:
+        """What a server's read of a variable makes, in the graph that is built."""
+        operation = self.source.get_operation_by_name(name)
+        if self.target is self.source:
+            return operation.outputs[0]
+        with tf.control_dependencies(None):
+            dtype = operation.outputs[0].dtype
+            read = tf.raw_ops.ReadVariableOp(resource=self.tensor(handle), dtype=dtype)
+        read.set_shape(operation.outputs[0].shape)
+        return read
 
     def _add_inserted(self, node: ir.Node) -> None:
         """Adds what stands in the place of an op on a variable itself, or joins and splits blocks of gradients."""

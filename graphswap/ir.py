@@ -42,7 +42,7 @@ SWAP_IN = "SwapIn"
 FETCH = "Fetch"
 """Brings the value of a variable that lies in a far tier to the device. Reads the handles of its pieces there."""
 STORE = "Store"
-"""Gives such a variable a new value: its first input. The others are the handles."""
+"""Gives such a variable a new value: its first input. The others are the handles; without any, it is sent away."""
 
 BARRIER = "XlaOptimizationBarrier"
 """Passes each input on as an output once all of them are there. XLA merges and moves nothing across it."""
@@ -192,13 +192,13 @@ class Graph:
     @functools.cached_property
     def stores(self) -> Mapping[str, str]:
         """Handle of a variable in a far tier to the name of the node that gives it a new value."""
-        return {node.inputs[1]: node.name for node in self.nodes if node.op == STORE}
+        return {node.inputs[1]: node.name for node in self.nodes if node.op == STORE and len(node.inputs) > 1}
 
     @functools.cached_property
     def placed(self) -> Mapping[str, str]:
         """Variables that live in far tiers, each with its tier."""
         accesses = [dict(node.attrs) for node in self.nodes if node.op in (FETCH, STORE)]
-        return {str(attrs["variable"]): str(attrs["tier"]) for attrs in accesses}
+        return {str(attrs["variable"]): str(attrs["tier"]) for attrs in accesses if "variable" in attrs}
 
     @functools.cached_property
     def blocks(self) -> Mapping[str, tuple[str, ...]]:

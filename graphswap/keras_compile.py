@@ -7,21 +7,27 @@ Two more are mended, as Keras 3.15 can't `fit` or `evaluate` under MultiWorkerMi
 `TensorFlowTrainer._maybe_symbolic_build` averages a whole batch over all workers to learn its shapes, which TensorFlow
 refuses, and `reduce_per_replica` averages losses and metrics along an axis that scalars don't have.
 
+Four more make `fit`, `evaluate` and `predict` work under ParameterServerStrategy (keras-team/keras#18624):
+`TFEpochIterator.__init__` would have workers read the dataset, which is the chief's here, `make_test_function` and
+`make_predict_function` would ask for them, and `Trainer._get_metrics_result_or_logs` does not wait for them.
+
 `disable` puts all of them back.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import keras
 import tensorflow as tf
 from keras.src.backend.tensorflow import trainer
-from keras.src.backend.tensorflow.trainer import TensorFlowTrainer
+from keras.src.backend.tensorflow.trainer import TensorFlowTrainer, TFEpochIterator
 from keras.src.trainers.trainer import Trainer
 
-from graphswap import distribute, graphdef, model_state, pipeline
+from graphswap import distribute, graphdef, keras_training, model_state, pipeline
 from graphswap.options import Options
 
 _PACKAGE = "graphswap"
@@ -38,11 +44,19 @@ def enable() -> None:
     _originals["make_train_function"] = TensorFlowTrainer.make_train_function
     _originals["_maybe_symbolic_build"] = TensorFlowTrainer._maybe_symbolic_build
     _originals["reduce_per_replica"] = trainer.reduce_per_replica
+    _originals["TFEpochIterator"] = TFEpochIterator.__init__
+    _originals["make_test_function"] = TensorFlowTrainer.make_test_function
+    _originals["make_predict_function"] = TensorFlowTrainer.make_predict_function
+    _originals["_get_metrics_result_or_logs"] = Trainer._get_metrics_result_or_logs
     Trainer.compile = functools.wraps(Trainer.compile)(_compile)
     Trainer.get_compile_config = functools.wraps(Trainer.get_compile_config)(_get_compile_config)
     TensorFlowTrainer.make_train_function = functools.wraps(TensorFlowTrainer.make_train_function)(_make_train_function)
     TensorFlowTrainer._maybe_symbolic_build = functools.wraps(TensorFlowTrainer._maybe_symbolic_build)(_maybe_build)
     trainer.reduce_per_replica = functools.wraps(trainer.reduce_per_replica)(_reduce_per_replica)
+    TFEpochIterator.__init__ = functools.wraps(TFEpochIterator.__init__)(_epoch_iterator)
+    for name in ("make_test_function", "make_predict_function"):
+        setattr(TensorFlowTrainer, name, functools.partialmethod(_make_on_chief, name))
+    Trainer._get_metrics_result_or_logs = functools.wraps(Trainer._get_metrics_result_or_logs)(_result_or_logs)
 
 
 def disable() -> None:
@@ -54,6 +68,10 @@ def disable() -> None:
     TensorFlowTrainer.make_train_function = _originals.pop("make_train_function")
     TensorFlowTrainer._maybe_symbolic_build = _originals.pop("_maybe_symbolic_build")
     trainer.reduce_per_replica = _originals.pop("reduce_per_replica")
+    TFEpochIterator.__init__ = _originals.pop("TFEpochIterator")
+    TensorFlowTrainer.make_test_function = _originals.pop("make_test_function")
+    TensorFlowTrainer.make_predict_function = _originals.pop("make_predict_function")
+    Trainer._get_metrics_result_or_logs = _originals.pop("_get_metrics_result_or_logs")
     keras.saving.get_custom_objects().pop(f"{_PACKAGE}>Options", None)
     graphdef.off_traced()
 
@@ -62,15 +80,21 @@ def _compile(self: Any, *args: Any, graphswap: Any = None, **kwargs: Any) -> Non
     options = None if graphswap is None else Options.from_value(graphswap)
     session = None
     if options is not None:
-        _refuse(self, args, kwargs)
+        _refuse(self, options, args, kwargs)
         # Keras's own "auto" is its default, so that it can't mean to try both back ends.
         args, kwargs["jit_compile"] = args[:_JIT_COMPILE], _named(args, kwargs).get("jit_compile") is True
-        variables = functools.partial(model_state.named_variables, self)
-        session = pipeline.session(options, kwargs["jit_compile"], variables)
+        if not _has_servers(self.distribute_strategy):
+            variables = functools.partial(model_state.named_variables, self)
+            session = pipeline.session(options, kwargs["jit_compile"], variables)
     _originals["compile"](self, *args, **kwargs)
+    training = None
+    if _has_servers(self.distribute_strategy):
+        training = keras_training.Training(self, options)
+        session = None if options is None else training.session
     # Keras tracks what is set as an attribute; a session is none of the model's parts.
     object.__setattr__(self, "_graphswap_options", options)
     object.__setattr__(self, "_graphswap_session", session)
+    object.__setattr__(self, "_graphswap_training", training)
 
 
 _NAMES = (
@@ -85,7 +109,7 @@ def _named(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     return {**dict(zip(_NAMES, args, strict=False)), **kwargs}
 
 
-def _refuse(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _refuse(model: Any, options: Options, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Raises for what graphswap can't be combined with, before anything is compiled."""
     given = _named(args, kwargs)
     if keras.backend.backend() != "tensorflow":
@@ -103,9 +127,16 @@ def _refuse(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             "graphswap: expected an optimizer, received optimizer=None. Without one there is no training step to "
             "rewrite. Name an optimizer, or compile without graphswap."
         )
-    if model._distribute_strategy is not None:
+    has_servers = _has_servers(model.distribute_strategy)
+    if model._distribute_strategy is not None and not has_servers:
         distribute.check(model.distribute_strategy)
-    if given.get("jit_compile") is True and model.distribute_strategy.num_replicas_in_sync > 1:
+    if options.asynchronous and not has_servers:
+        raise ValueError(
+            "graphswap: expected asynchronous=False without parameter servers, received True. Make the model in the "
+            "scope of a ParameterServerStrategy, or leave asynchronous out."
+        )
+    is_compiled = given.get("jit_compile") is True or (has_servers and options.jit_compile not in (None, False))
+    if is_compiled and (has_servers or model.distribute_strategy.num_replicas_in_sync > 1):
         raise ValueError(
             "graphswap: expected jit_compile=False with several workers, received True. XLA inside TensorFlow compiles "
             "no collectives for CPUs. Leave jit_compile out, or compile without graphswap."
@@ -121,11 +152,15 @@ def _get_compile_config(self: Any) -> Any:
 
 
 def _make_train_function(self: Any, force: bool = False) -> Any:
-    session = getattr(self, "_graphswap_session", None)
-    if session is None:
+    session, training = getattr(self, "_graphswap_session", None), getattr(self, "_graphswap_training", None)
+    if session is None and training is None:
         return _originals["make_train_function"](self, force)
     if self.train_function is not None and not force:
         return self.train_function
+    if training is not None:
+        self.train_function = functools.partial(_train_with_servers, self, training)
+        return None
+    assert session is not None
     train_step, distribution = self.train_step, self.distribute_strategy
 
     @tf.autograph.experimental.do_not_convert
@@ -161,6 +196,74 @@ def _make_train_function(self: Any, force: bool = False) -> Any:
 
     self.train_function = train_function
     return None
+
+
+def _train_with_servers(self: Any, training: keras_training.Training, iterator: Any) -> Any:
+    """Trains on the next batches."""
+    logs = None
+    for _ in range(self.steps_per_execution):
+        try:
+            batch = next(iterator)
+        except (StopIteration, tf.errors.OutOfRangeError):
+            break
+        with self.distribute_strategy.scope():
+            _build(self, batch)
+        logs = training.run(batch)
+    if logs is None:
+        raise StopIteration
+    return logs
+
+
+def _has_servers(distribution: Any) -> bool:
+    return isinstance(distribution, tf.distribute.ParameterServerStrategy)
+
+
+class _Local:
+    """In the place of a distribution: datasets are read by this process."""
+
+    @staticmethod
+    def experimental_distribute_dataset(dataset: Any) -> Any:
+        return dataset
+
+
+def _epoch_iterator(self: Any, distribute_strategy: Any = None, *args: Any, **kwargs: Any) -> None:
+    """Keras's method, with datasets under ParameterServerStrategy left to the chief."""
+    local = _Local() if _has_servers(distribute_strategy) else distribute_strategy
+    _originals["TFEpochIterator"](self, local, *args, **kwargs)
+
+
+def _make_on_chief(self: Any, name: str, force: bool = False) -> Any:
+    """Keras's method of that name, whose function the chief runs under ParameterServerStrategy."""
+    attribute = name.removeprefix("make_")
+    before = getattr(self, attribute)
+    result = _originals[name](self, force)
+    made = getattr(self, attribute)
+    if made is before or not _has_servers(self.distribute_strategy):
+        return result
+
+    def function(*args: Any) -> Any:
+        with _without_distribution(self):
+            return made(*args)
+
+    setattr(self, attribute, function)
+    return result
+
+
+@contextlib.contextmanager
+def _without_distribution(model: Any) -> Iterator[None]:
+    distribution, model._distribute_strategy = model._distribute_strategy, None
+    try:
+        yield
+    finally:
+        model._distribute_strategy = distribution
+
+
+def _result_or_logs(self: Any, logs: Any) -> Any:
+    """Keras's method, after all that workers were given."""
+    training = getattr(self, "_graphswap_training", None)
+    if training is not None:
+        logs = training.finish() or logs
+    return _originals["_get_metrics_result_or_logs"](self, logs)
 
 
 def _maybe_build(self: Any, iterator: Any = None, data_batch: Any = None) -> None:

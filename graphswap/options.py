@@ -45,6 +45,8 @@ class Options:
         plan: A file of `StepReport.save_plan`: nothing is planned anew, and a step with another graph is refused.
         jit_compile: Whether XLA compiles the step; "auto": a few steps of the training run under XLA and under
             TensorFlow's executor, and the faster goes on; None: as `model.compile` is told, whose own "auto" is off.
+        asynchronous: Whether, under ParameterServerStrategy, each batch is one worker's, whose gradients count when
+            they come; else all workers share each batch.
 
     Raises:
         ValueError: If a value is out of range or unknown.
@@ -58,6 +60,7 @@ class Options:
     on_unsupported: str = "raise"
     plan: str | os.PathLike[str] | None = None
     jit_compile: bool | str | None = None
+    asynchronous: bool = False
 
     def __post_init__(self) -> None:
         for name, checked in (
@@ -68,6 +71,7 @@ class Options:
             ("plan", _path(self.plan)),
             ("on_unsupported", _word("on_unsupported", self.on_unsupported, UNSUPPORTED_WORDS)),
             ("jit_compile", _jit_compile(self.jit_compile)),
+            ("asynchronous", _flag("asynchronous", self.asynchronous)),
         ):
             object.__setattr__(self, name, checked)
 
@@ -210,6 +214,12 @@ def _jit_compile(value: object) -> bool | str | None:
     if value is None or isinstance(value, bool) or value == "auto":
         return value  # pyright: ignore[reportReturnType]
     raise ValueError(f'jit_compile: expected True, False, "auto" or None, received {value!r}. Leave it out for None.')
+
+
+def _flag(name: str, value: object) -> bool:
+    if isinstance(value, bool):
+        return value
+    raise ValueError(f"{name}: expected True or False, received {value!r}. Leave it out for False.")
 
 
 def _path(value: object) -> str | None:

@@ -181,7 +181,7 @@ class Session:
                     self._functions[key] = make(self)
                 with graphdef.without_memory_optimizer():
                     result = self._call(key, placed_args, placed_kwargs)
-            except _NestedCalls:
+            except NestedCalls:
                 self._inlines = True
                 self._forget()
             except _Branches as found:
@@ -233,7 +233,7 @@ class Session:
                 "step's graph, and an eager step has none. Set run_eagerly=False and "
                 "tf.config.run_functions_eagerly(False), or train without graphswap."
             )
-        graphdef.on_traced(_optimize)
+        graphdef.on_traced(optimize_marked)
         if self._inlines:
             return graphdef.call_inline(step, args, kwargs)
         return step(*args, **kwargs)
@@ -440,7 +440,7 @@ class Session:
         """Takes a better plan, which needs the step to be traced again; else corrects the predictions of this one."""
         step = watched.step
         what = f"{step.name}, round {len(step.rounds) + 1} of {replanning.MOST_ROUNDS}"
-        with _progress(what) as progress, _Clock(progress, step.breakdown)("replan"):
+        with shown_progress(what) as progress, Clock(progress, step.breakdown)("replan"):
             planned, done = self._planner.replan(watched.planned, costs, seen)
         self._end_watch(shapes, done)
         if planned.plan is watched.planned.plan:
@@ -467,13 +467,13 @@ class Session:
             if not placement.are_initialized(graphdef.variables(func_graph)):
                 return  # the trace that makes the variables; TensorFlow traces again
         if not self._inlines and graphdef.has_calls(func_graph):
-            raise _NestedCalls
+            raise NestedCalls
         if self._taken is not None:
             graphdef.take_branches(func_graph, self._taken)
         elif not self.jit_compile and (decide := graphdef.decidable_branches(func_graph)) is not None:
             raise _Branches(decide)
-        with _progress(func_graph.name) as progress:
-            clock = _Clock(progress)
+        with shown_progress(func_graph.name) as progress:
+            clock = Clock(progress)
             shapes = self._argument_shapes(func_graph)
             captured = graphdef.captured_variables(func_graph)
             self._captured.update({id(variable): variable for variable in captured.values()})
@@ -507,15 +507,15 @@ class Session:
             replanned, rounds = self._replanned.pop(shapes, (None, []))
 
             def plan() -> planning.Planned:
-                with _as_asked(budget, share):
+                with as_asked(budget, share):
                     return self._planner.plan(func_graph, graph, self._arguments, cost_model, budget, clock)
 
             if self.jit_compile:
-                with _as_asked(budget, share):
+                with as_asked(budget, share):
                     self._compile(func_graph, shapes, graph, cost_model, budget, share, clock)
                 return
             if replanned is not None and replanned.graph.fingerprint == graph.fingerprint:
-                with clock("plan"), _as_asked(budget, share):
+                with clock("plan"), as_asked(budget, share):
                     planned = self._planner.resume(replanned, cost_model)
             elif leads is None:
                 planned = plan()
@@ -526,7 +526,7 @@ class Session:
                 with clock("rewrite"):
                     rewritten = rewrites.rewrite(graph, planned.plan)
                     graphdef.export_function(func_graph, rewritten, self._tiers)
-            step = _step_report(planned, share / self._scale, clock.seconds, rounds, self.options.memory_budget)
+            step = step_report(planned, share / self._scale, clock.seconds, rounds, self.options.memory_budget)
             self._add_report(func_graph, shapes, step)
             is_alone = self._workers.count == 1  # else steps last as long as the slowest worker's
             if is_alone and not (planned.plan.is_empty or planned.is_settled) and profiler.is_synchronous():
@@ -534,7 +534,7 @@ class Session:
                     planned, rewritten, step, int(budget / share), profiler.memory_in_use("peak")
                 )
 
-    def _import(self, func_graph: graphdef.FuncGraph, shapes: Sequence[graphdef.Shape], clock: _Clock) -> ir.Graph:
+    def _import(self, func_graph: graphdef.FuncGraph, shapes: Sequence[graphdef.Shape], clock: Clock) -> ir.Graph:
         with clock("import"):
             graph = (graphdef.import_function if self.jit_compile else imported)(func_graph, shapes)
         distribute.expect_one_device(graph)
@@ -598,7 +598,7 @@ class Session:
         cost_model: CostModel,
         budget: int,
         share: float,
-        clock: _Clock,
+        clock: Clock,
     ) -> None:
         """Rewrites a step that XLA will compile."""
 
@@ -623,7 +623,7 @@ class Session:
             with tf.init_scope():
                 room = budget - allocator.HOLE_BYTES - (profiler.memory_in_use() or 0)
                 self._fences.append(placement.fence(room, profiler.device_name()))
-        step = _step_report(found.planned, share / self._scale, clock.seconds, [], self.options.memory_budget)
+        step = step_report(found.planned, share / self._scale, clock.seconds, [], self.options.memory_budget)
         step.status = "needs nothing" if found.rewritten is graph else "rewritten for XLA"
         step.plain_peak_bytes, step.predicted_peak_bytes = found.plain_bytes, found.peak_bytes
         self._add_report(func_graph, shapes, step)
@@ -837,7 +837,7 @@ def function(step: Callable[..., Any] | None = None, *, memory_budget: int | str
 
 
 @contextlib.contextmanager
-def _as_asked(budget: int, share: float) -> Iterator[None]:
+def as_asked(budget: int, share: float) -> Iterator[None]:
     """Turns the numbers of an InfeasibleBudgetError into those that the user would ask for.
 
     Args:
@@ -851,7 +851,7 @@ def _as_asked(budget: int, share: float) -> Iterator[None]:
         raise InfeasibleBudgetError(asked, smallest + 1, error.node, bound, error.spent_seconds) from None
 
 
-class _NestedCalls(Exception):
+class NestedCalls(Exception):
     """The trace calls other tf.functions: trace again and dissolve them."""
 
 
@@ -867,17 +867,27 @@ def _what_ran_out(error: tf.errors.OpError) -> str:
     return planning.summary(error) if isinstance(error, tf.errors.ResourceExhaustedError) else "when a value came back"
 
 
-def _optimize(func_graph: graphdef.FuncGraph, mark: Any) -> None:
+def optimize_marked(func_graph: graphdef.FuncGraph, mark: Any) -> None:
+    """For `graphdef.on_traced`: has the session that marked a function rewrite it."""
     mark.optimize(func_graph)
 
 
-def _step_report(
+def step_report(
     planned: planning.Planned,
     share: float,
     breakdown: dict[str, float],
     rounds: Sequence[replanning.Round],
     asked: int | str,
 ) -> StepReport:
+    """What a report says of a plan.
+
+    Args:
+        planned: The plan.
+        share: Of the user's budget that was planned for.
+        breakdown: Seconds that planning took, by phase.
+        rounds: Of replanning that led to it.
+        asked: The budget as the user gave it.
+    """
     plan, timeline, scale = planned.plan, planned.timeline, planned.time_scale
     free_bound_bytes = planned.free_bound_bytes
     return StepReport(
@@ -930,7 +940,7 @@ def _shape(tensor: tf.Tensor) -> graphdef.Shape:
     return None if tensor.shape.rank is None else tuple(tensor.shape.as_list())
 
 
-class _Clock:
+class Clock:
     """Adds up the seconds of named phases, and shows them."""
 
     def __init__(self, progress: Callable[[str], None], seconds: dict[str, float] | None = None):
@@ -948,7 +958,7 @@ class _Clock:
 
 
 @contextlib.contextmanager
-def _progress(name: str) -> Iterator[Callable[[str], None]]:
+def shown_progress(name: str) -> Iterator[Callable[[str], None]]:
     """Shows what is going on in one line of a terminal; says nothing elsewhere."""
     if not sys.stderr.isatty():
         yield lambda phase: None

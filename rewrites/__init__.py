@@ -8,6 +8,8 @@ from graphswap.rewrites import pass_manager
 from graphswap.rewrites.anchor import anchor
 from graphswap.rewrites.barriers import barriers
 from graphswap.rewrites.exchange import exchange as exchange
+from graphswap.rewrites.host_update import PS_TIER as PS_TIER
+from graphswap.rewrites.host_update import host_update as host_update
 from graphswap.rewrites.ordering import ordering
 from graphswap.rewrites.place import place as place
 from graphswap.rewrites.prune import prune
@@ -48,6 +50,16 @@ def rewrite(graph: ir.Graph, plan: Plan, passes: Sequence[pass_manager.RewritePa
         ir.GraphError: If a pass leaves a broken graph.
     """
     return graph if plan.is_empty else pass_manager.run_passes(graph, plan, passes)
+
+
+def rewrite_for_worker(graph: ir.Graph, plan: Plan) -> ir.Graph:
+    """Carries out the plan for a worker's part of a step. An empty plan holds the order: what comes from parameter
+    servers would come at once.
+
+    Raises:
+        ir.GraphError: If a pass leaves a broken graph.
+    """
+    return pass_manager.run_passes(graph, plan, PASSES)
 
 
 def rewrite_for_jit(graph: ir.Graph, plan: Plan) -> ir.Graph:

@@ -8,6 +8,8 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from graphswap import emulate
@@ -52,6 +54,51 @@ def run(workers: int, memory_bytes: int | None, file: str, function: str, *argum
             stack.callback(process.kill)
             started.append((process, out, err))
         return [_ended(*one) for one in started]
+
+
+def run_with_servers(
+    workers: int,
+    memory_bytes: Mapping[str, int],
+    file: str,
+    function: str,
+    *arguments: Any,
+    killed: tuple[str, float] | None = None,
+    configs: Mapping[str, str] | None = None,
+) -> dict[str, Ended]:
+    """The same with a chief and one parameter server, in processes that all call the function.
+
+    Args:
+        workers: How many.
+        memory_bytes: Of emulated accelerators, by task: "worker 0".
+        file: The file.
+        function: The function's name. It is to call `graphswap.serve` first.
+        *arguments: For the function.
+        killed: A task to end by SIGKILL, and so many seconds after the chief has printed a first line.
+        configs: TF_CONFIG of tasks that get another one than the cluster's.
+
+    Returns:
+        Task to what came of it. The others are ended when the chief has ended, unless they end by themselves.
+    """
+    tasks = {str(task): config for task, config in launch.cluster_configs(workers, 1).items()}
+    tasks.update(configs or {})
+    with contextlib.ExitStack() as stack:
+        started = {}
+        for task, config in tasks.items():
+            limit = memory_bytes.get(task)
+            emulated = emulate.companion_environment() if limit is None else emulate.environment(limit)
+            variables = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TF_CONFIG": config, **emulated}
+            command = [sys.executable, *([] if limit is None else ["-m", "graphswap.emulate"]), file, function]
+            out, err = (stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(2))
+            process = subprocess.Popen([*command, json.dumps(arguments)], env=variables, stdout=out, stderr=err)
+            stack.callback(process.kill)
+            started[task] = (process, out, err)
+        if killed is not None:
+            task, seconds = killed
+            while not os.fstat(started["chief 0"][1].fileno()).st_size and started["chief 0"][0].poll() is None:
+                time.sleep(0.1)
+            time.sleep(seconds)
+            started[task][0].kill()
+        return {task: _ended(*one) for task, one in started.items()}
 
 
 def call(workers: int, memory_bytes: int | None, file: str, function: str, *arguments: Any) -> list[Any]:

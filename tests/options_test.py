@@ -216,7 +216,8 @@ def test_from_value_refuses(value):
         (
             {"memory_budjet": 1},
             'graphswap.Options: expected one of "memory_budget", "strategy", "swap_to", "planning_seconds", '
-            '"on_unsupported", "plan", "jit_compile", received \'memory_budjet\'. Did you mean "memory_budget"?',
+            '"on_unsupported", "plan", "jit_compile", "asynchronous", received \'memory_budjet\'. '
+            'Did you mean "memory_budget"?',
         ),
         (
             {"strategy": "auto"},
@@ -239,7 +240,7 @@ def test_from_config_refuses(config, message):
 def test_options_survive_saving(tmp_path):
     options = Options("2GiB", strategy=next(iter(strategies.STRATEGIES)), swap_to=tmp_path, planning_seconds=5)
     config = options.get_config()
-    assert {type(value) for value in config.values()} == {int, str, float, type(None)}
+    assert {type(value) for value in config.values()} == {int, str, float, bool, type(None)}
     assert Options.from_config(config) == options
 
 

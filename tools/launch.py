@@ -70,8 +70,7 @@ def launch(script: Sequence[str], workers: int, ps: int = 0, memory_bytes: int |
     with _asked_to_end() as asked:
         try:
             for task, config in cluster_configs(workers, ps).items():
-                is_emulated = memory_bytes is not None and task.job == "worker"
-                started[task] = _started(script, config, memory_bytes if is_emulated else None)
+                started[task] = _started(script, config, memory_bytes, is_limited=task.job == "worker")
             for task, process in started.items():
                 outputs += [_forward(task, process.stdout, sys.stdout), _forward(task, process.stderr, sys.stderr)]
             status = _wait(started, asked)
@@ -103,11 +102,13 @@ def _free_ports(count: int) -> list[int]:
         return [one.getsockname()[1] for one in sockets]
 
 
-def _started(script: Sequence[str], config: str, memory_bytes: int | None) -> subprocess.Popen[str]:
+def _started(script: Sequence[str], config: str, memory_bytes: int | None, is_limited: bool) -> subprocess.Popen[str]:
     """A process in a group of its own, so that what it starts ends with it."""
     variables = {**os.environ, "TF_CONFIG": config, "PYTHONUNBUFFERED": "1"}
     command = [sys.executable, *script]
-    if memory_bytes is not None:
+    if memory_bytes is not None and not is_limited:
+        variables |= emulate.companion_environment()
+    elif memory_bytes is not None:
         variables |= emulate.environment(memory_bytes)
         command[1:1] = ["-m", "graphswap.emulate"]
     return subprocess.Popen(
