@@ -86,11 +86,11 @@ def _compile(self: Any, *args: Any, graphswap: Any = None, **kwargs: Any) -> Non
         if not _has_servers(self.distribute_strategy):
             variables = functools.partial(model_state.named_variables, self)
             session = pipeline.session(options, kwargs["jit_compile"], variables)
-    _originals["compile"](self, *args, **kwargs)
     training = None
     if _has_servers(self.distribute_strategy):
         training = keras_training.Training(self, options)
         session = None if options is None else training.session
+    _originals["compile"](self, *args, **kwargs)
     # Keras tracks what is set as an attribute; a session is none of the model's parts.
     object.__setattr__(self, "_graphswap_options", options)
     object.__setattr__(self, "_graphswap_session", session)

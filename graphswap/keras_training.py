@@ -11,7 +11,7 @@ import collections
 import contextlib
 import functools
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -27,24 +27,30 @@ class Training:
     Args:
         model: The model.
         options: What the user asked for; None to train without planning.
-
-    Attributes:
-        session: The plans of what workers run, and the report of them.
-
-    Raises:
-        ValueError: If TF_CONFIG lacks something, or the options ask for what workers can't do.
     """
 
     def __init__(self, model: keras.Model, options: Options | None):
         self._model = model
-        self._workers = parameter_server.Workers(model.distribute_strategy)
-        self.session = parameter_server.WorkerSession(options, self._workers)
+        self._options = options
         self._is_synchronous = options is None or not options.asynchronous
         self._buffers: list[list[tf.Variable]] = []  # for the gradients of each share
         self._trained: list[bool] = []  # which of the weights have a gradient
         self._assigned: list[keras.Variable] = []  # what a step assigns besides
         self._pending: collections.deque[tuple[int, Any]] = collections.deque()  # buffer, and what will come of a step
         self._logs: Mapping[str, Any] = {}
+
+    @functools.cached_property
+    def session(self) -> parameter_server.WorkerSession:
+        """The plans of what workers run, and the report of them.
+
+        Raises:
+            ValueError: If TF_CONFIG lacks something, or the options ask for what workers can't do.
+        """
+        return parameter_server.WorkerSession(self._options, self._workers)
+
+    @functools.cached_property
+    def _workers(self) -> parameter_server.Workers:
+        return parameter_server.Workers(self._model.distribute_strategy)
 
     # --- steps -------------------------------------------------------------------------------------------------
 
@@ -66,19 +72,21 @@ class Training:
             WorkerError: If processes differ, or the servers have no room.
         """
         self._prepare()
-        batch = tf.nest.map_structure(tf.convert_to_tensor, batch)
+        batch = tf.nest.map_structure(_tensor, batch)
         if not self._is_synchronous:
+            if not self.session.is_planned((batch, self._buffers[0])):  # planning looks at workers between two steps
+                self._finish_pending()
             free = [index for index in range(len(self._buffers)) if index not in dict(self._pending)]
             if not free:
                 self._finish_oldest()
                 free = [index for index in range(len(self._buffers)) if index not in dict(self._pending)]
-            self._pending.append((free[0], self._schedule(batch, free[0])))
+            self._pending.append((free[0], *self._scheduled([batch], free)))
             return self._logs
         start = time.perf_counter()
+        shares = self._shares(batch)
         while True:
-            shares = self._shares(batch)
             try:
-                results = [self._schedule(share, index) for index, share in enumerate(shares)]
+                results = self._scheduled(shares, range(len(shares)))
                 self._workers.coordinator.join()
                 updates = [result.fetch() for result in results]
             except tf.errors.ResourceExhaustedError as error:
@@ -88,25 +96,39 @@ class Training:
                 break
         sizes = [_size(share) for share in shares]
         self._logs = self._apply(list(range(len(shares))), [size / sum(sizes) for size in sizes], updates)
-        self.session.record(time.perf_counter() - start)
+        self.session.record(time.perf_counter() - start, (max(shares, key=_size), self._buffers[0]))
         return self._logs
 
     def finish(self) -> Mapping[str, Any]:
-        """Waits for all that workers were given, and counts it. Returns the model's metrics; nothing before a step."""
+        """Waits for all that workers were given, and counts it. Returns the model's metrics; nothing without a step."""
+        logs: Mapping[str, Any] = {}
+        if self._buffers:
+            self._finish_pending()
+            self.session.record_peaks()
+            logs, self._logs = self._logs, {}
+        return logs
+
+    def _finish_pending(self) -> None:
         while self._pending:
             self._finish_oldest()
-        if self.session.report.steps:
-            self.session.record_peaks()
-        return self._logs
 
     def _finish_oldest(self) -> None:
         index, result = self._pending.popleft()
-        self._logs = self._apply([index], [1.0], [result.fetch()])
+        try:
+            update = result.fetch()
+        except BaseException:
+            self._pending.clear()
+            with contextlib.suppress(Exception):  # of others, which are given up
+                self._workers.coordinator.join()
+            raise
+        self._logs = self._apply([index], [1.0], [update])
 
-    def _schedule(self, share: Any, index: int) -> Any:
-        arguments = (share, self._buffers[index])
-        function = self.session.function(self._compute, arguments)
-        return self._workers.coordinator.schedule(function, args=arguments)
+    def _scheduled(self, shares: Sequence[Any], indices: Sequence[int]) -> list[Any]:
+        """Has workers compute shares into buffers, once all of them are planned."""
+        calls = [(share, self._buffers[index]) for share, index in zip(shares, indices, strict=False)]
+        functions = [self.session.function(self._compute, call) for call in calls]
+        schedule = self._workers.coordinator.schedule
+        return [schedule(function, args=call) for function, call in zip(functions, calls, strict=True)]
 
     def _shares(self, batch: Any) -> list[Any]:
         """The workers' parts of a batch, whose sizes differ by one at most; none is empty."""
@@ -137,10 +159,15 @@ class Training:
         """Computes gradients into buffers. Returns the new values of what else the step assigns."""
         model = self._model
         metrics = [(variable, tf.zeros(variable.shape, variable.dtype)) for variable in model.metrics_variables]
-        with keras.StatelessScope(metrics) as scope, _recorded(model.optimizer) as applied:
+        with keras.StatelessScope(metrics, collect_losses=True) as scope, _recorded(model.optimizer) as applied:
             initial = dict(scope.state_mapping)
-            model.train_step(batch)
-            others = [*model.metrics_variables, *model.non_trainable_variables]
+            try:
+                model.train_step(batch)
+            except AttributeError:  # of a weight that was assigned: Keras finds no variable in it
+                _expect_known(model, scope)
+                raise
+            _expect_known(model, scope)
+            others = _assignable(model)
             values = {id(variable): (variable, scope.get_current_value(variable)) for variable in others}
         if len(applied) != 1:
             raise ValueError(
@@ -156,7 +183,15 @@ class Training:
                     tf.raw_ops.AssignVariableOp(resource=buffer.handle, value=value)
         changed = [(v, new) for v, new in values.values() if new is not None and new is not initial.get(id(v))]
         self._assigned = [variable for variable, _ in changed]
-        return [tf.convert_to_tensor(value) for _, value in changed]
+        return [
+            tf.convert_to_tensor(new - variable.value if self._is_added(variable, initial) else new)
+            for variable, new in changed
+        ]
+
+    def _is_added(self, variable: Any, metrics: Container[int]) -> bool:
+        """Whether of a variable its change counts, as another batch may have changed it meanwhile."""
+        is_float = tf.as_dtype(variable.dtype).is_floating
+        return not self._is_synchronous and is_float and id(variable) not in metrics
 
     # --- what parameter servers run ----------------------------------------------------------------------------
 
@@ -192,14 +227,32 @@ class Training:
             model.optimizer.apply(gradients, model.trainable_variables)
             metrics = {id(variable) for variable in model.metrics_variables}
             for variable, *values in zip(self._assigned, *updates, strict=True):
-                if id(variable) in metrics:
+                if id(variable) in metrics or self._is_added(variable, metrics):
                     variable.assign(variable.value + tf.add_n(values))
-                elif variable.aggregation == "mean" and len(values) > 1:
+                elif len(values) > 1 and values[0].dtype.is_floating and variable.aggregation != "only_first_replica":
                     parts = [value * tf.cast(shares[index], value.dtype) for index, value in enumerate(values)]
                     variable.assign(tf.add_n(parts))
                 else:
                     variable.assign(values[0])
             return model.get_metrics_result()
+
+
+def _assignable(model: keras.Model) -> list[Any]:
+    """The variables that a step may assign itself."""
+    return [*model.metrics_variables, *model.non_trainable_variables]
+
+
+def _expect_known(model: keras.Model, scope: Any) -> None:
+    """Raises a ValueError if a step in the scope has assigned other variables."""
+    lost = {*scope.state_mapping} - {*map(id, _assignable(model))}
+    if lost:
+        known = (*model.trainable_variables, *model.optimizer.variables)
+        names = [variable.path for variable in known if id(variable) in lost] or ["a variable of no layer"]
+        raise ValueError(
+            "graphswap: expected a train_step that assigns metrics and variables that are not trained, received one "
+            f"that assigns {', '.join(names)}. Under ParameterServerStrategy only the optimizer changes weights; "
+            "leave the layer that does so out, or train in a loop of your own."
+        )
 
 
 @contextlib.contextmanager
@@ -227,6 +280,11 @@ def _buffer(distribution: tf.distribute.Strategy, weight: tf.Variable) -> tf.Var
 
     with distribution.scope(), distribution.extended.colocate_vars_with(weight):
         return tf.Variable(zeros, trainable=False, shape=weight.shape, dtype=weight.dtype)
+
+
+def _tensor(leaf: Any) -> tf.Tensor | None:
+    """A leaf of a batch; Keras's adapters make an empty optional of None."""
+    return None if leaf is None or isinstance(leaf, tf.experimental.Optional) else tf.convert_to_tensor(leaf)
 
 
 def _size(batch: Any) -> int:

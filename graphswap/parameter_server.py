@@ -17,7 +17,7 @@ from graphswap import distribute, graphdef, pipeline, planning, rewrites, server
 from graphswap.cost_model import CostModel, DeviceSpec, Link
 from graphswap.distribute import WorkerError
 from graphswap.options import Options, format_bytes
-from graphswap.report import Report
+from graphswap.report import Report, StepReport
 
 _TIGHTENING = 0.97
 _TIGHTEST = 0.75
@@ -65,10 +65,10 @@ class Workers:
         found = {name: server.read_facts(device) for name, device in self.devices.items()}
         own = {"chief 0": server.versions()}
         difference = distribute.first_difference(own | {name: dict(facts.versions) for name, facts in found.items()})
+        devices = {name: facts.device for name, facts in found.items() if facts.device is not None}
         budgets = {
-            name: {"memory of the device": format_bytes(facts.memory_bytes)}
-            for name, facts in found.items()
-            if facts.device is not None
+            name: {"memory of the device": format_bytes(device.memory_bytes) if device.memory_bytes else "unknown"}
+            for name, device in devices.items()
         }
         difference = difference or distribute.first_difference(budgets)
         if difference:
@@ -112,6 +112,11 @@ class WorkerSession:
                 f"graphswap: expected swap_to='auto' or 'host' under ParameterServerStrategy, received "
                 f"'{options.swap_to}'. Workers keep no files; leave swap_to out."
             )
+        if options is not None and options.on_unsupported != "raise":
+            raise ValueError(
+                f"graphswap: expected on_unsupported='raise' under ParameterServerStrategy, received "
+                f"'{options.on_unsupported}'. Leave it out, or compile without graphswap."
+            )
         self.options = options
         self.report = Report()
         self._workers = workers
@@ -121,6 +126,7 @@ class WorkerSession:
         self._inlines = False
         self._arguments: list[Any] = []
         self._functions: dict[Any, Any] = {}
+        self._steps: dict[Any, StepReport] = {}
 
     def function(self, step: Callable[..., Any], arguments: Sequence[Any]) -> Any:
         """The step as a worker runs it on such arguments, planned on the first call with their shapes.
@@ -136,14 +142,21 @@ class WorkerSession:
             InfeasibleBudgetError: If no plan keeps the budget.
             UnsupportedGraphError: If the step can't be planned.
         """
-        leaves = tf.nest.flatten(arguments)
-        key = tuple(None if leaf is None else (leaf.dtype, tuple(leaf.shape)) for leaf in leaves)
+        key = _key(arguments)
         if key not in self._functions:
             self._arguments = [
-                leaf.handle if isinstance(leaf, tf.Variable) else leaf for leaf in leaves if leaf is not None
+                leaf.handle if isinstance(leaf, tf.Variable) else leaf
+                for leaf in tf.nest.flatten(arguments)
+                if leaf is not None
             ]
             self._functions[key] = self._traced(step, arguments)
+            if self._planner is not None:
+                self._steps[key] = self.report.steps[-1]
         return self._functions[key]
+
+    def is_planned(self, arguments: Sequence[Any]) -> bool:
+        """Whether `function` was called with arguments of such shapes."""
+        return _key(arguments) in self._functions
 
     def tighten(self, error: tf.errors.OpError) -> bool:
         """Has the next call plan for less, as a worker ran out of memory. Whether there is less to plan for."""
@@ -157,12 +170,19 @@ class WorkerSession:
         for step in self.report.steps:
             step.notes.append(f"{why}; planned again, tighter")
         self._functions.clear()
+        self._steps.clear()
+        server.look(self._workers.own(), forgets=True)
 
-    def record(self, seconds: float) -> None:
-        """Notes how long a step took. If the first one of a plan has passed the budget, the next is planned tighter."""
-        if not self.report.steps:
+    def record(self, seconds: float, arguments: Sequence[Any]) -> None:
+        """Notes how long a step took. If the first one of a plan has passed the budget, the next is planned tighter.
+
+        Args:
+            seconds: For all shares.
+            arguments: Of the largest of them.
+        """
+        step = self._steps.get(_key(arguments))
+        if step is None:
             return
-        step = self.report.steps[-1]
         step.measured_seconds.append(seconds)
         budget = step.memory_budget
         if len(step.measured_seconds) > 1 or self.options is None or not isinstance(self.options.memory_budget, int):
@@ -170,12 +190,12 @@ class WorkerSession:
         peak = self._peak() or 0
         if peak > budget and self._scale >= _TIGHTEST:
             self._replan(f"took {format_bytes(peak)}")
-            server.look(self._workers.own(), forgets=True)
 
     def record_peaks(self) -> None:
         """Notes the highest peak that a worker's allocator has counted."""
+        peak = self._peak() if self.report.steps else None
         for step in self.report.steps:
-            step.measured_peak_bytes = self._peak()
+            step.measured_peak_bytes = peak
 
     def _peak(self) -> int | None:
         peaks = (facts.peak_bytes for facts in server.look(self._workers.own()))
@@ -259,3 +279,9 @@ class WorkerSession:
         out, back = (nbytes / max(1e-9, seconds(nbytes, *way) - latency) for way in ((worker, ps), (ps, worker)))
         server.look(self._workers.own(), forgets=True)
         return Link(out, back, latency)
+
+
+def _key(arguments: Sequence[Any]) -> tuple[Any, ...]:
+    """What a step is traced anew for."""
+    leaves = tf.nest.flatten(arguments)
+    return tuple(None if leaf is None else (leaf.dtype, tuple(leaf.shape)) for leaf in leaves)

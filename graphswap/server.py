@@ -36,6 +36,12 @@ _MISSED = 3
 _FENCES: list[Any] = []
 """Behind the holes for small buffers, for as long as the process lives."""
 _JOBS = ("chief", "worker", "ps")
+_NUMBERS = itertools.count(1)
+"""Of the chief's orders to look."""
+_LOOKING_SECONDS = 30.0
+"""How long the chief waits for a process to carry such an order out."""
+_LOST = (tf.errors.InvalidArgumentError, tf.errors.UnavailableError)
+"""What TensorFlow raises of a process that is not there any more."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +54,7 @@ class Facts:
         device: Of a worker, as measured there.
         in_use_bytes: Device bytes when it was last told to look.
         peak_bytes: The most so far at that time; None if the device counts no bytes.
+        order: Number of the order to look that it has carried out last.
     """
 
     versions: Mapping[str, str]
@@ -55,6 +62,7 @@ class Facts:
     device: DeviceSpec | None = None
     in_use_bytes: int = 0
     peak_bytes: int | None = None
+    order: int = 0
 
     def to_json(self) -> str:
         device = None if self.device is None else plan_file.device_fields(self.device)
@@ -182,9 +190,10 @@ def _wait_for(tasks: Mapping[str, str]) -> None:
 
 def _serve(task: Task) -> NoReturn:
     facts = _own_facts(task)
+    _append(_FACTS, facts.to_json())  # before its port answers
     server = tf.distribute.Server(tf.train.ClusterSpec(dict(task.cluster)), task.job, task.index, protocol="grpc")
     assert server.target
-    _append(_FACTS, facts.to_json())
+    deadline = time.monotonic() + distribute.PATIENCE_SECONDS
     done = 0  # of the chief's orders
     missed, polls = -1, itertools.count()  # not before the chief has answered
     while missed < _MISSED:
@@ -196,7 +205,8 @@ def _serve(task: Task) -> NoReturn:
                 tf.config.experimental.reset_memory_stats(profiler.device_name())
             done += 1
             in_use_bytes = (profiler.memory_in_use() or 0) - len(_FENCES) * allocator.ALIGNMENT_BYTES
-            facts = dataclasses.replace(facts, in_use_bytes=in_use_bytes, peak_bytes=profiler.memory_in_use("peak"))
+            peak_bytes = profiler.memory_in_use("peak")
+            facts = dataclasses.replace(facts, in_use_bytes=in_use_bytes, peak_bytes=peak_bytes, order=order["number"])
             _append(_FACTS, facts.to_json())
         if next(polls) % _CHIEF_POLLS:
             continue
@@ -204,6 +214,12 @@ def _serve(task: Task) -> NoReturn:
             missed = 0
         elif missed >= 0:
             missed += 1
+        elif time.monotonic() > deadline:
+            raise WorkerError(
+                f"graphswap: expected the chief ({task.cluster['chief'][0]}) to answer {task} within "
+                f"{distribute.PATIENCE_SECONDS:.0f} s, received no answer. Start the same script there, and look at "
+                "its output."
+            )
     print(f"graphswap: the chief has ended, and {task} with it.", file=sys.stderr, flush=True)
     sys.exit(0)
 
@@ -275,16 +291,28 @@ def look(devices: Sequence[str], forgets: bool = False) -> list[Facts]:
         devices: Theirs, as in `read_facts`.
         forgets: Whether they are to forget their peaks so far.
     """
-    there = _order(devices, {"forgets": forgets})
-    time.sleep(4 * _POLL_SECONDS)
-    return [read_facts(device) for device in there]
+    number = next(_NUMBERS)
+    looked = (_looked(device, number) for device in _order(devices, {"forgets": forgets, "number": number}))
+    return [facts for facts in looked if facts is not None]
+
+
+def _looked(device: str, number: int) -> Facts | None:
+    """What a process says once it has carried out that order; None if it is lost meanwhile."""
+    deadline = time.monotonic() + _LOOKING_SECONDS
+    with contextlib.suppress(*_LOST):
+        while (facts := read_facts(device)).order < number:
+            if time.monotonic() > deadline:
+                return None
+            time.sleep(_POLL_SECONDS)
+        return facts
+    return None
 
 
 def _order(devices: Sequence[str], order: Mapping[str, Any]) -> list[str]:
     """Gives processes an order. Returns the devices of those that have it: the others were lost."""
     reached = []
     for device in devices:
-        with contextlib.suppress(tf.errors.InvalidArgumentError, tf.errors.UnavailableError), tf.device(device):
+        with contextlib.suppress(*_LOST), tf.device(device):
             tf.io.write_file(_ORDERS, json.dumps(order) + "\n")  # which appends, in memory
             reached.append(device)
     return reached

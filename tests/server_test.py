@@ -2,6 +2,7 @@ import json
 import socket
 
 import pytest
+import tensorflow as tf
 
 from graphswap import parameter_server, server
 from graphswap.cost_model import DeviceSpec, Link
@@ -100,10 +101,35 @@ def test_parameter_servers_smaller_than_the_model_are_refused_on_all(monkeypatch
 
 
 def test_workers_with_different_memory_are_refused_on_all(monkeypatch):
-    facts = {f"worker {i}": server.Facts(server.versions(), (1 + i) << 30, DeviceSpec()) for i in range(2)}
+    devices = [DeviceSpec("CPU:0/2", (1 + i) << 30) for i in range(2)]
+    facts = {f"worker {i}": server.Facts(server.versions(), 8 << 30, device) for i, device in enumerate(devices)}
     told = Told(monkeypatch, facts)
     with pytest.raises(
         WorkerError, match=r"same memory of the device in every worker, received 1\.0GiB in worker 0 and"
     ):
         told.workers.facts()
     assert told.errors[0][0] == ["worker 0", "worker 1"]
+
+
+def test_hosts_of_different_memory_may_have_equal_devices(monkeypatch):
+    facts = {f"worker {i}": server.Facts(server.versions(), (1 + i) << 30, DeviceSpec()) for i in range(2)}
+    told = Told(monkeypatch, facts)
+    assert [*told.workers.facts()] == [*facts]
+
+
+def test_an_order_to_look_is_awaited(monkeypatch):
+    answers = iter([server.Facts({}, 0, peak_bytes=9, order=3), server.Facts({}, 0, peak_bytes=5, order=4)])
+    monkeypatch.setattr(server, "_NUMBERS", iter([4]))
+    monkeypatch.setattr(server, "_order", lambda devices, order: devices)
+    monkeypatch.setattr(server, "read_facts", lambda device: next(answers))
+    (facts,) = server.look(["worker 0"], forgets=True)
+    assert facts.peak_bytes == 5
+
+
+def test_a_process_that_is_lost_meanwhile_is_left_out(monkeypatch):
+    def lost(device):
+        raise tf.errors.UnavailableError(None, None, "gone")
+
+    monkeypatch.setattr(server, "_order", lambda devices, order: devices)
+    monkeypatch.setattr(server, "read_facts", lost)
+    assert server.look(["worker 0"]) == []
