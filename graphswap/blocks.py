@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -18,8 +17,10 @@ _SEGMENTS = (16, 8)
 """For greedy plans: blocks that fit by neither are taken not to fit."""
 _NEGLIGIBLE = 0.005
 """Of a step: for less, no further collective is started."""
-_TRIED = 12
-"""How many ways to exchange are planned at most."""
+_TRIED, _FRUGAL = 12, 3
+"""How many ways to exchange are planned at most, and how many of these are those that take the least memory."""
+_KNOWN = 0.95
+"""Of a budget: the rest is for workspace and lost chunks, which are not known before the step is measured."""
 
 
 class _Way(NamedTuple):
@@ -34,8 +35,9 @@ def choose(graph: ir.Graph, cost_model: CostModel, memory_budget: int | None) ->
 
     A gradient joins the block of the one that is there before it until the block has enough bytes. Blocks of half the
     sum, of a quarter ... are tried, and how many of them start before the first of them is waited for. A pipeline of
-    compute and network says about how long a step takes with each of them. They are tried in that order, the largest
-    blocks first where others are hardly faster, and the first is taken with which a greedy plan keeps the budget.
+    compute and network says about how long a step takes with each of them. The fastest are tried in that order, the
+    largest blocks first where others are hardly faster, then those that take the least memory; the first is taken with
+    which a greedy plan keeps 95 % of the budget.
 
     Known weaknesses: blocks are of about equal size; costs are those of the cost model for the step as it was; what the
     plan adds to compute by itself is not foreseen.
@@ -46,8 +48,8 @@ def choose(graph: ir.Graph, cost_model: CostModel, memory_budget: int | None) ->
         memory_budget: Bytes; 0 for as few as possible; None for any number.
 
     Returns:
-        The decisions, in the order in which the blocks start; none if the step has no such sums. If nothing keeps the
-        budget, those with the lowest memory bound.
+        The decisions, in the order in which the blocks start; none if the step has no such sums. If none of those that
+        are tried does so, the ones with the lowest memory bound.
     """
     sums = packed(graph)
     if not sums:
@@ -57,13 +59,13 @@ def choose(graph: ir.Graph, cost_model: CostModel, memory_budget: int | None) ->
         return _largest(ways)
     least: tuple[int, tuple[Exchange, ...]] | None = None
     frugal = sorted(ways, key=lambda way: _in_flight(graph, way.exchanges))
-    tried = [way for _, way in zip(range(_TRIED), _tried(ways, frugal), strict=False)]
-    for way in tried if memory_budget else frugal[:2]:
+    for way in _tried(ways, frugal) if memory_budget else frugal[:2]:
         exchanged = rewrites.exchange(graph, Plan(decisions=way.exchanges))
         bound_bytes = budgets.least_peak(gaps.problem(exchanged, cost_model)).nbytes
         if least is None or bound_bytes < least[0]:
             least = bound_bytes, way.exchanges
-        if memory_budget and bound_bytes <= memory_budget and _fits(exchanged, cost_model, memory_budget):
+        known = int(_KNOWN * memory_budget)
+        if memory_budget and bound_bytes <= known and _fits(exchanged, cost_model, known):
             return way.exchanges
     assert least is not None
     return least[1]
@@ -94,15 +96,11 @@ def _largest(ways: Sequence[_Way]) -> tuple[Exchange, ...]:
     return min(good, key=lambda way: len(way.exchanges)).exchanges
 
 
-def _tried(ways: Sequence[_Way], frugal: Sequence[_Way]) -> Iterator[_Way]:
-    """The fastest ways, and between them those that take little memory."""
+def _tried(ways: Sequence[_Way], frugal: Sequence[_Way]) -> list[_Way]:
+    """The fastest ways, and after them those that take the least memory."""
     good = [way for way in ways if way.seconds <= ways[0].seconds * (1.0 + _NEGLIGIBLE)]
     fast = sorted(good, key=lambda way: len(way.exchanges)) + list(ways[len(good) :])
-    seen: set[tuple[Exchange, ...]] = set()
-    for way in itertools.chain.from_iterable(zip(fast, frugal, strict=True)):
-        if way.exchanges not in seen:
-            seen.add(way.exchanges)
-            yield way
+    return list(dict.fromkeys((*fast[: _TRIED - _FRUGAL], *frugal[:_FRUGAL])))
 
 
 def _fits(graph: ir.Graph, cost_model: CostModel, memory_budget: int) -> bool:

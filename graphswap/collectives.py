@@ -26,11 +26,14 @@ class Packed(NamedTuple):
 
 
 def packed(graph: ir.Graph) -> tuple[Packed, ...]:
-    """The sums of gradients, in the graph's order: their results lead to updates of variables and to no further sum."""
+    """The sums of gradients, in the graph's order.
+
+    Their results lead to updates of variables, and neither by data nor through a variable to a further sum.
+    """
     updates = [node for node in graph.nodes if node.op in liveness.ASSIGNS | liveness.UPDATES or node.op == ir.STORE]
     updating = _needed_for(graph, updates)
-    summed = _needed_for(graph, [node for node in graph.nodes if node.op == ir.ALL_REDUCE])
-    found = []
+    summed = _needed_for(graph, [node for node in graph.nodes if node.op == ir.ALL_REDUCE], waits=True)
+    found: list[Packed] = []
     for node in graph.nodes:
         workers: Any = dict(node.attrs).get("workers", 1)
         if node.op != ir.ALL_REDUCE or node.name not in updating - summed or workers == 1:
@@ -40,7 +43,8 @@ def packed(graph: ir.Graph) -> tuple[Packed, ...]:
             found += _split_again(graph, node.name, join)
         else:
             found.append(Packed(node.name, node.inputs[:1], "", ""))
-    return tuple(found)
+    owner = {value: one for one in reversed(found) for value in one.values}  # of what is summed twice the first sum
+    return tuple(one for one in found if all(owner[value] is one for value in one.values))
 
 
 def exchanges(graph: ir.Graph) -> tuple[Exchange, ...]:
@@ -59,10 +63,12 @@ def _split_again(graph: ir.Graph, name: str, join: ir.Node) -> list[Packed]:
     return [Packed(name, values, join.name, parts.name)] if is_same else []
 
 
-def _needed_for(graph: ir.Graph, nodes: Iterable[ir.Node]) -> set[str]:
-    """Nodes whose results the nodes depend on."""
+def _needed_for(graph: ir.Graph, nodes: Iterable[ir.Node], waits: bool = False) -> set[str]:
+    """Nodes whose results the nodes depend on; with those that they wait for, but where sums only wait their turn."""
     found = {ir.producer(reference) for node in nodes for reference in node.inputs}
     for node in reversed(graph.nodes):
         if node.name in found:
             found.update(map(ir.producer, node.inputs))
+            if waits and node.op != ir.ALL_REDUCE:
+                found.update(node.control_inputs)
     return found

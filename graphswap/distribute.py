@@ -36,7 +36,7 @@ _LARGE_SUM_BYTES = 32 << 20
 _SUMMED_BYTES = (4 << 10, 1 << 20)
 """To measure the network's latency and its speed."""
 _SUMS = 4
-"""Of each size; the fastest counts, and the first one only makes the workers known to each other."""
+"""Of each size, under one key as in training; the fastest counts, as the first one has to make the key known."""
 _CLOCK_SECONDS = 1e-6
 
 
@@ -112,19 +112,23 @@ class Workers:
         """
         steps = 2 * (self.count - 1)
         with self._answering("measure the network"):
-            short, long = (min(self._sum_seconds(nbytes) for _ in range(_SUMS)) for nbytes in _SUMMED_BYTES)
+            keys = [next(_instance_keys) for _ in _SUMMED_BYTES]
+            short, long = (
+                min(self._sum_seconds(nbytes, key) for _ in range(_SUMS))
+                for nbytes, key in zip(_SUMMED_BYTES, keys, strict=True)
+            )
         fewer, more = (steps * nbytes / self.count for nbytes in _SUMMED_BYTES)
         speed = (more - fewer) / max(long - short, _CLOCK_SECONDS)
         return Link(speed, speed, short / steps, overlaps=True)
 
-    def _sum_seconds(self, nbytes: int) -> float:
+    def _sum_seconds(self, nbytes: int, key: int) -> float:
         with tf.init_scope(), tf.device(profiler.device_name()):
             start = time.perf_counter()
             tf.raw_ops.CollectiveReduceV2(
                 input=np.zeros(nbytes // 4, np.float32),
                 group_size=self.count,
                 group_key=_SUMS_GROUP_KEY,
-                instance_key=next(_instance_keys),
+                instance_key=key,
                 merge_op="Add",
                 final_op="Id",
                 ordering_token=[],

@@ -8,7 +8,7 @@ import itertools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from graphswap import ir
+from graphswap import ir, liveness
 from graphswap.collectives import Packed, packed
 from graphswap.plan import Exchange, Plan, PlanError
 
@@ -20,9 +20,9 @@ def exchange(graph: ir.Graph, plan: Plan) -> ir.Graph:
     """Returns the graph with the plan's `Exchange` decisions carried out, whatever else the plan says.
 
     A block is joined, if it is of several values, by a node that reads nothing else; an EXCHANGE sums it, an AWAIT
-    waits for the sum, and it is split again for those that read the sums. An EXCHANGE waits for the one before, and so
-    does a sum that stays as it is, such as that of a batch's statistics, unless the EXCHANGE needs it: all replicas
-    start them in the same order, whatever else their plans say.
+    waits for the sum, and it is split again for those that read the sums. An EXCHANGE waits for the one before. A sum
+    that stays as it is, such as that of a batch's statistics, waits for the last EXCHANGE that does not need it, and
+    for the sum before it that does so, too: all replicas start them in the same order, whatever else their plans say.
 
     A block's instance key is made of what it sums and of nothing that differs between replicas or between two traces
     of a step. Sums of the same key are of the same values, of one step or of two.
@@ -60,6 +60,8 @@ class _Exchanger:
         self.gone = {owner[decision.values[0]] for decision in decisions}
         self.number = {name: number for number, name in enumerate(dict.fromkeys(one.name for one in owner.values()))}
         self.taken = set(graph.by_name)
+        self.root_of = liveness.roots(graph)
+        self.readers = _readers(graph, self.root_of)
         self.keys: set[int] = set()
         self.stand_in: dict[str, str] = {}  # reference to what is gone -> reference to what is read instead
         self.awaits: dict[str, list[str]] = {}  # sum that is gone -> what to wait for instead
@@ -71,13 +73,18 @@ class _Exchanger:
         gone |= {sizes for one in self.gone if one.parts and (sizes := self._sizes_of(one))}
         earliest = self._earliest()
         blocks = self._blocks(gone)
+        last: dict[int, str] = {}  # number of a block -> the last sum that stays and is needed for it
         for node in source.nodes:
             if node.name in gone:
                 continue
             inputs = tuple(self.stand_in.get(reference, reference) for reference in node.inputs)
-            controls = [wait for name in node.control_inputs for wait in self.awaits.get(name, (name,))]
-            if node.op == ir.ALL_REDUCE and (before := earliest.get(node.name, len(blocks))):
-                controls.append(blocks[before - 1])
+            if node.op == ir.ALL_REDUCE:
+                before = earliest.get(node.name, len(blocks))
+                controls = [name for name in node.control_inputs if name not in self.awaits]
+                controls += [*blocks[:before][-1:], *([last[before]] if before in last else [])]
+                last[before] = node.name
+            else:
+                controls = [wait for name in node.control_inputs for wait in self.awaits.get(name, (name,))]
             controls = tuple(dict.fromkeys(controls))
             if (inputs, controls) != (node.inputs, node.control_inputs):
                 node = dataclasses.replace(node, inputs=inputs, control_inputs=controls)
@@ -137,8 +144,8 @@ class _Exchanger:
         """
         one = self.owner[decision.values[0]]
         summing, value = self.source.by_name[one.name], next(n.outputs[0] for n in self.nodes if n.name == name)
-        # A value that others read, too, is no buffer to sum in, and stays until the block is done.
-        shared = [v for v in decision.values if len(decision.values) == 1 and {*self.source.consumers[v]} - gone]
+        # A buffer that others read, too, is none to sum in, and stays until the block is done.
+        shared = [v for v in decision.values if len(decision.values) == 1 and self.readers[self.root_of[v]] - gone]
         wait = ir.fresh_name(f"{name}/await", self.taken)
         self.awaits.setdefault(one.name, []).append(wait)
         self._add(
@@ -213,19 +220,36 @@ class _Exchanger:
         return node
 
 
+def _readers(graph: ir.Graph, root_of: Mapping[str, str]) -> Mapping[str, set[str]]:
+    """Buffer -> the nodes that read it and do more than name it anew."""
+    found: dict[str, set[str]] = {root: set() for root in root_of.values()}
+    for node in graph.nodes:
+        named = {root_of[reference] for reference in node.refs()}
+        for reference in node.inputs:
+            if root_of[reference] not in named:
+                found[root_of[reference]].add(node.name)
+    return found
+
+
 def _sorted(nodes: Iterable[ir.Node]) -> tuple[ir.Node, ...]:
     """The nodes, each after what it reads and waits for."""
     by_name = {node.name: node for node in nodes}
     done: dict[str, ir.Node] = {}
     for root in by_name:
-        pending = [root]
+        pending, waiting = [root], set[str]()
         while pending:
             node = by_name[pending[-1]]
             missing = [n for n in (*map(ir.producer, node.inputs), *node.control_inputs) if n not in done]
-            if missing:
-                pending += reversed(missing)
-            else:
+            if not missing:
                 done[pending.pop()] = node
+                continue
+            if not {node.name, *waiting}.isdisjoint(missing):
+                raise PlanError(
+                    f"expected blocks that are waited for before what needs them runs, received some for which "
+                    f"'{node.name}' would wait for itself. Let fewer blocks start before one is waited for."
+                )
+            waiting.add(node.name)
+            pending += reversed(missing)
     return tuple(done.values())
 
 

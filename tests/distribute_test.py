@@ -65,8 +65,10 @@ def test_who_does_not_answer_is_an_error(monkeypatch):
 def test_the_network_is_measured_by_two_sizes_of_sums(monkeypatch):
     latency, speed = 1e-4, 1e9
     waits = iter((0.2, 0.0, 1e-3, 1e-3, 2e-3, 0.0, 1e-3, 1e-3))  # the first sum makes the workers known to each other
+    keys = {}
 
-    def seconds(self, nbytes):
+    def seconds(self, nbytes, key):
+        assert keys.setdefault(nbytes, key) == key  # a new one would have to be made known, too
         return 2 * (self.count - 1) * (latency + nbytes / self.count / speed) + next(waits)
 
     monkeypatch.setattr(distribute.Workers, "_sum_seconds", seconds)

@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import testing
 
-from graphswap import ir, parser, rewrites
+from graphswap import blocks, ir, parser, rewrites
+from graphswap.collectives import packed
 from graphswap.cost_model import CostModel, DeviceSpec, Link
 from graphswap.plan import Exchange, Plan, PlanError, Swap
-from graphswap.rewrites.exchange import exchange
+from graphswap.rewrites.exchange import _sorted, exchange
 from graphswap.simulator import simulate
 
 STEP = parser.parse(
@@ -66,8 +67,8 @@ def test_each_block_is_summed_awaited_and_split():
         '%sum/block_1/join = ConcatV2(%flat_b, %flat_a, %axis) {"is_inserted": true} : (float32[128])',
         f'%sum/block_1 = Exchange!(%sum/block_1/join, %size, %group, %token) {{"held_pieces": [1, 3], "instance_key": '
         f'{two}, "is_joined": true, "sum": "sum", "workers": 4}} after(%sum/block_0) : (float32[128], uint8[384])',
-        # It is waited for once the next one has started.
-        '%sum/block_0/await = Await!(%sum/block_0, %sum/block_0:1) {"ahead": 1} after(%sum/block_1/join) : '
+        # It is waited for once the next one has started. Others read the gradient's buffer, which stays until then.
+        '%sum/block_0/await = Await!(%sum/block_0, %sum/block_0:1, %flat_c) {"ahead": 1} after(%sum/block_1/join) : '
         "(float32[64])",
         '%sum/block_1/await = Await!(%sum/block_1, %sum/block_1:1) {"ahead": 0} after(%sum/block_1/join) : '
         "(float32[128])",
@@ -76,8 +77,8 @@ def test_each_block_is_summed_awaited_and_split():
         "%sum_c = Reshape(%sum/block_0/await) : (float32[8,8])",
         "%sum_b = Reshape(%sum/block_1/parts) : (float32[8,8])",
         "%sum_a = Reshape(%sum/block_1/parts:1) : (float32[8,8])",
-        '%mean = CollectiveReduceV2!(%loss, %size, %group, %key, %token) {"workers": 4} after(%sum/block_0/await, '
-        "%sum/block_1/await, %sum/block_1) : (float32[])",
+        '%mean = CollectiveReduceV2!(%loss, %size, %group, %key, %token) {"workers": 4} after(%sum/block_1) : '
+        "(float32[])",
         "%done = NoOp!() after(%sum/block_0/await, %sum/block_1/await, %mean) : ()",
     ]
 
@@ -186,3 +187,57 @@ def test_random_blocks_cover_all_values():
     exchanged = exchange(graph, testing.random_exchanges(random.Random(1), graph))
     assert len(keys(exchanged)) == len(set(keys(exchanged)))
     assert "sum" not in exchanged.by_name
+
+
+def test_sums_that_stay_keep_their_order_without_the_one_that_goes():
+    text = str(STEP).replace(
+        '  %sum = CollectiveReduceV2!(%pack, %size, %group, %key, %token) {"workers": 4} after(%statistics)',
+        '  %early = CollectiveReduceV2!(%loss, %size, %group, %key, %token) {"workers": 4} after(%statistics) : '
+        '(float32[])\n  %sum = CollectiveReduceV2!(%pack, %size, %group, %key, %token) {"workers": 4} after(%early)',
+    )
+    exchanged = ir.verify(exchange(parser.parse(text), TWO))
+    assert exchanged.by_name["early"].control_inputs == ("statistics", "sum/block_1")
+    assert exchanged.by_name["mean"].control_inputs == ("sum/block_1", "early")
+
+
+CHAINED = parser.parse(
+    """
+    graph step(%x, %a, %b, %token) -> () after(%set_a, %set_b) {
+      %x = Placeholder() : (float32[8])
+      %a = Placeholder() {"held_bytes": [256]} : (resource[])
+      %b = Placeholder() {"held_bytes": [256]} : (resource[])
+      %token = Placeholder() : (resource[])
+      %key = Const() : (int32[])
+      %grad_a = Neg(%x) : (float32[8])
+      %sum_a = CollectiveReduceV2!(%grad_a, %key, %key, %key, %token) {"workers": 2} : (float32[8])
+      %set_a = AssignSubVariableOp!(%a, %sum_a) : ()
+      %new_a = ReadVariableOp!(%a) after(%set_a) : (float32[8])
+      %grad_b = Mul(%new_a, %x) : (float32[8])
+      %sum_b = CollectiveReduceV2!(%grad_b, %key, %key, %key, %token) {"workers": 2} after(%sum_a) : (float32[8])
+      %set_b = AssignSubVariableOp!(%b, %sum_b) : ()
+    }
+    """
+)
+"""Two optimizers: the second one's gradients are those of weights that the first one has updated."""
+
+
+def test_a_sum_that_another_one_needs_through_a_variable_stays():
+    assert [one.name for one in packed(CHAINED)] == ["sum_b"]
+    exchanged = ir.verify(exchange(CHAINED, Plan(decisions=(Exchange(("grad_b",), 1),))))
+    assert exchanged.by_name["sum_a"] == CHAINED.by_name["sum_a"]
+    assert blocks.choose(CHAINED, CostModel(), None)  # and ends
+
+
+def test_blocks_that_would_wait_for_themselves_are_refused():
+    nodes = [STEP.by_name["x"], ir.Node("one", "NoOp", control_inputs=("two",))]
+    nodes.append(ir.Node("two", "NoOp", control_inputs=("one",)))
+    with pytest.raises(PlanError, match="for which 'two' would wait for itself"):
+        _sorted(nodes)
+
+
+def test_of_what_is_summed_twice_the_first_sum_is_one():
+    again = dataclasses.replace(STEP.by_name["sum"], name="again", inputs=("flat_c", *STEP.by_name["sum"].inputs[1:]))
+    again = dataclasses.replace(again, outputs=(ir.Value("float32", (64,)),))
+    more = ir.Node("set_again", "AssignSubVariableOp", ("c", "again"), stateful=True)
+    twice = STEP.replace(nodes=(*STEP.nodes, again, more))
+    assert packed(twice) == packed(STEP)
