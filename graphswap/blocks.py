@@ -8,7 +8,7 @@ from typing import NamedTuple
 from graphswap import ir, liveness, rewrites, strategies
 from graphswap.collectives import Packed, packed
 from graphswap.cost_model import CostModel
-from graphswap.plan import Exchange, Plan
+from graphswap.plan import Exchange, Plan, PlanError
 from graphswap.strategies import budgets, gaps
 from graphswap.strategies.base import InfeasibleBudgetError
 
@@ -48,13 +48,16 @@ def choose(graph: ir.Graph, cost_model: CostModel, memory_budget: int | None) ->
         memory_budget: Bytes; 0 for as few as possible; None for any number.
 
     Returns:
-        The decisions, in the order in which the blocks start; none if the step has no such sums. If none of those that
-        are tried does so, the ones with the lowest memory bound.
+        The decisions, in the order in which the blocks start; none if the step has no such sums, or sums that need each
+        other. If none of those that are tried does so, the ones with the lowest memory bound.
     """
     sums = packed(graph)
     if not sums:
         return ()
-    ways = sorted(_ways(graph, cost_model, sums), key=lambda way: way.seconds)
+    try:
+        ways = sorted(_ways(graph, cost_model, sums), key=lambda way: way.seconds)
+    except PlanError:  # a gradient needs what another sum leads to
+        return ()
     if memory_budget is None:
         return _largest(ways)
     least: tuple[int, tuple[Exchange, ...]] | None = None

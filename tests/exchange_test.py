@@ -235,6 +235,19 @@ def test_blocks_that_would_wait_for_themselves_are_refused():
         _sorted(nodes)
 
 
+def test_sums_that_need_each_other_by_the_turn_of_a_third_one_stay():
+    sum_b = CHAINED.by_name["sum_b"]
+    third = dataclasses.replace(sum_b, name="third", inputs=("x", *sum_b.inputs[1:]), control_inputs=("set_a",))
+    changed = {
+        "new_a": third,
+        "grad_b": dataclasses.replace(CHAINED.by_name["grad_b"], inputs=("third", "x")),
+        "sum_b": dataclasses.replace(sum_b, control_inputs=("third",)),
+    }
+    graph = CHAINED.replace(nodes=tuple(changed.get(node.name, node) for node in CHAINED.nodes))
+    assert len(packed(graph)) == 2
+    assert blocks.choose(graph, CostModel(), None) == ()
+
+
 def test_of_what_is_summed_twice_the_first_sum_is_one():
     again = dataclasses.replace(STEP.by_name["sum"], name="again", inputs=("flat_c", *STEP.by_name["sum"].inputs[1:]))
     again = dataclasses.replace(again, outputs=(ir.Value("float32", (64,)),))

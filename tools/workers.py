@@ -4,8 +4,9 @@
 
 Four trainings of a few steps on the same global batches, each worker with an emulated accelerator of its own: one
 process alone and plain workers, both with ample memory; plain workers with little; and workers with a budget. BatchNorm
-takes its statistics of all workers' examples, as one process would. The last step of all but the third is recorded:
-when collectives started and how many bytes of gradients, of their packs and of sums were on the device.
+takes its statistics of all workers' examples, as one process would. The last step of those with blocks and of plain
+workers with ample memory is recorded: when collectives started and how many bytes of gradients, of their packs and of
+sums were on the device.
 """
 
 from __future__ import annotations
@@ -224,12 +225,17 @@ def _difference(found: Mapping[str, Any], files: Mapping[str, pathlib.Path], oth
     return {
         "losses": max(abs(one - two) for one, two in losses),
         "variables": max(float(np.abs(ours[name].astype("f8") - theirs[name]).max()) for name in ours.files),
-        "is_bitwise": found["blocks"][0]["digest"] == found[other][0]["digest"],
+        "is_bitwise": {_digest(one) for one in found["blocks"]} == {_digest(one) for one in found[other]},
     }
 
 
+def _digest(result: Any) -> str | None:
+    """Of a worker's losses and variables; None if it failed."""
+    return result["digest"] if isinstance(result, dict) else None
+
+
 def main(argv: Sequence[str]) -> None:
-    """Runs the trainings, prints a table and writes all numbers to a file."""
+    """Runs the trainings, prints what came of each, and writes all numbers to a file."""
     if argv[1:2] == ["train"]:
         print(_RESULT + json.dumps(train(*json.loads(argv[2]))))
         return
