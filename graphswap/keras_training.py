@@ -69,6 +69,7 @@ class Training:
         Raises:
             InfeasibleBudgetError: If no plan keeps the budget.
             UnsupportedGraphError: If the step can't be planned.
+            ValueError: If the model's train step does what workers can't.
             WorkerError: If processes differ, or the servers have no room.
         """
         self._prepare()

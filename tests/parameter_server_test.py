@@ -210,6 +210,7 @@ def test_training_goes_on_without_a_worker_that_is_killed():
     result = chief_of(ended)
     assert result["trained"] == list(range(20))
     assert result["iterations"] == 20  # each batch counts once, also those whose share was done twice
+    # Sums over half a batch round otherwise, 20 steps long.
     np.testing.assert_allclose(result["weights"], result["expected"], rtol=1e-4)
 
 

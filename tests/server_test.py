@@ -7,6 +7,7 @@ import tensorflow as tf
 from graphswap import parameter_server, server
 from graphswap.cost_model import DeviceSpec, Link
 from graphswap.distribute import WorkerError
+from graphswap.options import Options
 
 CLUSTER = {"chief": ["localhost:1"], "worker": ["localhost:2", "localhost:3"], "ps": ["localhost:4"]}
 
@@ -133,3 +134,18 @@ def test_a_process_that_is_lost_meanwhile_is_left_out(monkeypatch):
     monkeypatch.setattr(server, "_order", lambda devices, order: devices)
     monkeypatch.setattr(server, "read_facts", lost)
     assert server.look(["worker 0"]) == []
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"swap_to": "disk"}, "expected swap_to='auto' or 'host' under ParameterServerStrategy, received 'disk'"),
+        (
+            {"on_unsupported": "run_unchanged"},
+            "expected on_unsupported='raise' under ParameterServerStrategy, received 'run_unchanged'. Leave it out",
+        ),
+    ],
+)
+def test_what_workers_can_not_do_is_refused(given, message):
+    with pytest.raises(ValueError, match=message):
+        parameter_server.WorkerSession(Options("1GiB", **given), object.__new__(parameter_server.Workers))
