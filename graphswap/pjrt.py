@@ -277,7 +277,9 @@ class Compiled:
 
 
 def compile_for(step: Artefact, target: str, options: Mapping[str, str] = MappingProxyType({})) -> Compiled:
-    """Compiles a step for a GPU that is not here.
+    """Compiles a step for a GPU that is not here, with as much memory as the step's plan has.
+
+    XLA starts copies from the host as early as the memory allows that it knows of.
 
     Args:
         step: The step.
@@ -289,12 +291,18 @@ def compile_for(step: Artefact, target: str, options: Mapping[str, str] = Mappin
         ArtefactError: If JAX can't read the step.
         ImportError: If JAX is missing, or of a version that this was not tried with.
     """
-    device = target_device(target)
+    budget = (step.manifest.plan or {}).get("memory_budget")
+    device = target_device(target if budget is None else with_memory(target, budget))
     try:
         executable = _compile(step, device, device.client.compile, {**TARGET_OPTIONS, **_OPTIONS, **options})
     except _jax().errors.JaxRuntimeError as error:
         raise DeviceError(f"'{step.manifest.name}': XLA can't compile it for this target: {_line(error)}.") from error
     return inspected(executable, step.manifest.swapped)
+
+
+def with_memory(target: str, nbytes: int) -> str:
+    """XLA's description of a GPU with another size of its memory."""
+    return re.sub(r"\bdevice_memory_size: \d+", f"device_memory_size: {nbytes}", target)
 
 
 def inspected(executable: Any, planned: tuple[int, int] = (0, 0)) -> Compiled:

@@ -26,6 +26,8 @@ from graphswap.strategies.chen import Chen
 _ATTEMPTS = 7
 _REFINEMENTS = 2
 """Of the attempts, how many follow one that fits."""
+_CHECKPOINTINGS = 3
+"""How many plans of `Chen` follow where none of these fits."""
 _DESCENT = 0.8
 """How fast simulated peaks fall until one fits: what is repeated first, XLA often would not have kept."""
 _NEAR = 0.97
@@ -156,11 +158,21 @@ def fitted(
         if low >= _NEAR * high:
             break
         target = (low + high) // 2
-    # Checkpoints along the chain often make a smaller program than a plan of a smaller simulated peak.
-    for smallest in (strategy, Chen()) if isinstance(strategy, Auto) else (strategy,):
-        if min(nbytes for nbytes, _ in tried) > memory_budget:
-            with contextlib.suppress(InfeasibleBudgetError):
-                attempt(budgets.smallest(smallest, graph, cost_model))
+    if isinstance(strategy, Auto):
+        # Checkpoints along the chain often make a smaller program than a plan of a smaller simulated peak.
+        target = high
+        for _ in range(_CHECKPOINTINGS):
+            if min(nbytes for nbytes, _ in tried) <= memory_budget:
+                break
+            try:
+                proposed = Chen().plan(graph, cost_model, target)
+            except InfeasibleBudgetError:
+                break
+            attempt(proposed)
+            target = simulator.simulate(graph, proposed, cost_model).peak_bytes - 1
+    if min(nbytes for nbytes, _ in tried) > memory_budget:
+        with contextlib.suppress(InfeasibleBudgetError):
+            attempt(budgets.smallest(strategy, graph, cost_model))
     least_bytes, least = min(tried, key=lambda one: one[0])
     if least_bytes > memory_budget:
         raise InfeasibleBudgetError(memory_budget, least_bytes, _worst_node(graph, least, cost_model))

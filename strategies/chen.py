@@ -1,8 +1,8 @@
 """Recompute in about sqrt(n) segments (Chen et al., 2016, arXiv 1604.06174, section 4), a baseline.
 
-What lies at the borders of segments is kept, everything else between is recomputed when the backward
-pass reaches the segment. Memory O(sqrt(n)), one extra forward pass. Known weakness: it recomputes
-whether or not the memory is needed.
+What lies at the borders of segments is kept, and so is what the last segment makes, with which the backward pass
+begins; everything else is recomputed when the backward pass reaches its segment. Memory O(sqrt(n)), one extra forward
+pass. Of a few numbers of segments the fastest that fits is taken. Known weakness: all segments are recomputed, or none.
 """
 
 from __future__ import annotations

@@ -17,6 +17,8 @@ _TIGHTENING = 0.98
 _TARGETS = 16
 _REPAIRS = 40
 _FEW_REPAIRS = 3
+_FACTORS = (1.0, 2.0, 1.4, 0.7, 0.5, 0.35, 0.25)
+"""Of the root of the number of storages: how many segments are tried."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,19 +75,25 @@ def at_worst_swapped(
 
 def checkpoint_segments(problem: gaps.Gaps) -> tuple[int, ...]:
     """Numbers of segments for `checkpointed`, that of Chen et al. first: the root of the number of storages."""
-    root = max(2, round(math.sqrt(len(problem.long_gap))))
-    return root, 2 * root, root // 2
+    root = math.sqrt(len(problem.long_gap))
+    return tuple(dict.fromkeys(max(2, round(root * factor)) for factor in _FACTORS))
 
 
 def checkpointed(problem: gaps.Gaps, segments: int) -> Evictions:
-    """All that waits for the backward pass is recomputed but what lies at the borders of segments."""
-    anchors = problem.anchors(segments)
+    """All that waits for the backward pass is recomputed but what lies at the borders of segments.
+
+    The last segment is kept: the backward pass begins there, and would make it twice in a row.
+    """
+    checkpoints = problem.checkpoints(segments)
+    last = max((problem.storages[storage].born for storage in checkpoints), default=len(problem.order))
     evicted = {
         gap: "recompute"
         for storage, gap in problem.saved.items()
-        if storage not in anchors and math.isfinite(problem.recompute_seconds(gap, {}, anchors))
+        if storage not in checkpoints
+        and problem.storages[storage].born < last
+        and math.isfinite(problem.recompute_seconds(gap, {}, checkpoints))
     }
-    return evictions(problem, evicted, anchors)
+    return evictions(problem, evicted, checkpoints)
 
 
 Attempt = Callable[[float], Evictions]

@@ -154,8 +154,51 @@ class Gaps:
         """Storages to keep so that what is recomputed falls into about `segments` parts of equal bytes.
 
         At a segment's border the storages that are still to be used by the forward pass are anchors. The
-        border is put where their bytes are fewest. The forward pass of a storage ends where its longest
-        gap starts, so no names are needed to tell the passes apart.
+        border is put where their bytes are fewest.
+        """
+        alive, total, _ = self._forward
+        if not total[-1] or segments < 2:
+            return frozenset()
+        turn = int(np.argmax(self.live))
+        borders = []
+        width = total[-1] / segments
+        for number in range(1, segments):
+            low, high = np.searchsorted(total, [(number - 0.5) * width, (number + 0.5) * width])
+            high = min(int(high), turn)
+            if low < high:
+                borders.append(int(low) + int(np.argmin(alive[low:high])))
+        return self._kept_at(borders)
+
+    def checkpoints(self, segments: int) -> frozenset[int]:
+        """Storages to keep so that no part of what is recomputed has more than a `segments`-th of all bytes.
+
+        Only a single storage may have more. As `anchors`, but border by border: the next one is put where the fewest
+        bytes are kept once half of a part's bytes have been made.
+        """
+        alive, total, _ = self._forward
+        if not total[-1] or segments < 2:
+            return frozenset()
+        turn = int(np.argmax(self.live))
+        borders = []
+        border, width = 0, total[-1] / segments
+        made = 0.0
+        while border < turn:
+            low, high = np.searchsorted(total, [made + width / 2, made + width], side="right")
+            if high >= turn:
+                break
+            low = max(int(low), border + 1)
+            part = alive[low : max(int(high), low + 1)]
+            border = low + len(part) - 1 - int(np.argmin(part[::-1]))  # the last one of the best
+            made = float(total[border])
+            borders.append(border)
+        return self._kept_at(borders)
+
+    @functools.cached_property
+    def _forward(self) -> tuple[np.ndarray, np.ndarray, Mapping[int, int]]:
+        """Of the forward pass: bytes alive after each position, those saved so far, and the last use of each storage.
+
+        The forward pass of a storage ends where its longest gap starts, so no names are needed to tell the passes
+        apart.
         """
         length = len(self.order)
         alive = np.zeros(length + 1)
@@ -175,19 +218,14 @@ class Gaps:
             last_early[index] = last
             alive[storage.born] += storage.nbytes
             alive[last] -= storage.nbytes
-        alive = np.cumsum(alive)[:length]
-        total = np.cumsum(saved)
-        if not total[-1] or segments < 2:
-            return frozenset()
-        borders = []
-        width = total[-1] / segments
-        for number in range(1, segments):
-            low, high = np.searchsorted(total, [(number - 0.5) * width, (number + 0.5) * width])
-            high = min(int(high), turn)
-            if low < high:
-                borders.append(int(low) + int(np.argmin(alive[low:high])))
+        return np.cumsum(alive)[:length], np.cumsum(saved), last_early
+
+    def _kept_at(self, borders: Sequence[int]) -> frozenset[int]:
         return frozenset(
-            index for index, last in last_early.items() for t in borders if self.storages[index].born <= t < last
+            index
+            for index, last in self._forward[2].items()
+            for border in borders
+            if self.storages[index].born <= border < last
         )
 
     # --- plans -------------------------------------------------------------------------------------------------

@@ -1,8 +1,9 @@
 import testing
 
 from graphswap.cost_model import Link
-from graphswap.plan import Plan, Recompute
+from graphswap.plan import Recompute
 from graphswap.simulator import simulate
+from graphswap.strategies import budgets
 from graphswap.strategies.chen import Chen
 
 MIB = 1 << 20
@@ -10,9 +11,9 @@ FAST = Link(1e12, 1e12, 0.0, overlaps=True)
 
 
 def test_everything_between_the_borders_of_segments_is_recomputed():
-    plan = Chen().plan(testing.chain(8), testing.seconds_per_node(1.0, FAST), 11 * MIB)
-    # f1, f3 and f4 stand at the borders of segments; f7 and f8 are needed too soon to go.
-    assert plan.decisions == (Recompute(("f5", "f6"), before="b6"), Recompute(("f2",), before="b2"))
+    plan = Chen().plan(testing.chain(8), testing.seconds_per_node(1.0, FAST), 9 * MIB)
+    # f3 stands at the border of two segments. The backward pass begins with what the last one has made.
+    assert plan.decisions == (Recompute(("f1", "f2"), before="b2"),)
 
 
 def test_memory_grows_with_the_square_root_of_the_depth():
@@ -20,8 +21,7 @@ def test_memory_grows_with_the_square_root_of_the_depth():
     peaks = {}
     for layers in (16, 64):
         graph = testing.chain(layers)
-        plain = simulate(graph, Plan(), model)
-        plan = Chen().plan(graph, model, plain.peak_bytes)
+        plan = budgets.smallest(Chen(), graph, model)
         planned = simulate(graph, plan, model)
         peaks[layers] = planned.peak_bytes
         assert planned.recomputed_seconds <= layers

@@ -323,11 +323,23 @@ def test_anchors_stand_where_segments_meet():
     assert found.anchors(1) == found.anchors(0) == frozenset()
 
 
+def test_checkpoints_stand_where_no_part_has_more_than_its_share():
+    found = gaps.problem(testing.chain(12), CostModel())
+
+    def checkpoints(segments):
+        return sorted(int(found.storages[index].root[1:]) for index in found.checkpoints(segments))
+
+    # Ten values of one size wait for the backward pass. What a border keeps is none of a part.
+    assert checkpoints(3) == [3, 6, 9]
+    assert checkpoints(2) == [5]
+    assert checkpoints(1) == checkpoints(0) == []
+
+
 @given(testing.random_graphs(16, batch=4096), st.integers(2, 40))
-def test_anchors_are_never_held(graph, segments):
+def test_anchors_and_checkpoints_are_never_held(graph, segments):
     found = gaps.problem(graph, CostModel())
-    anchors = found.anchors(segments)
-    assert not any(found.storages[index].is_held for index in anchors)
+    kept = found.anchors(segments) | found.checkpoints(segments)
+    assert not any(found.storages[index].is_held for index in kept)
 
 
 # --- evictions on random graphs ---------------------------------------------------------------------------------

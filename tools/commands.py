@@ -297,41 +297,47 @@ def _export_stablehlo(
         description = None if target is None else _target(target)
         step = source.step()
         if options is not None and description is not None:
-            made, exported, compiled = _fitted(step, options, spec, description)
+            made, exported, compiled, peak = _fitted(step, options, spec, description)
         else:
             made = _obeyed(step, obeyed, spec) if options is None else _planned(step, options, spec)
             exported = _stablehlo(step, made.plan)
+            peak = _peak(made)
             if description is not None:
                 compiled = _compiled(exported, description)
         artefact.write(exported, output)
     _hush()
     print(f"{output}: {exported.manifest}")
     if compiled is not None:
-        judged = made.judge()
-        peak = judged.plain.peak_bytes if made.plan.is_empty else judged.planned.allocated_peak_bytes
         print(f"predicted   {format_bytes(peak)} on the device\n{compiled}")
     return 0
 
 
-def _fitted(step: offline.Step, options: Options, device: DeviceSpec | None, target: str) -> tuple[Any, Any, Any]:
-    """A plan, its step and what a compiler makes of it, which keeps the budget, too."""
-    from graphswap import xla
+def _fitted(step: offline.Step, options: Options, device: DeviceSpec | None, target: str) -> tuple[Any, Any, Any, int]:
+    """A plan, its step, what a compiler makes of it, which keeps the budget, too, and the peak that was predicted."""
+    from graphswap import fusion, xla
 
-    budget, tried = options.memory_budget, []
+    if not isinstance(options.memory_budget, int):
+        made = _planned(step, options, device)
+        exported = _stablehlo(step, made.plan)
+        return made, exported, _compiled(exported, target), _peak(made)
+    cost_model, view, tried = _cost_model(step, device, options), fusion.fused(step.graph), []
 
     def needs(plan: Plan) -> int:
-        exported = _stablehlo(step, plan)
+        exported = _stablehlo(step, fusion.expanded(plan, step.graph))
         tried.append((plan, exported, _compiled(exported, target)))
         return tried[-1][2].memory.device
 
-    if not isinstance(budget, int):
-        made = _planned(step, options, device)
-        needs(made.plan)
-    else:
-        cost_model = _cost_model(step, device, options)
-        plan = xla.fitted(_strategy(options, options.planning_seconds / 3), step.graph, cost_model, budget, needs)
-        made = plan_file.PlanFile(plan, step.graph, cost_model)
-    return next((made, exported, compiled) for plan, exported, compiled in tried if plan is made.plan)
+    strategy = _strategy(options, options.planning_seconds / 3)
+    plan = xla.fitted(strategy, view, cost_model, options.memory_budget, needs)
+    exported, compiled = next((exported, compiled) for planned, exported, compiled in tried if planned is plan)
+    made = plan_file.PlanFile(fusion.expanded(plan, step.graph), step.graph, cost_model)
+    return made, exported, compiled, simulate(view, plan, cost_model).peak_bytes
+
+
+def _peak(made: plan_file.PlanFile) -> int:
+    """Bytes, as TensorFlow would need them."""
+    judged = made.judge()
+    return judged.plain.peak_bytes if made.plan.is_empty else judged.planned.allocated_peak_bytes
 
 
 def _obeyed(step: offline.Step, path: str | None, device: DeviceSpec | None) -> plan_file.PlanFile:

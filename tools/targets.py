@@ -12,7 +12,6 @@ import dataclasses
 import functools
 import json
 import pathlib
-import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +20,7 @@ from typing import Any
 import keras
 from absl import app, flags
 
-from graphswap import devices, ir, liveness, offline, pjrt, simulator, stablehlo_export, xla
+from graphswap import devices, fusion, ir, liveness, offline, pjrt, simulator, stablehlo_export, xla
 from graphswap.cost_model import NO_LINK, CostModel, DeviceSpec
 from graphswap.options import format_bytes
 from graphswap.plan import Plan
@@ -78,6 +77,7 @@ class Way:
 def rows(size: Size, target: str, device: DeviceSpec, share: float, seconds: float) -> Iterator[dict[str, Any]]:
     """Compiles everything, one after the other."""
     step = traced(size)
+    view, cost_model = fusion.fused(step.graph), CostModel(device)
 
     def compile_(name: str, plan: Plan, text: str = target, **options: str) -> dict[str, Any]:
         exported = stablehlo_export.export(step.func_graph, step.graph, plan)
@@ -86,10 +86,10 @@ def rows(size: Size, target: str, device: DeviceSpec, share: float, seconds: flo
         return _row(name, functools.partial(pjrt.compile_for, light, text, options))
 
     plain = compile_("plain", Plan())
-    predicted = simulator.simulate(step.graph, Plan(), CostModel(device)).peak_bytes
+    predicted = simulator.simulate(view, Plan(), cost_model).peak_bytes
     yield {**plain, "predicted_bytes": predicted}
     budget = int(share * plain["device_bytes"])
-    small = re.sub(r"device_memory_size: \d+", f"device_memory_size: {budget}", target)
+    small = pjrt.with_memory(target, budget)
     yield compile_("XLA's rematerialisation", Plan(), small, xla_disable_hlo_passes="")
     offloading = {"xla_gpu_enable_host_memory_offloading": "True", "xla_disable_hlo_passes": ""}
     yield compile_("XLA's rematerialisation and offloading", Plan(), small, **offloading)
@@ -99,19 +99,19 @@ def rows(size: Size, target: str, device: DeviceSpec, share: float, seconds: flo
         def needs(plan: Plan, way: str = way, found: list[dict[str, Any]] = found) -> int:
             if plan.is_empty:
                 return plain["device_bytes"]
-            judged = simulator.judge(step.graph, plan, CostModel(device))
+            judged = simulator.simulate(view, plan, cost_model)
             planned = {
                 "budget_bytes": budget,
-                "predicted_bytes": judged.allocated_peak_bytes,
+                "predicted_bytes": judged.peak_bytes,
                 "predicted_seconds": judged.seconds,
                 "swaps": len(plan.swaps),
                 "repeated_nodes": sum(len(decision.nodes) for decision in plan.recomputes),
             }
-            found.append({**compile_(f"graphswap, {way}", plan), **planned})
+            found.append({**compile_(f"graphswap, {way}", fusion.expanded(plan, step.graph)), **planned})
             return found[-1].get("device_bytes", sys.maxsize)
 
         try:
-            xla.fitted(Way(way, seconds), step.graph, CostModel(device), budget, needs)
+            xla.fitted(Way(way, seconds), view, cost_model, budget, needs)
         except (InfeasibleBudgetError, gaps.CantRecompute) as error:
             found.append({"name": f"graphswap, {way}", "budget_bytes": budget, "error": str(error)})
         yield from found
