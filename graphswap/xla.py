@@ -26,7 +26,7 @@ from graphswap.strategies.chen import Chen
 _ATTEMPTS = 7
 _REFINEMENTS = 2
 """Of the attempts, how many follow one that fits."""
-_CHECKPOINTINGS = 3
+_CHECKPOINTINGS = 4
 """How many plans of `Chen` follow where none of these fits."""
 _DESCENT = 0.8
 """How fast simulated peaks fall until one fits: what is repeated first, XLA often would not have kept."""
@@ -160,7 +160,7 @@ def fitted(
         target = (low + high) // 2
     if isinstance(strategy, Auto):
         # Checkpoints along the chain often make a smaller program than a plan of a smaller simulated peak.
-        target = high
+        target = max(high, memory_budget)
         for _ in range(_CHECKPOINTINGS):
             if min(nbytes for nbytes, _ in tried) <= memory_budget:
                 break
