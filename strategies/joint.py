@@ -1,9 +1,9 @@
 """Swap and recompute decided together: a linear program says what is worth what, the simulator judges.
 
-The first plan is what `greedy` would choose, so that there is one early, however large the step is. Then the program
-of `relaxation` is solved for the budget and for tighter ones. Each time its fractions are rounded to evictions, once so
-that all that came back early goes again. What overflows then, as repeated chains may, is dropped again where it came
-back early, or evicted as `greedy` would; and copies are given their times. All of these, and what other strategies
+The first plan is what `chen` or `greedy` would choose, so that there is one early, however large the step is. Then the
+program of `relaxation` is solved for the budget and for tighter ones. Each time its fractions are rounded to evictions,
+once so that all that came back early goes again. What overflows then, as repeated chains may, is dropped again where it
+came back early, or evicted as `greedy` would; and copies are given their times. All of these, and what other strategies
 would evict, are where `annealing` starts from, for most of the time. The program's duals at the budget are the
 certified bound.
 
@@ -50,7 +50,8 @@ class Joint:
         """Implements `Strategy.plan`."""
         problem = gaps.problem(graph, cost_model)
         search = _Search(problem, relaxation.Relaxation(problem), memory_budget, self.planning_seconds)
-        attempts = [search.unsolved, functools.partial(search.attempt, 1.0)]
+        repeated = [functools.partial(search.repeated, count) for count in fitting.checkpoint_segments(problem)]
+        attempts = [*repeated, search.unsolved, functools.partial(search.attempt, 1.0)]
         try:
             placed = fitting.fastest(problem, attempts, memory_budget, planning_seconds=self.planning_seconds)
         except base.InfeasibleBudgetError:
@@ -90,6 +91,13 @@ class _Search:
         self._solved: dict[int, solver.Solution | None] = {}
         self._seen: list[fitting.Evictions] = []
         self.certificate: bound.Certificate | None = None
+
+    def repeated(self, segments: int, target: float) -> fitting.Evictions:
+        """Evicts as `chen` would, which takes next to no time: where it fits, little time finds no slower plan."""
+        del target  # all or nothing
+        state = fitting.checkpointed(self._problem, segments)
+        self._seen.append(state)
+        return state
 
     def unsolved(self, target: float) -> fitting.Evictions:
         """Evicts as `greedy` would: there is a plan before the program is solved, however large that is."""

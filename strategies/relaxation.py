@@ -12,7 +12,8 @@ Fractions:
 * cumulative bytes copied out and back, at most what the links carry in the time that passes. Seconds that pass
   without compute, and those of repeated nodes, are what is minimised; in both of them copies go on.
 
-What is absent at a check must have been copied out by then or be recomputed, and what was copied back early counts.
+What is absent at a check is so by a copy or must be recomputed; bytes that are not copied out yet, or were copied back
+early, are there.
 Bytes on links that do not run beside compute cost their seconds instead.
 
 The optimum bounds all plans in this order that run one node at a time and repeat nodes right before a use that ends a
@@ -441,17 +442,18 @@ class Relaxation:
             extra = builder.column(horizon, lower=-refunded, cost=1.0)
             spent = [(c, -v) for c, v in repeated[bucket]] + self._refunds[bucket]
             absent = running(absent, self._absent[bucket], lower=-total)
-            early: list[tuple[int, float]] = []  # bytes that are back before they are due
+            early: list[tuple[int, float]] = []  # bytes that are back before they are due, or have not left yet
             if link.overlaps:
                 seconds = float(clock[bucket + 1] - clock[bucket])
                 born, must = running(born, self._born[bucket]), running(must, self._out[bucket])
                 out = carried(out, out_speed, seconds, extra)
                 builder.row([(out, 1.0), (born, -1.0)], upper=0.0)
-                builder.row([(out, 1.0), (must, -1.0)], lower=0.0)
+                leaving = builder.column(total)  # is not copied out yet though its gap has begun
+                builder.row([(out, 1.0), (leaving, 1.0), (must, -1.0)], lower=0.0)
                 due = running(due, self._due[bucket])
                 back = carried(back, in_speed, seconds, extra)
                 builder.row([(back, 1.0), (due, -1.0)], lower=0.0)
-                early = [(back, -1.0), (due, 1.0)]
+                early = [(back, -1.0), (due, 1.0), (leaving, -1.0)]
             elif not link.is_closed:
                 spent += [(c, -v / out_speed) for c, v in self._born[bucket]]
                 spent += [(c, -v / in_speed) for c, v in self._due[bucket]]

@@ -8,7 +8,7 @@ import testing
 
 from graphswap import bound, parser
 from graphswap.cost_model import CostModel, DeviceSpec, Link, Profile, Workspace
-from graphswap.strategies import gaps, relaxation, solver
+from graphswap.strategies import gaps, relaxation, solver, timing
 
 MIB = 1 << 20
 # The prices against idle choices cost the bound up to 1e-4 of what they price: of all runs and copies, 1e-3 of a step.
@@ -80,6 +80,35 @@ def test_an_op_works_in_place_only_if_its_input_can_be_absent_afterwards():
         solver.solve(relaxed.program, 4.5 * MIB, relaxed.prices, 60.0)
 
 
+LATE = """
+graph late(%x, %w) -> (%out) {
+  %x = Placeholder() : (float32[512,512])
+  %w = Placeholder() : (float32[512,512])
+  %a = MatMul(%x, %w) : (float32[512,512])
+  %b = Op!(%a) : (float32[512,512])
+  %c = Op!(%b) : (float32[512,512])
+  %d = Op!(%c) : (float32[512,512])
+  %e = Op!(%d) : (float32[512,512])
+  %f = Op!(%e) : (float32[512,1024])
+  %g = Op!(%f) : (float32[512,512])
+  %out = Op!(%a, %g) : (float32[512,512])
+}
+"""
+
+
+def test_a_copy_need_not_be_complete_when_its_gap_begins():
+    """It takes as long as the step has until memory is full, and four times as long as until the gap begins."""
+    problem = gaps.problem(parser.parse(LATE), testing.seconds_per_node(1.0, Link(MIB / 4, 1e15, 0.0, overlaps=True)))
+    budget = int(problem.live.max()) - MIB
+    decisions = problem.decide({problem.long_gap[problem.storage_of["a"]]: "swap"})
+    _, timed = timing.timed(problem, decisions, budget)
+    assert timed.peak_bytes <= budget
+    assert timed.seconds == pytest.approx(len(problem.order))
+    relaxed = relaxation.Relaxation(problem)
+    solution = solver.solve(relaxed.program, budget, relaxed.prices, 60.0)
+    assert bound.certificate(relaxed.program, solution.duals).seconds(budget) <= timed.seconds
+
+
 # With the first four there are plans that write an output over what they make anew, or leave a first run out: below a
 # bound that takes every node to need its own output where it stands. In the fifth a node may write over a buffer that
 # it reads under two names.
@@ -97,8 +126,11 @@ def test_no_evictions_get_below_the_bound(seed):
             way = rng.choice(["swap", gaps.SWAP_AGAIN, "recompute", "recompute", gaps.AGAIN])
             if rng.random() < share and (way in gaps.SWAPS or math.isfinite(problem.recompute_seconds(gap, {}, ()))):
                 evicted[gap] = way
-        outline = problem.outline(problem.decide(evicted, (), rng.randrange(60)))
-        outcomes.append((outline.peak_bytes, outline.seconds))
+        decisions = problem.decide(evicted, (), rng.randrange(60))
+        tight = problem.outline(decisions)
+        room = rng.choice([0.0, 0.5, 1.0]) * (problem.live.max() - tight.peak_bytes)
+        _, timed = timing.timed(problem, decisions, tight.peak_bytes + room)
+        outcomes += [(outline.peak_bytes, outline.seconds) for outline in (tight, timed)]
     for budget in sorted({peak for peak, _ in outcomes})[:4]:
         fastest = min(seconds for peak, seconds in outcomes if peak <= budget)
         solution = solver.solve(relaxed.program, budget, relaxed.prices, 60.0)
