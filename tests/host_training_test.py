@@ -41,7 +41,7 @@ def embedded(vocabulary=2000, width=128):
 MODELS = {"dense": dense, "embedded": embedded}
 
 
-def train(budget, optimizer="Adam", model_name="dense", policy="float32", **settings):
+def train(budget, optimizer="Adam", model_name="dense", policy="float32", options=None, **settings):
     """Losses and digests of the variables; with a budget, all variables are made outside of the device."""
     import contextlib
     import gc
@@ -62,7 +62,7 @@ def train(budget, optimizer="Adam", model_name="dense", policy="float32", **sett
     keras.mixed_precision.set_global_policy(policy)
     with graphswap.host_variables() if budget else contextlib.nullcontext():
         model, x, y, loss = MODELS[model_name]()
-    option = {"graphswap": graphswap.Options(budget, planning_seconds=2.0)} if budget else {}
+    option = {"graphswap": graphswap.Options(budget, planning_seconds=2.0, **(options or {}))} if budget else {}
     model.compile(getattr(keras.optimizers, optimizer)(**settings), loss, jit_compile=False, **option)
     losses = [float(model.train_on_batch(x, y)) for _ in range(STEPS)]
     peak = tf.config.experimental.get_memory_info("CPU:0")["peak"]
