@@ -79,6 +79,25 @@ class StepReport:
         """Median of the measured steps but the first, which also sets kernels up; None before any has run."""
         return statistics.median(self.measured_seconds[1:] or self.measured_seconds) if self.measured_seconds else None
 
+    @property
+    def far_bytes(self) -> dict[str, int]:
+        """What variables outside of the device are planned to take of each tier: old values and new ones."""
+        taken: dict[str, int] = {"host": 0, "disk": 0}
+        if self.file is not None and self.file.plan.places:
+            taken["disk"] = self.state_bytes
+            for access in _accesses(self.file.graph).values():
+                taken[access.tier] += access.nbytes * (2 if access.stores else 1)
+        return taken
+
+    @property
+    def moved_bytes(self) -> tuple[int, int]:
+        """Bytes of variables that a step fetches, and that it stores."""
+        if self.file is None:
+            return 0, 0
+        runs = collections.Counter(name for decision in self.plan.recomputes for name in decision.nodes)
+        used = _accesses(self.file.graph, runs).values()
+        return sum(a.nbytes * a.fetches for a in used), sum(a.nbytes * a.stores for a in used)
+
     def save_plan(self, path: str | os.PathLike[str]) -> None:
         """Writes the plan with its graph and costs, for `Options(plan=...)` and the command line.
 
@@ -149,7 +168,7 @@ class StepReport:
                 f"{plan.strategy or 'none'}: {len(plan.swaps)} swaps ({format_bytes(self.swapped_bytes)} out), "
                 f"{repeated} nodes repeated ({self.recomputed_seconds:.3f} s)",
             ),
-            ("away", _away(self.file)),
+            ("away", self._away()),
             ("far", self._far()),
             ("bound", _bound(plan, self.predicted_seconds, self.time_scale)),
             ("least", _least(self.memory_bound_bytes)),
@@ -163,22 +182,27 @@ class StepReport:
         lines += [f"  note    {note}" for note in self.notes]
         return "\n".join(lines)
 
+    def _away(self) -> str:
+        """What of the step's variables lives in far tiers, and how much of it moves."""
+        if self.file is None or not self.plan.places:
+            return ""
+        used = _accesses(self.file.graph).values()
+        where = [
+            f"{format_bytes(sum(access.nbytes for access in used if access.tier == tier))} on {tier}"
+            for tier in sorted({place.tier for place in self.plan.places}, key=TIERS.index)
+        ]
+        fetched, stored = map(format_bytes, self.moved_bytes)
+        return f"{len(self.plan.places)} variables ({', '.join(where)}): {fetched} fetched and {stored} stored per step"
+
     def _far(self) -> str:
         """What variables outside of the device take where they are."""
-        if self.file is None or not self.file.plan.places:
-            return ""
-        taken = {"host": 0, "disk": self.state_bytes}
-        for access in _accesses(self.file.graph).values():
-            taken[access.tier] += access.nbytes * (2 if access.stores else 1)
         seen = {"host": self.measured_host_bytes, "disk": self.measured_disk_bytes}
-        name = {"host": "host memory", "disk": "disk"}
-        parts = [
-            f"{name[tier]}: {format_bytes(nbytes)} planned"
-            + (f", {format_bytes(seen[tier])} measured" if self.measured_seconds else "")
-            for tier, nbytes in taken.items()
-            if nbytes
-        ]
-        return f"{'; '.join(parts)}, old values and new ones"
+        parts = []
+        for tier, nbytes in self.far_bytes.items():
+            measured = f", {format_bytes(seen[tier])} measured" if self.measured_seconds else ""
+            if nbytes:
+                parts.append(f"{'host memory' if tier == 'host' else tier}: {format_bytes(nbytes)} planned{measured}")
+        return f"{'; '.join(parts)}, old values and new ones" if parts else ""
 
     def _choice(self) -> str:
         """What the budget is, where the user left it open."""
@@ -289,23 +313,6 @@ def _accesses(graph: ir.Graph, runs: Mapping[str, int] = {}) -> dict[str, _Acces
             access.fetches += 1 + runs.get(node.name, 0) if node.op == ir.FETCH else 0
             access.stores += node.op == ir.STORE
     return found
-
-
-def _away(file: PlanFile | None) -> str:
-    """What of the step's variables lives in far tiers, and how much of it moves."""
-    if file is None or not file.plan.places:
-        return ""
-    runs = collections.Counter(name for decision in file.plan.recomputes for name in decision.nodes)
-    used = _accesses(file.graph, runs).values()
-    where = [
-        f"{format_bytes(sum(access.nbytes for access in used if access.tier == tier))} on {tier}"
-        for tier in sorted({place.tier for place in file.plan.places}, key=TIERS.index)
-    ]
-    fetched, stored = (sum(access.nbytes * getattr(access, what) for access in used) for what in ("fetches", "stores"))
-    return (
-        f"{len(file.plan.places)} variables ({', '.join(where)}): "
-        f"{format_bytes(fetched)} fetched and {format_bytes(stored)} stored per step"
-    )
 
 
 def _bound(plan: Plan, predicted_seconds: float, time_scale: float) -> str:
