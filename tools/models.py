@@ -157,7 +157,7 @@ LARGE_MODELS: Mapping[str, Callable[[], Training]] = {
     "gpt_100m": functools.partial(gpt, blocks=14, width=768, heads=12, length=256, batch=8),
     "gpt_100m_64": functools.partial(gpt, blocks=14, width=768, heads=12, length=64, batch=2, rate=2e-5),
     "gpt_300m": functools.partial(gpt, blocks=24, width=1024, heads=16, length=64, batch=2, rate=2e-5),
-    "gpt_1b": functools.partial(gpt, blocks=20, width=2048, heads=16, length=64, batch=2, rate=2e-5),
+    "gpt_1b": functools.partial(gpt, blocks=20, width=2048, heads=16, length=64, batch=2, rate=4e-6),
 }
 """Of which weights and optimizer state are the larger part."""
 
