@@ -48,9 +48,8 @@ def _group_bytes(root: pathlib.Path) -> Iterator[int]:
         else:
             continue
         parts = pathlib.PurePosixPath(path).relative_to("/").parts
-        for depth in range(
-            len(parts) + 1
-        ):  # a group's limit holds for those inside; in a container the path may lead nowhere
+        # A group's limit holds for those inside; in a container the path may lead nowhere.
+        for depth in range(len(parts) + 1):
             folder = top.joinpath(*parts[:depth])
             with contextlib.suppress(OSError, ValueError):  # "max" is no number
                 left = int((folder / limit).read_text()) - int((folder / used).read_text())

@@ -292,7 +292,7 @@ def compile_for(step: Artefact, target: str, options: Mapping[str, str] = Mappin
         ImportError: If JAX is missing, or of a version that this was not tried with.
     """
     budget = (step.manifest.plan or {}).get("memory_budget")
-    device = target_device(target if budget is None else with_memory(target, budget))
+    device = target_device(with_memory(target, budget) if budget else target)
     try:
         executable = _compile(step, device, device.client.compile, {**TARGET_OPTIONS, **_OPTIONS, **options})
     except _jax().errors.JaxRuntimeError as error:
@@ -301,8 +301,8 @@ def compile_for(step: Artefact, target: str, options: Mapping[str, str] = Mappin
 
 
 def with_memory(target: str, nbytes: int) -> str:
-    """XLA's description of a GPU with another size of its memory."""
-    return re.sub(r"\bdevice_memory_size: \d+", f"device_memory_size: {nbytes}", target)
+    """XLA's description of a GPU with no more memory than so many bytes."""
+    return re.sub(r"\b(?<=device_memory_size: )\d+", lambda size: str(min(int(size[0]), nbytes)), target)
 
 
 def inspected(executable: Any, planned: tuple[int, int] = (0, 0)) -> Compiled:

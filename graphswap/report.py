@@ -7,6 +7,7 @@ import dataclasses
 import os
 import statistics
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from graphswap import ir, page, perfetto, plan_file
@@ -297,7 +298,7 @@ class _Access:
     stores: int = 0
 
 
-def _accesses(graph: ir.Graph, runs: Mapping[str, int] = {}) -> dict[str, _Access]:  # noqa: B006 (never changed)
+def _accesses(graph: ir.Graph, runs: Mapping[str, int] = MappingProxyType({})) -> dict[str, _Access]:
     """The variables in far tiers that a step uses.
 
     Args:

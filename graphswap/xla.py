@@ -106,8 +106,8 @@ def fitted(
     """Finds a plan whose compiled program keeps the budget: the fastest of a few attempts, as the simulator sees it.
 
     Plans of falling simulated peaks are compiled until one fits, or until none is found; then the gap to the last
-    one that was too large is halved, some times. A program may need more than that of a plan with a
-    larger simulated peak, so that a faster plan may be missed.
+    one that was too large is halved, some times. Where none fits, `Auto` goes on with checkpoints along the chain. A
+    program may need more than that of a plan with a larger simulated peak, so that a faster plan may be missed.
 
     Args:
         strategy: Makes the plans.

@@ -314,6 +314,23 @@ def test_repeated_nodes_are_not_merged(compiled):
     assert repeated.memory.temp < plain.memory.temp - 4 * 8192 * 256
 
 
+def test_xla_is_told_of_no_more_memory_than_the_plan_has(monkeypatch):
+    seen = []
+
+    def target_device(text):
+        seen.append(text)
+        raise pjrt.DeviceError("seen")
+
+    monkeypatch.setattr(pjrt, "target_device", target_device)
+    for plan in (None, {"memory_budget": None}, {"memory_budget": 4096}, {"memory_budget": 1 << 60}):
+        step: Any = types.SimpleNamespace(manifest=types.SimpleNamespace(plan=plan))
+        with pytest.raises(pjrt.DeviceError, match="seen"):
+            pjrt.compile_for(step, small_gpu.TARGET)
+    limited = re.sub(r"device_memory_size: \d+", "device_memory_size: 4096", small_gpu.TARGET)
+    assert limited != small_gpu.TARGET
+    assert seen == [small_gpu.TARGET, small_gpu.TARGET, limited, small_gpu.TARGET]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
