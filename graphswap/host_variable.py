@@ -227,6 +227,11 @@ def adopt(variable: Any) -> HostVariable:
     return variable
 
 
+def value_bytes(variable: tf.Variable) -> int:
+    """Bytes of a variable's value, wherever it is."""
+    return ir.Value(variable.dtype.name, tuple(variable.shape)).nbytes
+
+
 @contextlib.contextmanager
 def host_variables() -> Iterator[None]:
     """Variables that are made inside live in host memory, so that a model may be larger than the device.
@@ -250,7 +255,7 @@ def far_variables(tier_of: Callable[[int], str], far_tiers: tiers.Tiers | None =
     def make(next_creator: Any, **kwargs: Any) -> Any:
         variable = next_creator(**kwargs)
         if can_adopt(variable):
-            nbytes = ir.Value(variable.dtype.name, tuple(variable.shape)).nbytes
+            nbytes = value_bytes(variable)
             if nbytes > SMALL_BYTES:
                 adopt(variable).move(tier_of(nbytes), far_tiers)
         return variable

@@ -34,7 +34,7 @@ from graphswap import (
 )
 from graphswap.cost_model import MEMORY_VARIABLE, CostModel, DeviceSpec, Link, Profile
 from graphswap.graphdef import UnsupportedGraphError
-from graphswap.host_variable import HostVariable, adopt, can_adopt, far_variables, host_variables
+from graphswap.host_variable import HostVariable, adopt, can_adopt, far_variables, host_variables, value_bytes
 from graphswap.options import Options, format_bytes
 from graphswap.plan import Exchange, Place, Plan
 from graphswap.plan_file import PlanFile
@@ -226,7 +226,7 @@ class Session:
             memory_bytes: Of the device.
             variables: That are there already.
         """
-        hosted_bytes = sum(_nbytes(variable) for variable in variables if _tier(variable) == "host")
+        hosted_bytes = sum(value_bytes(variable) for variable in variables if _tier(variable) == "host")
         # As in a step, where all of them are updated: so that few have to move when it is planned.
         left = self._planner.host_bytes(memory_bytes, hosted_bytes) - 2 * hosted_bytes
 
@@ -673,7 +673,7 @@ class Session:
 
     def _far(self, device: DeviceSpec, graph: ir.Graph, captured: Mapping[str, tf.Variable]) -> planning.Far:
         """Where the step's swaps and variables go."""
-        hosted = {name: _nbytes(variable) for name, variable in captured.items() if _tier(variable) == "host"}
+        hosted = {name: value_bytes(variable) for name, variable in captured.items() if _tier(variable) == "host"}
         far = self._planner.far(device, graph, sum(hosted.values()))
         idle = sum(nbytes for name, nbytes in hosted.items() if not graph.consumers.get(name))
         return dataclasses.replace(
@@ -722,7 +722,7 @@ class Session:
         on_disk = {id(captured[place.variable]) for place in places if place.tier == "disk"}
         if not places or not self._tiers.keeps_state:
             return 0
-        return 2 * sum(_nbytes(variable) for variable in self._state().values() if id(variable) not in on_disk)
+        return 2 * sum(value_bytes(variable) for variable in self._state().values() if id(variable) not in on_disk)
 
     def _exchange(self, graph: ir.Graph, leads: bool | None, cost_model: CostModel, budget: int) -> ir.Graph:
         """The step with its gradients summed block by block, if several workers do so.
@@ -803,10 +803,6 @@ class Session:
 def _away(captured: Mapping[str, tf.Variable]) -> list[str]:
     """Which variables are in far tiers now."""
     return [name for name, variable in captured.items() if _tier(variable) != "device"]
-
-
-def _nbytes(variable: tf.Variable) -> int:
-    return ir.Value(variable.dtype.name, tuple(variable.shape)).nbytes
 
 
 def _tier(variable: tf.Variable) -> str:

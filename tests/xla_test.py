@@ -106,7 +106,7 @@ def test_a_chunk_that_is_larger_than_asked_for_counts():
     assert caught.value.smallest_bytes == needed
 
 
-def test_checkpoints_along_the_chain_are_the_last_attempt():
+def test_checkpoints_along_the_chain_are_tried_where_nothing_else_fits():
     strategy = Auto(0.1)
     chen = budgets.smallest(Chen(), GRAPH, COSTS)
     repeated = {name for decision in chen.recomputes for name in decision.nodes}
