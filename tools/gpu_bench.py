@@ -178,8 +178,9 @@ def elsewhere(module: str, asked: Mapping[str, Any], variables: Mapping[str, str
 
 
 def sizes(model: str) -> dict[str, int]:
-    """What a model of `models` is made with."""
-    return {name: given.default for name, given in inspect.signature(_KNOWN[model]).parameters.items()}
+    """The sizes that a model of `models` is made with, without its rate of learning."""
+    given = {name: one.default for name, one in inspect.signature(_KNOWN[model]).parameters.items()}
+    return {name: size for name, size in given.items() if isinstance(size, int)}
 
 
 def _jax_memory(nbytes: int) -> dict[str, str]:
