@@ -156,6 +156,46 @@ def test_what_frees_as_much_as_it_makes_stays():
     assert found.index("small") == found.index("large") + 1
 
 
+def test_of_what_only_feeds_updates_that_comes_first_that_feeds_fewest():
+    """As the gradient of a layer's weights beside what goes on to the only layer before."""
+    graph = parser.parse("""
+    graph step(%g, %y, %x, %w1, %m1, %w2) -> () after(%slot1, %update1, %update2) {
+      %g = Placeholder() : (float32[64,64])
+      %y = Placeholder() : (float32[64,64])
+      %x = Placeholder() : (float32[64,64])
+      %w1 = Placeholder() {"held_bytes": [16384]} : (resource[])
+      %m1 = Placeholder() {"held_bytes": [16384]} : (resource[])
+      %w2 = Placeholder() {"held_bytes": [16384]} : (resource[])
+      %grad = Op!(%g, %y, %x) : (float32[64,64])
+      %grad_y = Op(%grad) : (float32[64,64])
+      %grad_w2 = MatMul(%y, %grad) : (float32[64,64])
+      %grad_w1 = MatMul(%x, %grad_y) : (float32[64,64])
+      %slot1 = AssignAddVariableOp!(%m1, %grad_w1) : ()
+      %update1 = AssignSubVariableOp!(%w1, %grad_w1) : ()
+      %update2 = AssignSubVariableOp!(%w2, %grad_w2) : ()
+    }
+    """)
+    names = ["grad_w2", "update2", "grad_y", "grad_w1"]
+    assert [name for name in order.depth_first(graph) if name in names] == names
+
+
+def test_what_alone_keeps_its_input_does_not_wait():
+    """Of two slices one is read last; once the other has run, it frees more than it makes."""
+    graph = parser.parse("""
+    graph slices(%x) -> (%out) {
+      %x = Placeholder() : (float32[64])
+      %joined = Op!(%x) : (float32[128])
+      %last = Slice(%joined) : (float32[64])
+      %first = Slice(%joined) : (float32[64])
+      %a = Op(%first) : (float32[64])
+      %b = Op(%a) : (float32[64])
+      %out = Op(%b, %last) : (float32[64])
+    }
+    """)
+    found = order.depth_first(graph)
+    assert found == ("x", "joined", "first", "last", "a", "b", "out")
+
+
 def test_a_reader_of_the_old_value_that_needs_the_new_one_comes_after_the_update():
     graph = parser.parse("""
     graph g(%v, %x) -> (%difference) {
