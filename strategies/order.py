@@ -33,8 +33,8 @@ def depth_first(graph: ir.Graph) -> tuple[str, ...]:
 def _list_schedule(graph: ir.Graph, depth_first: bool) -> list[str]:
     """Of the nodes that could run, runs first the one that frees the most beyond what it allocates.
 
-    A node whose results only feed updates of variables runs at once, and the update as soon as nobody
-    reads the old value any more; so no gradient outlives its layer. O((n + e) log n).
+    A node whose results only feed updates of variables runs at once, of several the one that feeds fewest, and the
+    update as soon as nobody reads the old value any more; so no gradient outlives its layer. O((n + e) log n).
 
     Known weakness: apart from that it never looks further than one node ahead.
     """
@@ -53,7 +53,7 @@ def _list_schedule(graph: ir.Graph, depth_first: bool) -> list[str]:
         waiting[index] = len(before)
         for predecessor in before:
             followers[predecessor].append(index)
-    urgent = _only_for_updates(graph) | _exchanging(graph)
+    urgent = {**_only_for_updates(graph), **dict.fromkeys(_exchanging(graph), 0)}
     old_readers, delayed = _old_readers(graph)
 
     def growth(index: int) -> int:
@@ -73,8 +73,10 @@ def _list_schedule(graph: ir.Graph, depth_first: bool) -> list[str]:
             return -_URGENT if old_readers[index] else 2 * _URGENT
         if node.op == ir.STORE:
             return 2 * _URGENT
-        if node.op in _AT_ONCE or node.name in urgent or not any(sizes[r] for r in node.refs()):
+        if node.op in _AT_ONCE or not any(sizes[r] for r in node.refs()):
             return _URGENT
+        if node.name in urgent:
+            return _URGENT + urgent[node.name]
         return min(growth(index), 0)
 
     ready: list[tuple[int, int, int]] = []
@@ -116,15 +118,17 @@ def _late(graph: ir.Graph, order: list[str]) -> tuple[str, ...]:
     """Moves what makes more bytes than it frees right before the first node that needs it.
 
     The scaled momentum of every variable could be there before the first layer runs, and so could what the
-    backward pass computes of the forward pass's results alone. What reads a variable stays before its update. Of
-    several such branches that a node waits for, as the terms of a layer's gradient, `_Branches` says which runs first.
+    backward pass computes of the forward pass's results alone. What reads a variable stays before its update. What
+    alone keeps its inputs there, and makes no more than they are, does not wait: as the last slice of the gradient of a
+    concatenation. Of several such branches that a node waits for, as the terms of a layer's gradient, `_Branches`
+    says which runs first.
     """
     root_of = liveness.roots(graph)
     place = {name: place for place, name in enumerate(order)}
     last_use = {root_of[reference]: name for name in order for reference in graph.by_name[name].inputs}
     sizes = _sizes(graph)
     exchanging = _exchanging(graph)
-    can_wait: set[str] = set()
+    can_wait: dict[str, int] = {}  # node -> bytes that it makes
     fixed: set[str] = set()  # made of variables and constants alone
     before: dict[str, list[str]] = {}
     for name in order:
@@ -140,12 +144,23 @@ def _late(graph: ir.Graph, order: list[str]) -> tuple[str, ...]:
         freed = sum(sizes[r] for r in roots if last_use[r] == name and ir.producer(r) not in can_wait)
         made = sum(sizes[r] for index, r in enumerate(node.refs()) if liveness.alias_of(node, index) is None)
         if made > freed or not made:
-            can_wait.add(name)
+            can_wait[name] = made
     readers_before = _readers_before(graph)
     begun: set[str] = set()
     done: set[str] = set()
     late: list[str] = []
     branches = _Branches(graph, place, before, done)
+
+    def finish(name: str) -> None:
+        """Gives a node its place, and after it what waits though it would free more than it makes."""
+        found = [name]
+        while found:
+            late.append(name := found.pop())
+            for other in branches.finish(name):
+                is_ready = other not in done and done.issuperset((*before[other], *readers_before.get(other, ())))
+                if other in can_wait and other not in found and is_ready and branches.freed(other) >= can_wait[other]:
+                    found.append(other)
+
     for root in [name for name in order if name not in can_wait] + order:
         pending = [root]
         while pending:
@@ -157,8 +172,7 @@ def _late(graph: ir.Graph, order: list[str]) -> tuple[str, ...]:
             if name in done or not missing:
                 pending.pop()
                 if name not in done:
-                    late.append(name)
-                    branches.finish(name)
+                    finish(name)
             else:
                 # What is made of variables alone comes last, right before its reader.
                 if len(missing) > 1:
@@ -187,11 +201,27 @@ class _Branches:
         self._sizes = _sizes(graph)
         self._readers = collections.Counter(root for node in graph.nodes for root in self._read(node))
         self._readers.update(self._root_of[reference] for reference in graph.outputs)
+        self._left: dict[str, set[str]] = {}  # storage -> nodes that have still to read it
+        for node in graph.nodes:
+            for root in self._read(node):
+                if self._sizes[root]:
+                    self._left.setdefault(root, set()).add(node.name)
 
-    def finish(self, name: str) -> None:
-        """Takes note that a node has its place."""
+    def finish(self, name: str) -> list[str]:
+        """Takes note that a node has its place; returns others that alone have still to read what it reads."""
         self._done.add(name)
-        self._readers.subtract(self._read(self._graph.by_name[name]))
+        read = self._read(self._graph.by_name[name])
+        self._readers.subtract(read)
+        alone: set[str] = set()
+        for root in read & self._left.keys():
+            self._left[root].discard(name)
+            if self._readers[root] == 1:
+                alone |= self._left[root]
+        return sorted(alone, key=self._place.__getitem__)
+
+    def freed(self, name: str) -> int:
+        """Bytes that a node would free if it ran now."""
+        return sum(self._sizes[root] for root in self._read(self._graph.by_name[name]) if self._readers[root] == 1)
 
     def turn(self, name: str) -> tuple[bool, int]:
         """When a branch should run, of several that the same node waits for: the least comes first.
@@ -287,11 +317,12 @@ _UPDATES_OF_A_VARIABLE = 8
 """At most so many updates belong to one gradient: the variable, its slots, averages and accumulators."""
 
 
-def _only_for_updates(graph: ir.Graph) -> frozenset[str]:
-    """Names of the nodes all of whose results end in the update of one variable and its optimizer state.
+def _only_for_updates(graph: ir.Graph) -> Mapping[str, int]:
+    """The nodes all of whose results end in updates of one variable and its optimizer state, and in how many.
 
     All of the backward pass ends in updates; the number of updates tells the gradient of one variable
-    from what is passed on to the layers before.
+    from what is passed on to the layers before. Where few layers are left before, it does not: that ends in few, too,
+    though in more than the gradients beside it do.
     """
     results = {ir.producer(reference) for reference in graph.outputs}
     ends: dict[str, frozenset[str]] = {}
@@ -313,7 +344,7 @@ def _only_for_updates(graph: ir.Graph) -> frozenset[str]:
         most = sum(_UPDATES_OF_A_VARIABLE if end in blocks else 1 for end in reached)
         if is_known and reached and most <= _UPDATES_OF_A_VARIABLE:
             ends[node.name] = frozenset(reached)
-    return frozenset(ends)
+    return {name: len(reached) for name, reached in ends.items()}
 
 
 def _exchanging(graph: ir.Graph) -> frozenset[str]:
