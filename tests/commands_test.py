@@ -456,17 +456,17 @@ def test_export_into_what_exists_is_refused(saved, tmp_path):
 # --- models that Keras saved --------------------------------------------------------------------------------------
 
 
-def model():
-    """A compiled model, named as if it were the first one of its process."""
+def model(layers=4):
+    """A model, named as if it were the first one of its process."""
     keras.backend.clear_session()
     keras.utils.set_random_seed(0)
-    dense = [keras.layers.Dense(WIDTH, "tanh") for _ in range(4)]
+    dense = [keras.layers.Dense(WIDTH, "tanh") for _ in range(layers)]
     return keras.Sequential([keras.Input((WIDTH,)), *dense, keras.layers.Dense(10)])
 
 
 def trained(**option):
     images, labels = np.random.default_rng(0).normal(size=(BATCH, WIDTH)).astype("float32"), np.arange(BATCH) % 10
-    made = model()
+    made = model(layers=12)
     made.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True), **option)
     with trainings.reproducible():
         return made, [float(made.train_on_batch(images, labels)) for _ in range(4)]
@@ -474,7 +474,7 @@ def trained(**option):
 
 def save_plan(path):
     """Trains under a budget and saves the plan."""
-    made, found = trained(graphswap=graphswap.Options("3.6MiB", swap_to="host", planning_seconds=0.5))
+    made, found = trained(graphswap=graphswap.Options("5.5MiB", swap_to="host", planning_seconds=0.5))
     step = graphswap.report(made).step
     step.save_plan(path)
     return found, step.plan.to_json()
@@ -510,7 +510,7 @@ def test_a_keras_file(command, tmp_path):
 def test_a_saved_plan_is_used_as_it_is(kept):
     path, expected, plan = kept
     assert plan.swaps or plan.recomputes
-    made, found = trained(graphswap=graphswap.Options("3.6MiB", plan=path))
+    made, found = trained(graphswap=graphswap.Options("5.5MiB", plan=path))
     _, plain = trained()
     step = graphswap.report(made).step
     assert step.plan == plan
@@ -530,7 +530,7 @@ def test_a_saved_plan_for_another_model_is_refused(kept):
     path, _, _ = kept
     keras.backend.clear_session()
     made = keras.Sequential([keras.Input((WIDTH,)), keras.layers.Dense(10)])
-    made.compile("sgd", "mse", graphswap=graphswap.Options("3.6MiB", plan=path))
+    made.compile("sgd", "mse", graphswap=graphswap.Options("5.5MiB", plan=path))
     with pytest.raises(PlanError) as error:
         made.train_on_batch(np.ones((BATCH, WIDTH), "float32"), np.ones((BATCH, 10), "float32"))
     assert str(error.value) == (
@@ -547,7 +547,7 @@ def test_a_report_without_a_plan_has_nothing_to_save(tmp_path):
 
 
 def test_a_report_saves_a_page_and_a_trace(kept, tmp_path):
-    made, _ = trained(graphswap=graphswap.Options("3.6MiB", plan=kept[0]))
+    made, _ = trained(graphswap=graphswap.Options("5.5MiB", plan=kept[0]))
     step = graphswap.report(made).step
     step.save_html(tmp_path / "page.html")
     step.save_trace(tmp_path / "plan.trace")

@@ -506,7 +506,7 @@ def train_with_rosy_costs(budget):
 
     def step(x):
         with tf.GradientTape() as tape:
-            for _ in range(16):
+            for _ in range(32):
                 x = tf.nn.relu(tf.nn.conv2d(x, kernel, 1, "SAME"))
             loss = tf.reduce_mean(tf.square(x - 1))
         kernel.assign_sub(0.01 * tape.gradient(loss, kernel))
@@ -520,7 +520,7 @@ def train_with_rosy_costs(budget):
 
 
 def test_a_step_that_runs_out_of_memory_is_planned_tighter_and_repeated():
-    budget = 58 << 20
+    budget = 60 << 20
     ours = emulated.call(budget, __file__, "train_with_rosy_costs", budget)
     ample = emulated.call(1 << 30, __file__, "train_with_rosy_costs", 1 << 30)
     assert "ran out of memory (OOM when allocating tensor with shape" in str(ours["notes"])
