@@ -10,7 +10,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 
 from graphswap import ir, liveness
 from graphswap.cost_model import Profile
@@ -252,7 +252,12 @@ class _Merger:
         self.parts = parts
         self.rewritten = rewritten
         self.names: list[dict[str, str]] = [{}, *map(dict, parts.twins)]  # by replica
+        self.origins = ir.origin(rewritten)
         self.common = {name for name in rewritten.by_name if self._is_common(name)}
+        received = {node.name for node in rewritten.nodes if node.op == ir.RECEIVE}
+        resident = {node.name for node in rewritten.nodes if node.op in ir.RESIDENT_OPS}
+        self.first_waits_for = _stand_ins(rewritten, received)
+        self.others_wait_for = _stand_ins(rewritten, received | self.common - resident)
 
     def graph(self) -> ir.Graph:
         whole, rewritten = self.parts.whole, self.rewritten
@@ -291,9 +296,14 @@ class _Merger:
         names, devices = self.names[number], self.parts.devices
         name = names.get(node.name, node.name)
         original = self.parts.whole.by_name.get(name)
-        waits = [names.get(wait, wait) for wait in self._waits(node.control_inputs, number)]
+        stand_in = self.others_wait_for if number else self.first_waits_for
+        waits = [names.get(wait, wait) for one in node.control_inputs for wait in stand_in.get(one, (one,))]
         device = devices[number] if number else node.device
         attrs = tuple((key, names.get(str(v), v) if key in _NAMING_ATTRS else v) for key, v in node.attrs)
+        outputs = tuple(self._value(reference, value, number) for reference, value in zip(node.refs(), node.outputs))
+        if node.op in (ir.SWAP_OUT, ir.SWAP_IN):
+            moved = self._value(self.origins[node.name], self.rewritten.value(node.inputs[0]), number)
+            attrs = tuple((key, moved.nbytes if key == "nbytes" else value) for key, value in attrs)
         stateful = node.stateful
         if original is not None:
             waits += original.control_inputs
@@ -307,7 +317,7 @@ class _Merger:
             device=device,
             stateful=stateful,
             attrs=attrs,
-            outputs=node.outputs if original is None else original.outputs,
+            outputs=outputs,
             like=names.get(node.like, node.like),
         )
 
@@ -321,11 +331,18 @@ class _Merger:
             return self._ref(node.inputs[0], sender)
         return ir.ref(self.names[number].get(name, name), index)
 
-    def _waits(self, names: Iterable[str], number: int) -> Iterable[str]:
-        """What to wait for in a replica: in the place of what it does not run, what that waits for."""
-        for name in names:
-            node = self.rewritten.by_name[name]
-            if node.op == ir.RECEIVE or (number and name in self.common and node.op not in ir.RESIDENT_OPS):
-                yield from self._waits(node.control_inputs, number)
-            else:
-                yield name
+    def _value(self, reference: str, known: ir.Value, number: int) -> ir.Value:
+        """The type of a value in a replica, whose share of a batch may be smaller; `known` of what is in none of them."""
+        name, index = ir.split_ref(self.origins.get(reference, reference))
+        original = self.parts.whole.by_name.get(self.names[number].get(name, name))
+        return known if original is None or known.dtype == "variant" else original.outputs[index]
+
+
+def _stand_ins(graph: ir.Graph, absent: Set[str]) -> Mapping[str, Sequence[str]]:
+    """For nodes that do not run, what waits for them waits for instead: what they would wait for."""
+    found: dict[str, Sequence[str]] = {}
+    for node in graph.nodes:
+        if node.name in absent:
+            waits = (wait for name in node.control_inputs for wait in found.get(name, (name,)))
+            found[node.name] = tuple(dict.fromkeys(waits))
+    return found
