@@ -245,8 +245,9 @@ def _check_alike(kind: str, devices: Sequence[str]) -> None:
     for device, spec in zip(devices, specs, strict=True):
         if f"{spec.device_type}:{spec.device_index}" not in there:
             raise ValueError(
-                f"graphswap: expected devices of this process, {', '.join(sorted(there))}, received {kind} on {device}. "
-                "Name devices that are there; tf.config.set_logical_device_configuration divides one into several."
+                f"graphswap: expected devices of this process, {', '.join(sorted(there))}, received {kind} on "
+                f"{device}. Name devices that are there; tf.config.set_logical_device_configuration divides one into "
+                "several."
             )
     kinds = [f"{spec.device_type} {_model_of(spec)}".strip() for spec in specs]
     if len(set(kinds)) > 1:
@@ -284,14 +285,20 @@ def parts(graph: ir.Graph) -> replicas.Parts | None:
                 "Train with model.fit under ParameterServerStrategy, which gives its workers their parts of a step."
             )
     devices = replicas.used_devices(graph, str(planned.device_type))
-    if all(tf.DeviceSpec.from_string(device).device_index == planned.device_index for device in devices):
+    others = [one for one in devices if tf.DeviceSpec.from_string(one).device_index != planned.device_index]
+    if not others:
         return None
+    if others == [*devices]:
+        node = next(node for node in graph.nodes if node.device == others[0])
+        raise UnsupportedGraphError(
+            f"expected a step on this process's first device, {profiler.device_name()}, received node '{node.name}' "
+            f"({node.op}) on '{node.device}'. Show the process only the device that it is to use, or set "
+            "graphswap.Options(on_unsupported='run_unchanged')."
+        )
     try:
         return replicas.split(graph, devices)
     except replicas.UnlikeReplicas as error:
-        raise UnsupportedGraphError(
-            f"{error}, or set graphswap.Options(on_unsupported='run_unchanged')."
-        ) from None
+        raise UnsupportedGraphError(f"{error}, or set graphswap.Options(on_unsupported='run_unchanged').") from None
 
 
 def advice(graph: ir.Graph) -> tuple[str, ...]:

@@ -138,9 +138,9 @@ def _refuse(model: Any, options: Options, args: tuple[Any, ...], kwargs: dict[st
     is_compiled = given.get("jit_compile") is True or options.jit_compile not in (None, False)
     if is_compiled and (has_servers or model.distribute_strategy.num_replicas_in_sync > 1):
         raise ValueError(
-            "graphswap: expected jit_compile=False with several workers or devices, received True. XLA inside TensorFlow "
-            "compiles no collectives for CPUs, and a step for one device. Leave jit_compile out, or compile without "
-            "graphswap."
+            "graphswap: expected jit_compile=False with several workers or devices, received True. XLA inside "
+            "TensorFlow compiles a step for one device, and no collectives for CPUs. Leave jit_compile out, or compile "
+            "without graphswap."
         )
 
 

@@ -699,9 +699,9 @@ class Session:
         away = _away(captured)
         if away:
             raise ValueError(
-                f"graphswap: expected variables on the devices in a step on {len(self._parts.devices)} of them, received "
-                f"'{away[0]}' in the tier '{_tier(captured[away[0]])}'. Replicas in one process keep all variables on "
-                "their devices. Make the model outside of graphswap.host_variables(), or train with one device."
+                f"graphswap: expected all variables on the device in a step of several devices, received '{away[0]}' "
+                f"in the tier '{_tier(captured[away[0]])}'. Make the model outside of graphswap.host_variables(), or "
+                "train on one device."
             )
 
     def _exchange(self, graph: ir.Graph, leads: bool | None, cost_model: CostModel, budget: int) -> ir.Graph:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 
 from graphswap import ir, liveness
 from graphswap.cost_model import Profile
@@ -26,8 +26,8 @@ class Parts:
 
     Attributes:
         whole: The step.
-        first: What runs on the first replica's device and what belongs to no replica. In the place of a value of another
-            replica it reads a `RECEIVE` of the first one's.
+        first: What runs on the first replica's device and what belongs to no replica. In the place of a value of
+            another replica it reads a `RECEIVE` of the first one's.
         twins: For each further replica, name of a node of the first one to its node.
         devices: Of all replicas, as the nodes spell them.
     """
@@ -65,9 +65,7 @@ class Parts:
     @functools.cached_property
     def owners(self) -> Mapping[str, tuple[int, str]]:
         """Node of a further replica to the number of its replica, from 1, and the first replica's node."""
-        return {
-            twin: (number, name) for number, twins in enumerate(self.twins, 1) for name, twin in twins.items()
-        }
+        return {twin: (number, name) for number, twins in enumerate(self.twins, 1) for name, twin in twins.items()}
 
 
 def used_devices(graph: ir.Graph, kind: str) -> tuple[str, ...]:
@@ -78,22 +76,24 @@ def used_devices(graph: ir.Graph, kind: str) -> tuple[str, ...]:
         kind: "CPU" or "GPU".
     """
     found = {_short(node.device): node.device for node in graph.nodes}
-    named = sorted((int(short.split(":")[1]), device) for short, device in found.items() if short.startswith(f"{kind}:"))
+    named = sorted(
+        (int(short.split(":")[1]), device) for short, device in found.items() if short.startswith(f"{kind}:")
+    )
     return tuple(device for _, device in named)
 
 
 def _short(device: str) -> str:
-    """ "GPU:1" of a device's full name."""
+    """The end of a device's full name: "GPU:1"."""
     return device.rpartition("device:")[2]
 
 
 def split(graph: ir.Graph, devices: Sequence[str]) -> Parts:
     """Finds the replicas' parts of a step.
 
-    Nodes are the same node of two replicas if they have the same op and dtypes, the further replica's takes no more bytes
-    (its share of a batch may be smaller), and what they read are the same nodes again, or is one value. Of several
-    that are equally alike, the first one that was traced is taken. What the first device runs beside its part belongs
-    to no replica, such as a sum of all replicas' values that is computed there.
+    Nodes are the same node of two replicas if they have the same op and dtypes, the further replica's takes no more
+    bytes (its share of a batch may be smaller), and what they read are the same nodes again, or is one value. Of
+    several that are equally alike, the first one that was traced is taken. What the first device runs beside its part
+    belongs to no replica, such as a sum of all replicas' values that is computed there.
 
     Args:
         graph: The whole step.
@@ -106,7 +106,9 @@ def split(graph: ir.Graph, devices: Sequence[str]) -> Parts:
     for number, found in enumerate(twins, 1):
         lone = next((name for name in graph.position if (name in found) != (name in twins[0])), None)
         if lone is not None:
-            raise _unlike(graph.by_name[lone], devices, f"which the parts of {devices[1]} and {devices[number]} differ in")
+            raise _unlike(
+                graph.by_name[lone], devices, f"which the parts of {devices[1]} and {devices[number]} differ in"
+            )
     parts = Parts(graph, graph, twins, tuple(devices))
     return dataclasses.replace(parts, first=_first(parts))
 
@@ -173,12 +175,11 @@ class _Matcher:
         return _short(node.device) not in self.devices or node.op in ir.RESIDENT_OPS
 
 
-
 def _unlike(node: ir.Node, devices: Sequence[str], what: str) -> UnlikeReplicas:
     names = ", ".join(map(_short, devices))
     return UnlikeReplicas(
-        f"expected replicas that run the same nodes, on {names}, received node '{node.name}' ({node.op}), {what}. Let a "
-        "replica's part not hang on which replica it is"
+        f"expected replicas that run the same nodes, on {names}, received node '{node.name}' ({node.op}), {what}. Let "
+        "a replica's part not hang on which replica it is"
     )
 
 
@@ -254,10 +255,10 @@ class _Merger:
         self.names: list[dict[str, str]] = [{}, *map(dict, parts.twins)]  # by replica
         self.origins = ir.origin(rewritten)
         self.common = {name for name in rewritten.by_name if self._is_common(name)}
-        received = {node.name for node in rewritten.nodes if node.op == ir.RECEIVE}
-        resident = {node.name for node in rewritten.nodes if node.op in ir.RESIDENT_OPS}
-        self.first_waits_for = _stand_ins(rewritten, received)
-        self.others_wait_for = _stand_ins(rewritten, received | self.common - resident)
+        self.stand_ins: dict[str, tuple[str, ...]] = {}  # RECEIVE node -> what to wait for in its place
+        for node in rewritten.nodes:
+            if node.op == ir.RECEIVE:
+                self.stand_ins[node.name] = self._waits(node)
 
     def graph(self) -> ir.Graph:
         whole, rewritten = self.parts.whole, self.rewritten
@@ -288,22 +289,26 @@ class _Merger:
         return ir.verify(whole.replace(nodes=tuple(nodes), outputs=tuple(outputs), control_outputs=tuple(ends)))
 
     def _is_common(self, name: str) -> bool:
-        """Whether a node of the whole step belongs to no replica."""
-        return name in self.parts.whole.by_name and name not in self.parts.twins[0]
+        """Whether a node belongs to no replica: it is such a one of the step, or moves what was received for one."""
+        if name in self.parts.whole.by_name:
+            return name not in self.parts.twins[0]
+        source = self.rewritten.by_name.get(ir.producer(self.origins.get(name, name)))
+        return source is not None and source.op == ir.RECEIVE
 
     def _of(self, node: ir.Node, number: int) -> ir.Node:
         """What a node is in a replica."""
         names, devices = self.names[number], self.parts.devices
         name = names.get(node.name, node.name)
         original = self.parts.whole.by_name.get(name)
-        stand_in = self.others_wait_for if number else self.first_waits_for
-        waits = [names.get(wait, wait) for one in node.control_inputs for wait in stand_in.get(one, (one,))]
+        waits = [names.get(wait, wait) for wait in self._waits(node)]
         device = devices[number] if number else node.device
         attrs = tuple((key, names.get(str(v), v) if key in _NAMING_ATTRS else v) for key, v in node.attrs)
-        outputs = tuple(self._value(reference, value, number) for reference, value in zip(node.refs(), node.outputs))
+        outputs = tuple(self._value(r, value, number) for r, value in zip(node.refs(), node.outputs, strict=True))
+        if node.op == ir.SWAP_OUT:
+            outputs = node.outputs
         if node.op in (ir.SWAP_OUT, ir.SWAP_IN):
-            moved = self._value(self.origins[node.name], self.rewritten.value(node.inputs[0]), number)
-            attrs = tuple((key, moved.nbytes if key == "nbytes" else value) for key, value in attrs)
+            moved = self._value(node.name, ir.Value("variant"), number)
+            attrs = tuple((key, moved.nbytes or value if key == "nbytes" else value) for key, value in attrs)
         stateful = node.stateful
         if original is not None:
             waits += original.control_inputs
@@ -331,18 +336,13 @@ class _Merger:
             return self._ref(node.inputs[0], sender)
         return ir.ref(self.names[number].get(name, name), index)
 
+    def _waits(self, node: ir.Node) -> tuple[str, ...]:
+        """The nodes of the first replica, and common ones, that a node waits for."""
+        waits = (wait for name in node.control_inputs for wait in self.stand_ins.get(name, (name,)))
+        return tuple(dict.fromkeys(waits))
+
     def _value(self, reference: str, known: ir.Value, number: int) -> ir.Value:
-        """The type of a value in a replica, whose share of a batch may be smaller; `known` of what is in none of them."""
+        """The type of a value in a replica, whose share of a batch may be smaller; `known` of what is in none."""
         name, index = ir.split_ref(self.origins.get(reference, reference))
         original = self.parts.whole.by_name.get(self.names[number].get(name, name))
-        return known if original is None or known.dtype == "variant" else original.outputs[index]
-
-
-def _stand_ins(graph: ir.Graph, absent: Set[str]) -> Mapping[str, Sequence[str]]:
-    """For nodes that do not run, what waits for them waits for instead: what they would wait for."""
-    found: dict[str, Sequence[str]] = {}
-    for node in graph.nodes:
-        if node.name in absent:
-            waits = (wait for name in node.control_inputs for wait in found.get(name, (name,)))
-            found[node.name] = tuple(dict.fromkeys(waits))
-    return found
+        return known if original is None else original.outputs[index]

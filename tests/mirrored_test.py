@@ -73,9 +73,7 @@ def train(kind, devices, budget):
             model.compile(keras.optimizers.SGD(0.01), loss, metrics=["accuracy"], **option)
         x, y = batches(kind)
         try:
-            model.fit(
-                x, y, batch_size=BATCH[kind], callbacks=[trainings.Recorder(log)], shuffle=False, verbose=0
-            )
+            model.fit(x, y, batch_size=BATCH[kind], callbacks=[trainings.Recorder(log)], shuffle=False, verbose=0)
         except tf.errors.ResourceExhaustedError as error:
             return {"error": error.message[:200]}
     result = {
