@@ -505,6 +505,7 @@ class Session:
                     device,
                     memory_bytes=device.memory_bytes and device.memory_bytes // replicas_here,
                     holes=device.holes // replicas_here,
+                    network=dataclasses.replace(device.links["host"], overlaps=True),  # within one machine
                 )
             there = graph if parts is None or replicas_here == 1 else parts.whole
             cost_model = self._planner.cost_model(device, there, fences, _away(captured))
@@ -705,7 +706,7 @@ class Session:
             )
 
     def _exchange(self, graph: ir.Graph, leads: bool | None, cost_model: CostModel, budget: int) -> ir.Graph:
-        """The step with its gradients summed block by block, if several workers do so.
+        """The step with its gradients summed block by block, if several workers or replicas do so.
 
         Args:
             graph: The step.
@@ -717,9 +718,11 @@ class Session:
         Raises:
             WorkerError: If this trace has other gradients than the one that all have planned.
         """
-        if self._workers.count == 1 or self.jit_compile:
+        if self.jit_compile or (self._workers.count == 1 and self._parts is None):
             return graph
-        if leads is None:
+        if self._parts is not None:  # one trace holds all replicas
+            exchanges = self._planner.exchange(graph, cost_model, budget)
+        elif leads is None:
             exchanges = blocks.transferred(*self._exchanged, graph) if self._exchanged else ()
             if exchanges is None:
                 raise distribute.WorkerError(

@@ -311,7 +311,7 @@ class _Merger:
             attrs = tuple((key, moved.nbytes or value if key == "nbytes" else value) for key, value in attrs)
         stateful = node.stateful
         if original is not None:
-            waits += original.control_inputs
+            waits += self._waits_of_whole(original, self._waits(node))
             device, stateful = original.device, original.stateful
             attrs = tuple(sorted((*original.attrs, *(attr for attr in attrs if attr[0] in _NAMING_ATTRS))))
         return dataclasses.replace(
@@ -340,6 +340,20 @@ class _Merger:
         """The nodes of the first replica, and common ones, that a node waits for."""
         waits = (wait for name in node.control_inputs for wait in self.stand_ins.get(name, (name,)))
         return tuple(dict.fromkeys(waits))
+
+    def _waits_of_whole(self, node: ir.Node, waits: Sequence[str]) -> list[str]:
+        """What a node of the whole step waited for, in any replica: of what is gone, what stands for it there.
+
+        Args:
+            node: The node as it was.
+            waits: What it waits for of the first replica now.
+        """
+        found = []
+        for name in node.control_inputs:
+            number, source = self.parts.owners.get(name, (0, name))
+            is_there = source in self.rewritten.by_name
+            found += [name] if is_there else [self.names[number].get(wait, wait) for wait in waits]
+        return found
 
     def _value(self, reference: str, known: ir.Value, number: int) -> ir.Value:
         """The type of a value in a replica, whose share of a batch may be smaller; `known` of what is in none."""
