@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from graphswap.graphdef import UnsupportedGraphError
     from graphswap.host_variable import host_variables
     from graphswap.keras_compile import disable, enable
+    from graphswap.model_data import HostMemoryError
     from graphswap.model_state import restore
     from graphswap.options import Options
     from graphswap.pipeline import function
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "HostMemoryError",
     "InfeasibleBudgetError",
     "Options",
     "Plan",
@@ -45,6 +47,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "HostMemoryError": "model_data",
     "InfeasibleBudgetError": "strategies.base",
     "Options": "options",
     "Plan": "plan",

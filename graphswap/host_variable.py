@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import tensorflow as tf
@@ -72,7 +72,7 @@ class HostVariable(graphdef.ResourceVariable):
         return [tf.raw_ops.ReadVariableOp(resource=handle, dtype=tf.string) for handle in self.store_handles]
 
     def restore(self, pieces: Sequence[tf.Tensor]) -> None:
-        """Gives the variable the value that `pieces` were read of. It must be in the same tier as then."""
+        """Gives the variable the value that `pieces` were read of, in the tier that it was in then."""
         for handle, piece in zip(self.store_handles, pieces, strict=True):
             tf.raw_ops.AssignVariableOp(resource=handle, value=piece)
 
@@ -97,13 +97,17 @@ class HostVariable(graphdef.ResourceVariable):
         if tier == self._tier:
             return
         with tf.init_scope(), self._tiers.explaining():
-            value, files = self.read_value(), self.files()
+            files = self.files()
             if tier == "device":
-                tf.raw_ops.AssignVariableOp(resource=self.handle, value=value)
+                tf.raw_ops.AssignVariableOp(resource=self.handle, value=self.read_value())
                 for piece in self._pieces:
                     piece.assign("")
+            elif self._tier == "host":
+                self.restore(self._tiers.write(self.pieces()))
+            elif self._tier == "disk":
+                self.restore([tf.io.read_file(name) for name in self.pieces()])
             else:
-                self._tiers.store(value, self.store_handles, tier)
+                self._tiers.store(self.read_value(), self.store_handles, tier)
                 empty = placement.outside_device(tf.zeros((0,), self.dtype).numpy())
                 tf.raw_ops.AssignVariableOp(resource=self.handle, value=empty)
             self._tier = tier
@@ -230,11 +234,25 @@ def host_variables() -> Iterator[None]:
     Each is on the device for as long as it takes to make it. Variables of up to 64 KiB stay there. Where a training
     step has room, `model.compile(..., graphswap=...)` brings them to the device.
     """
+    with far_variables(lambda nbytes: "host"):
+        yield
+
+
+@contextlib.contextmanager
+def far_variables(tier_of: Callable[[int], str], far_tiers: tiers.Tiers | None = None) -> Iterator[None]:
+    """Like `host_variables`, each variable in a tier of its own.
+
+    Args:
+        tier_of: Called with the bytes of each variable of more than 64 KiB as it is made; returns its tier.
+        far_tiers: Where files of variables on disk lie; None for a private directory.
+    """
 
     def make(next_creator: Any, **kwargs: Any) -> Any:
         variable = next_creator(**kwargs)
-        if can_adopt(variable) and ir.Value(variable.dtype.name, tuple(variable.shape)).nbytes > SMALL_BYTES:
-            adopt(variable).move("host")
+        if can_adopt(variable):
+            nbytes = ir.Value(variable.dtype.name, tuple(variable.shape)).nbytes
+            if nbytes > SMALL_BYTES:
+                adopt(variable).move(tier_of(nbytes), far_tiers)
         return variable
 
     with tf.variable_creator_scope(make):

@@ -1,8 +1,13 @@
-"""Which variables leave the device: as few as the budget asks for, those first that are cheapest to move."""
+"""Which variables leave the device: as few as the budget asks for, those first that are cheapest to move.
+
+They go to host memory as far as there is room, and beyond that to the disk: of what is away, what is used least for
+its bytes. So the slots of an optimizer lie on disk, and weights in host memory.
+"""
 
 from __future__ import annotations
 
 import bisect
+import dataclasses
 import functools
 import itertools
 import math
@@ -14,7 +19,7 @@ from graphswap.cost_model import CostModel, Link
 from graphswap.plan import Place, Plan
 from graphswap.strategies import budgets, gaps
 from graphswap.strategies.base import InfeasibleBudgetError, Placing, Strategy
-from graphswap.variables import trips, values, worth_moving
+from graphswap.variables import far_bytes, trips, values, worth_moving
 
 _PARTS = 256
 """How finely the share of variables that leave is chosen."""
@@ -26,6 +31,38 @@ _NEGLIGIBLE = 0.005
 """Of a step: to save less, no further share is tried."""
 
 
+class HostMemoryError(ValueError):
+    """Host memory has no room for what has to leave the device.
+
+    Attributes:
+        host_bytes: What variables may take there during a step.
+        needed_bytes: What they would take.
+    """
+
+    def __init__(self, host_bytes: float, needed_bytes: int):
+        self.host_bytes = host_bytes
+        self.needed_bytes = needed_bytes
+        super().__init__(
+            f"host_memory={_mib(host_bytes)} is less than the {_mib(needed_bytes)} that variables take there in this "
+            "memory budget, where each one that is updated counts twice, as its old value stays until the step's end. "
+            "Raise host_memory or memory_budget, or let what has no room lie on disk with "
+            'graphswap.Options(swap_to="disk") or a directory.'
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Room:
+    """Where variables may go.
+
+    Attributes:
+        host_bytes: What they may take of host memory during a step (`variables.far_bytes`).
+        has_disk: Whether what finds no room there may go to the disk.
+    """
+
+    host_bytes: float = math.inf
+    has_disk: bool = False
+
+
 def choose(
     graph: ir.Graph,
     cost_model: CostModel,
@@ -34,8 +71,9 @@ def choose(
     movable: Collection[str],
     fixed: Sequence[Place] = (),
     planning_seconds: float = math.inf,
+    room: Room = Room(),
 ) -> tuple[Place, ...]:
-    """Chooses the variables that leave the device.
+    """Chooses the variables that leave the device, and where to.
 
     Unless the strategy has an order of its own, they are tried in the order of what moving a byte costs: a slot of an
     optimizer is fetched once and stored once, a weight is fetched for each pass. Of a few shares of all their bytes
@@ -56,19 +94,37 @@ def choose(
         movable: Names of variables that may leave.
         fixed: What has left already.
         planning_seconds: When to stop looking for a better choice.
+        room: Where variables may go.
+
+    Raises:
+        HostMemoryError: If no more may leave than what host memory has room for, and a plan would need that.
     """
     has_groups = isinstance(strategy, Placing)
     judge = strategy if has_groups else strategies.Greedy(planning_seconds=0.0, segments=_SEGMENTS)
     groups = strategy.groups(graph, movable) if has_groups else _one_by_one(graph, cost_model, movable)
     gone, known, journeys = {place.variable for place in fixed}, values(graph), trips(graph)
-    left = [[name for name in group if name not in gone] for group in groups]
+    taken = far_bytes(graph)
+    host_bytes = room.host_bytes - sum(taken.get(place.variable, 0) for place in fixed if place.tier == "host")
+    all_left = left = [[name for name in group if name not in gone] for group in groups]
+    if not room.has_disk:
+        needed = itertools.accumulate(sum(taken[name] for name in group) for group in all_left)
+        left = all_left[: sum(nbytes <= host_bytes for nbytes in needed)]
     sizes = [sum(known[name].nbytes for name in group) for group in left]
     total = list(itertools.accumulate(sizes, initial=0))
     counts = [bisect.bisect_left(total, total[-1] * part / _PARTS) for part in range(_PARTS + 1)]
 
+    def uses(name: str) -> float:
+        """Copies of a variable in a step, for the bytes that it takes in host memory."""
+        is_updated = taken[name] > known[name].nbytes
+        return (journeys[name] + is_updated) / (1 + is_updated)
+
     def places(count: int) -> tuple[Place, ...]:
-        leaving = itertools.chain.from_iterable(left[:count])
-        return (*fixed, *(Place(name, cost_model.far_tier) for name in leaving))
+        leaving = list(itertools.chain.from_iterable(left[:count]))
+        tier_of, free = dict.fromkeys(leaving, "disk"), host_bytes
+        for name in sorted(leaving, key=uses, reverse=True):
+            if taken[name] <= free:
+                tier_of[name], free = "host", free - taken[name]
+        return (*fixed, *(Place(name, tier) for name, tier in tier_of.items()))
 
     @functools.cache
     def seconds(count: int) -> float:
@@ -81,10 +137,20 @@ def choose(
             return math.inf
         return simulator.simulate(placed, plan, cost_model).seconds
 
-    link = cost_model.link(cost_model.far_tier)
-    once = [sum(link.in_seconds(known[name].nbytes) for name in group) for group in left]
-    travelling = [sum(_travel_seconds(known[name], journeys[name], link) for name in group) for group in left]
-    least, most = (list(itertools.accumulate(found, initial=0.0)) for found in (once, travelling))
+    tiers = [*(["host"] if host_bytes > 0 else []), *(["disk"] if room.has_disk else [])]
+    links = [cost_model.link(tier) for tier in tiers]
+
+    def once(name: str) -> float:
+        return min(link.in_seconds(known[name].nbytes) for link in links)
+
+    def travelling(name: str) -> float:
+        # Twice where there are two tiers: what stays makes room for something else to move from one to the other.
+        return len(links) * max(_travel_seconds(known[name], journeys[name], link) for link in links)
+
+    least, most = (
+        list(itertools.accumulate((sum(map(found, group)) for group in left), initial=0.0))
+        for found in (once, travelling)
+    )
     as_it_is = simulator.simulate(rewrites.place(graph, Plan(decisions=places(0))), Plan(), cost_model)
     if as_it_is.peak_bytes <= memory_budget * _EASY:
         return places(0)
@@ -105,6 +171,9 @@ def choose(
         elif is_worth(more) and seconds(more) < now:
             best = min(_PARTS, best + reach)
         reach //= 2
+    if len(left) < len(all_left) and math.isinf(seconds(counts[best])):
+        wanted = choose(graph, cost_model, memory_budget, strategy, movable, fixed, planning_seconds)
+        raise HostMemoryError(room.host_bytes, sum(taken.get(place.variable, 0) for place in wanted))
     return places(counts[best])
 
 
@@ -126,3 +195,7 @@ def _one_by_one(graph: ir.Graph, cost_model: CostModel, movable: Collection[str]
 
     names = worth_moving(graph, movable)
     return [[name] for name in sorted(names, key=lambda name: (cost[name], -distance(name)))]
+
+
+def _mib(nbytes: float) -> str:
+    return f"{nbytes / 2**20:.1f}MiB"

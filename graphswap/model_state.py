@@ -85,8 +85,8 @@ def commit(variables: Mapping[str, tf.Variable], far_tiers: tiers.Tiers) -> None
 def restore(model: Any, directory: str | os.PathLike[str]) -> int:
     """Gives a model, and its optimizer, the state of the last completed step of an earlier training.
 
-    That training was one with `graphswap.Options(swap_to=directory)` and variables on disk. If anything is not as
-    expected, nothing is changed.
+    That training was one with `graphswap.Options(swap_to=directory)` and variables outside of the device. If anything
+    is not as expected, nothing is changed.
 
     Args:
         model: A Keras model that is built and compiled; or the tf.Variables of a step of `graphswap.function`, in the

@@ -36,9 +36,10 @@ class Options:
             turned into bytes; "auto": what the device has; "free": the smallest budget without a
             predicted slow-down; "min": the smallest reachable one.
         strategy: Name of an entry of `graphswap.strategies.STRATEGIES`, or an object with a method `plan`.
-        swap_to: "host"; "disk": the system's temporary directory; a directory, as a path, in which variables that
-            live on disk are kept (see `graphswap.restore`); "auto": host memory if the device has memory of its own,
-            else the disk, but only for swaps.
+        swap_to: "host"; "disk": the system's temporary directory; a directory, as a path, in which the state of the
+            training is kept (see `graphswap.restore`); "auto": host memory if the device has memory of its own, else
+            the disk, but only for swaps. Where the disk is named and the device has memory of its own, host memory is
+            used first, as far as `host_memory` goes.
         planning_seconds: Time after which the strategy stops looking for a better plan.
         on_unsupported: "raise" an UnsupportedGraphError for a step that can't be rewritten, or
             "run_unchanged".
@@ -47,6 +48,10 @@ class Options:
             TensorFlow's executor, and the faster goes on; None: as `model.compile` is told, whose own "auto" is off.
         asynchronous: Whether, under ParameterServerStrategy, each batch is one worker's, whose gradients count when
             they come; else all workers share each batch.
+        host_memory: The most host memory that variables may take during a step, in which each one that is updated
+            counts twice: its old value stays until the step's end. Bytes as an int, 0 for none; a size such as "12GiB",
+            which is turned into bytes; "auto": most of what is free. Variables that find no room go to the disk if
+            `swap_to` names it, those that are used least for their bytes first.
 
     Raises:
         ValueError: If a value is out of range or unknown.
@@ -61,6 +66,7 @@ class Options:
     plan: str | os.PathLike[str] | None = None
     jit_compile: bool | str | None = None
     asynchronous: bool = False
+    host_memory: int | str = "auto"
 
     def __post_init__(self) -> None:
         for name, checked in (
@@ -72,6 +78,7 @@ class Options:
             ("on_unsupported", _word("on_unsupported", self.on_unsupported, UNSUPPORTED_WORDS)),
             ("jit_compile", _jit_compile(self.jit_compile)),
             ("asynchronous", _flag("asynchronous", self.asynchronous)),
+            ("host_memory", _host_memory(self.host_memory)),
         ):
             object.__setattr__(self, name, checked)
 
@@ -124,6 +131,11 @@ class Options:
                 "Add it to graphswap.strategies.STRATEGIES and give its name."
             )
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    @property
+    def names_disk(self) -> bool:
+        """Whether `swap_to` lets variables live on disk."""
+        return self.swap_to not in ("auto", "host")
 
     def swap_directory(self) -> pathlib.Path | None:
         """The directory that `swap_to` names, or None if it names none.
@@ -183,6 +195,23 @@ def _budget(value: object) -> int | str:
         raise TypeError(f"{expected}; received {value!r}, a {type(value).__name__}. {_UNIT_ADVICE}")
     if value <= 0:
         raise ValueError(f'{expected}; received {int(value)}. Write "min" for the smallest budget that can be reached.')
+    return int(value)
+
+
+def _host_memory(value: object) -> int | str:
+    expected = 'host_memory: expected bytes as an int, a size such as "12GiB", or "auto"'
+    if isinstance(value, str):
+        word = value.strip().lower()
+        if word == "auto":
+            return word
+        try:
+            return parse_bytes(value)
+        except ValueError:
+            raise ValueError(f"{expected}; received {value!r}. {_guess(word, ('auto',)) or _UNIT_ADVICE}") from None
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{expected}; received {value!r}, a {type(value).__name__}. {_UNIT_ADVICE}")
+    if value < 0:
+        raise ValueError(f"{expected}; received {int(value)}. Write 0 to keep variables out of host memory.")
     return int(value)
 
 

@@ -22,6 +22,7 @@ from graphswap import (
     distribute,
     graphdef,
     ir,
+    model_data,
     model_state,
     placement,
     planning,
@@ -34,13 +35,13 @@ from graphswap import (
 )
 from graphswap.cost_model import MEMORY_VARIABLE, CostModel, DeviceSpec, Link, Profile
 from graphswap.graphdef import UnsupportedGraphError
-from graphswap.host_variable import HostVariable, adopt, can_adopt, host_variables
+from graphswap.host_variable import HostVariable, adopt, can_adopt, far_variables, host_variables
 from graphswap.options import Options, format_bytes
 from graphswap.plan import Exchange, Place, Plan
 from graphswap.plan_file import PlanFile
 from graphswap.report import Report, StepReport
 from graphswap.strategies.base import InfeasibleBudgetError
-from graphswap.variables import values
+from graphswap.variables import far_bytes, values
 
 _TIGHTENING = 0.97
 _TIGHTEST = 0.75
@@ -208,8 +209,7 @@ class Session:
                 raise
             else:
                 seconds = time.perf_counter() - start - (self._planning_seconds() - planned_seconds)
-                self._record(shapes, seconds, counted)
-                self._commit()
+                self._commit(self._record(shapes, seconds, counted))
                 self._arguments.clear()  # frames of planning that an error's traceback keeps alive hold this list
                 return self._released(result)
 
@@ -218,6 +218,28 @@ class Session:
         if profiler.memory_in_use() is not None and not self._is_stale():
             self._variables.keep()
             self._variables.pack()
+
+    def far_variables(
+        self, memory_bytes: int, variables: Sequence[tf.Variable]
+    ) -> contextlib.AbstractContextManager[None]:
+        """For variables that are made inside: in host memory as far as the options let them, then on disk.
+
+        Args:
+            memory_bytes: Of the device.
+            variables: That are there already.
+        """
+        hosted_bytes = sum(_nbytes(variable) for variable in variables if _tier(variable) == "host")
+        # As in a step, where all of them are updated: so that few have to move when it is planned.
+        left = self._planner.host_bytes(memory_bytes, hosted_bytes) - 2 * hosted_bytes
+
+        def tier_of(nbytes: int) -> str:
+            nonlocal left
+            if 2 * nbytes > left:
+                return "disk"
+            left -= 2 * nbytes
+            return "host"
+
+        return far_variables(tier_of, self._tiers)
 
     def _is_stale(self) -> bool:
         """Whether variables have moved since the steps were traced."""
@@ -357,7 +379,7 @@ class Session:
         """Whether the device is a CPU that counts its bytes: numpy's memory lies outside of it."""
         return profiler.device_name() == "CPU:0" and profiler.memory_in_use() is not None
 
-    def _record(self, shapes: tuple[graphdef.Shape, ...], seconds: float, counted: int) -> None:
+    def _record(self, shapes: tuple[graphdef.Shape, ...], seconds: float, counted: int) -> StepReport | None:
         """Notes how long a step took, and its peak if that lies above what the allocator had counted before.
 
         Under XLA, where no step is held against its plan, a peak beyond the budget has the next step planned anew.
@@ -377,7 +399,8 @@ class Session:
                 is_over = isinstance(budget, int) and peak > max(counted, budget)
                 if is_over and self.jit_compile and step.file is not None and self._scale >= _TIGHTEST:
                     self._tighten(f"took {format_bytes(peak)}")
-                return
+                return step
+        return None
 
     def _tighten(self, why: str) -> None:
         """Has the next call plan anew, for less."""
@@ -394,18 +417,36 @@ class Session:
         self._pieces.clear()
         return self._variables.restore()
 
-    def _commit(self) -> None:
+    def _commit(self, step: StepReport | None) -> None:
         """Makes the step that has run the one whose state a directory keeps; lets files go that nobody needs.
+
+        Args:
+            step: Its report, which gets what far tiers hold if a trace's first steps run.
 
         Raises:
             SwapSpaceError: If the state can't be written. The step is done; the state is that of the one before.
         """
+        if self._trials < 0 or not self._hosted:
+            step = None
+        if step is not None:
+            step.measured_host_bytes = max(step.measured_host_bytes, self._host_bytes())
         self._pieces.clear()
-        if any(variable.tier == "disk" for variable in self._hosted):
+        if self._hosted:
             if self._tiers.keeps_state:
                 model_state.commit(self._state(), self._tiers)
             with self._tiers.explaining():
+                if step is not None:
+                    step.measured_disk_bytes = max(step.measured_disk_bytes, self._tiers.files_bytes())
                 self._tiers.clean()
+
+    def _host_bytes(self) -> int:
+        """Bytes of variables in host memory after a step: their values, and those of before where these are others."""
+        total = 0
+        for variable, tier, before in self._pieces:
+            if tier == variable.tier == "host":
+                for old, new in zip(before, variable.pieces(), strict=True):
+                    total += int(tf.strings.length(new)) + (int(tf.strings.length(old)) if bool(old != new) else 0)
+        return total
 
     def _used_variables(self) -> Mapping[str, tf.Variable]:
         return model_state.named_variables(self._captured.values())
@@ -507,15 +548,16 @@ class Session:
                     holes=device.holes // replicas_here,
                     network=dataclasses.replace(device.links["host"], overlaps=True),  # within one machine
                 )
+            far = self._far(device, graph, captured)
             there = graph if parts is None or replicas_here == 1 else parts.whole
-            cost_model = self._planner.cost_model(device, there, fences, _away(captured))
+            cost_model = self._planner.cost_model(device, there, fences, _away(captured), far.tier)
             cost_model = dataclasses.replace(cost_model, resident_bytes=cost_model.resident_bytes // replicas_here)
             if leads is not None:
                 resident = self._workers.together("weigh their devices", lambda: str(cost_model.resident_bytes))
                 cost_model = dataclasses.replace(cost_model, resident_bytes=max(map(int, resident.values())))
             budget, share = self._planner.budget(device, self._scale)
             with clock("place"):
-                graph = self._place(func_graph, graph, captured, device, cost_model, budget)
+                graph = self._place(func_graph, graph, captured, device, cost_model, budget, far.room)
                 graph = self._exchange(graph, leads, cost_model, budget)
             replanned, rounds = self._replanned.pop(shapes, (None, []))
 
@@ -543,6 +585,7 @@ class Session:
             step = step_report(planned, share / self._scale, clock.seconds, rounds, self.options.memory_budget)
             if parts is not None:
                 step.notes.append(_on_devices(parts, replicas_here))
+            step.state_bytes = self._state_bytes(captured, planned.plan.places)
             self._add_report(func_graph, shapes, step)
             # Else steps last as long as the slowest worker's, or as long as replicas take that share a host.
             is_alone = self._workers.count == 1 and parts is None
@@ -661,6 +704,15 @@ class Session:
         step.plain_peak_bytes, step.predicted_peak_bytes = found.plain_bytes, found.peak_bytes
         self._add_report(func_graph, shapes, step)
 
+    def _far(self, device: DeviceSpec, graph: ir.Graph, captured: Mapping[str, tf.Variable]) -> planning.Far:
+        """Where the step's swaps and variables go."""
+        hosted = {name: _nbytes(variable) for name, variable in captured.items() if _tier(variable) == "host"}
+        far = self._planner.far(device, graph, sum(hosted.values()))
+        idle = sum(nbytes for name, nbytes in hosted.items() if not graph.consumers.get(name))
+        return dataclasses.replace(
+            far, room=dataclasses.replace(far.room, host_bytes=max(0, far.room.host_bytes - idle))
+        )
+
     def _place(
         self,
         func_graph: graphdef.FuncGraph,
@@ -669,6 +721,7 @@ class Session:
         device: DeviceSpec,
         cost_model: CostModel,
         budget: int,
+        room: model_data.Room,
     ) -> ir.Graph:
         """Moves variables to where they will live between steps. Returns the step with what fetches and stores them."""
         places: tuple[Place, ...] = ()
@@ -682,7 +735,11 @@ class Session:
                 for name, variable in captured.items()
                 if _tier(variable) != "device" and (id(variable) in hosted or not graph.consumers.get(name))
             ]
-            places = self._planner.place(graph, cost_model, budget, movable, fixed)
+            places = self._planner.place(graph, cost_model, budget, movable, fixed, room)
+        taken = far_bytes(graph)
+        disk_bytes = sum(taken.get(place.variable, 0) for place in places if place.tier == "disk")
+        if disk_bytes:
+            self._tiers.expect_room(disk_bytes + self._state_bytes(captured, places))
         if self._move(captured, places):
             self._arrange(device, func_graph, captured)
         self._traced_tiers += [(variable, _tier(variable)) for variable in captured.values()]
@@ -704,6 +761,13 @@ class Session:
                 f"in the tier '{_tier(captured[away[0]])}'. Make the model outside of graphswap.host_variables(), or "
                 "train on one device."
             )
+
+    def _state_bytes(self, captured: Mapping[str, tf.Variable], places: Sequence[Place]) -> int:
+        """The most that a state takes on disk, the last one's files included, beside the variables that lie there."""
+        on_disk = {id(captured[place.variable]) for place in places if place.tier == "disk"}
+        if not places or not self._tiers.keeps_state:
+            return 0
+        return 2 * sum(_nbytes(variable) for variable in self._state().values() if id(variable) not in on_disk)
 
     def _exchange(self, graph: ir.Graph, leads: bool | None, cost_model: CostModel, budget: int) -> ir.Graph:
         """The step with its gradients summed block by block, if several workers or replicas do so.
@@ -788,6 +852,10 @@ def _away(captured: Mapping[str, tf.Variable]) -> list[str]:
     return [name for name, variable in captured.items() if _tier(variable) != "device"]
 
 
+def _nbytes(variable: tf.Variable) -> int:
+    return ir.Value(variable.dtype.name, tuple(variable.shape)).nbytes
+
+
 def _tier(variable: tf.Variable) -> str:
     return variable.tier if isinstance(variable, HostVariable) else "device"
 
@@ -821,7 +889,7 @@ def _on_devices(parts: replicas.Parts, in_memory: int) -> str:
 def making_optimizer(
     session: Session | back_ends.Choice, weights: Sequence[Any]
 ) -> contextlib.AbstractContextManager[None]:
-    """For an optimizer's variables that are made inside: in host memory if an emulated device may have no room.
+    """For an optimizer's variables that are made inside: in far tiers if an emulated device may have no room.
 
     Args:
         session: Of the step.
@@ -833,7 +901,11 @@ def making_optimizer(
     if limit is None or in_use is None or getattr(session, "jit_compile", False):
         return contextlib.nullcontext()
     nbytes = sum(math.prod(weight.shape) * tf.as_dtype(weight.dtype).size for weight in weights)
-    return host_variables() if in_use + 2 * nbytes > int(limit) else contextlib.nullcontext()
+    if in_use + 2 * nbytes <= int(limit):
+        return contextlib.nullcontext()
+    if isinstance(session, Session) and session.options.names_disk:
+        return session.far_variables(int(limit), [getattr(weight, "value", weight) for weight in weights])
+    return host_variables()
 
 
 def session(

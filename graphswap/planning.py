@@ -11,12 +11,14 @@ from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
 from graphswap import (
     blocks,
     collectives,
     graphdef,
+    host_memory,
     ir,
     liveness,
     model_data,
@@ -39,6 +41,8 @@ _USABLE = 0.99
 """Of a budget below the device's memory: the rest is for what wanders, such as the input pipeline's buffers."""
 _FRUGAL = 0.93
 """Of the budget, for the first run of a step: its workspace is an estimate."""
+_FREE_HOST = 0.8
+"""Of the host's free memory, for variables: the rest is for the process and for other work."""
 _WANDERING = 2.0
 """How far the peak of TensorFlow's own order may lie above the planned order's (two LSTMs: 1.6)."""
 
@@ -88,6 +92,19 @@ class Planned:
         return json.dumps(fields)
 
 
+@dataclasses.dataclass(frozen=True)
+class Far:
+    """Where what has no room on the device goes.
+
+    Attributes:
+        tier: "host" or "disk", for swaps.
+        room: For variables.
+    """
+
+    tier: str
+    room: model_data.Room
+
+
 Clock = Callable[[str], AbstractContextManager[None]]
 """Called with the name of the phase that begins; left when it ends."""
 
@@ -108,12 +125,53 @@ class Planner:
         """This machine's device, its links measured if anything can be swapped."""
         emulated = os.environ.get(MEMORY_VARIABLE)
         directory = self._options.swap_directory()
-        if directory is None and can_swap and self._far_tier() == "disk":
+        if directory is None and can_swap and (self._options.names_disk or self._far_tier() == "disk"):
             directory = tiers.default_directory()
         return profiler.device_spec(int(emulated) if emulated else None, directory, can_swap)
 
+    def far(self, device: DeviceSpec, graph: ir.Graph, hosted_bytes: int = 0) -> Far:
+        """Where the step's swaps and variables go.
+
+        Args:
+            device: The device.
+            graph: The step, all variables on the device.
+            hosted_bytes: What the step's variables take of host memory now.
+        """
+        tier, has_disk = self._far_tier(), self._options.names_disk
+        room = self.host_bytes(device.memory_bytes, hosted_bytes)
+        if not has_disk or not room:
+            return Far(tier, model_data.Room(room, has_disk))
+        # Swaps come first: they are on their way in the middle of the step, variables are stored as they are updated.
+        swapped = _most_swapped_bytes(graph, device)
+        if swapped > room:
+            return Far(tier, model_data.Room(room, has_disk))
+        return Far("host", model_data.Room(room - swapped, has_disk))
+
+    def host_bytes(self, memory_bytes: int | None, hosted_bytes: int = 0) -> int:
+        """Host memory that the step's variables may take.
+
+        Args:
+            memory_bytes: Of the device; None if nothing limits it.
+            hosted_bytes: What they take now.
+        """
+        asked = self._options.host_memory
+        if isinstance(asked, int):
+            return asked
+        in_use = profiler.memory_in_use()
+        if in_use is None and self._options.names_disk:
+            return 0  # a plain CPU's memory is the host's
+        free = host_memory.free_bytes() + hosted_bytes
+        if profiler.device_name() == "CPU:0" and in_use is not None:
+            free -= (memory_bytes or in_use) - in_use  # an emulated device takes its own of the same
+        return max(0, int(free * _FREE_HOST))
+
     def cost_model(
-        self, device: DeviceSpec, graph: ir.Graph, fence_bytes: int, away: Collection[str] = ()
+        self,
+        device: DeviceSpec,
+        graph: ir.Graph,
+        fence_bytes: int,
+        away: Collection[str] = (),
+        far_tier: str | None = None,
     ) -> CostModel:
         """Analytic costs of the graph on the device as it is now.
 
@@ -122,9 +180,10 @@ class Planner:
             graph: The step.
             fence_bytes: What the fences take, which `simulator` lays itself.
             away: Variables that are in far tiers now.
+            far_tier: Where swaps go; as the options say by default.
         """
         resident_bytes = max(0, _resident_bytes(graph, away) - fence_bytes)
-        return CostModel(device, resident_bytes=resident_bytes, far_tier=self._far_tier())
+        return CostModel(device, resident_bytes=resident_bytes, far_tier=far_tier or self._far_tier())
 
     def budget(self, device: DeviceSpec, scale: float) -> tuple[int, float]:
         """The bytes to plan for, 0 for "min" and "free"; and their share of the budget.
@@ -246,6 +305,7 @@ class Planner:
         budget: int,
         movable: Collection[str],
         fixed: Sequence[Place],
+        room: model_data.Room,
     ) -> tuple[Place, ...]:
         """Chooses the variables that leave the device, in the order in which the step takes them.
 
@@ -255,9 +315,11 @@ class Planner:
             budget: Bytes to plan for; 0 for as few as the options' word asks for.
             movable: Names of variables that may leave.
             fixed: What has left already.
+            room: Where variables may go.
 
         Raises:
             PlanError: If the options name a file that is no plan.
+            HostMemoryError: If host memory has no room for what has to leave.
         """
         if self._options.plan is not None:
             places = plan_file.first(str(self._options.plan)).places
@@ -266,7 +328,7 @@ class Planner:
             places = fixed
         else:
             seconds = self._options.planning_seconds
-            places = model_data.choose(graph, cost_model, budget, self._strategy(), movable, fixed, seconds)
+            places = model_data.choose(graph, cost_model, budget, self._strategy(), movable, fixed, seconds, room)
         position = {name: index for index, name in enumerate(graph.inputs)}
         return tuple(sorted(places, key=lambda place: position.get(place.variable, -1)))
 
@@ -323,7 +385,8 @@ class Planner:
         strategy = self._options.strategy
         if not isinstance(strategy, str) and not dataclasses.is_dataclass(strategy):
             return ""
-        return f"{budget} {strategy} {self._options.swap_to} {self._options.planning_seconds}"
+        options = self._options
+        return f"{budget} {strategy} {options.swap_to} {options.planning_seconds} {options.host_memory}"
 
     def _plan(self, graph: ir.Graph, cost_model: CostModel, budget: int) -> Planned:
         reserved_bytes = cost_model.profile.reserved_bytes if cost_model.profile else 0
@@ -449,6 +512,15 @@ class Given:
             cost_model = dataclasses.replace(cost_model, profile=self.costs.profile)
         planned = _expect_kept(_judged(graph, self.only, cost_model, self.only.memory_budget or budget), budget)
         return dataclasses.replace(planned, notes=(f"the plan is that of '{self.path}'",), is_settled=True)
+
+
+def _most_swapped_bytes(graph: ir.Graph, device: DeviceSpec) -> int:
+    """The most that a plan's swaps can have in a far tier at once: all that waits for a later use."""
+    problem = gaps.problem(graph, CostModel(device))
+    change = np.zeros(len(problem.order) + 1)
+    np.add.at(change, problem.starts, problem.sizes)
+    np.add.at(change, problem.ends, -problem.sizes)
+    return int(np.cumsum(change).max())
 
 
 def _carried_out(graph: ir.Graph) -> tuple[Place | Exchange, ...]:

@@ -12,7 +12,7 @@ from typing import Any
 from graphswap import ir, page, perfetto, plan_file
 from graphswap.options import format_bytes
 from graphswap.picture import CurvePoint, Picture
-from graphswap.plan import Plan
+from graphswap.plan import TIERS, Plan
 from graphswap.plan_file import PlanFile
 from graphswap.replanning import Round
 from graphswap.strategies import budgets
@@ -43,6 +43,9 @@ class StepReport:
         notes: What else the user should know: costs that could not be measured, plans that were tightened.
         measured_seconds: Lengths of the steps run so far.
         measured_peak_bytes: The most that the allocator has counted so far; None if it does not count.
+        state_bytes: What the state of the training takes on disk beside variables that lie there, two steps' files.
+        measured_host_bytes: The most that variables took of host memory in the first steps, both values of a step.
+        measured_disk_bytes: The most that files of variables and of the state took.
         file: The plan with its graph and costs; None if nothing was planned.
     """
 
@@ -66,12 +69,34 @@ class StepReport:
     free_bound_bytes: int | None = None
     measured_seconds: list[float] = dataclasses.field(default_factory=list)
     measured_peak_bytes: int | None = None
+    state_bytes: int = 0
+    measured_host_bytes: int = 0
+    measured_disk_bytes: int = 0
     file: PlanFile | None = dataclasses.field(default=None, repr=False, compare=False)
 
     @property
     def step_seconds(self) -> float | None:
         """Median of the measured steps but the first, which also sets kernels up; None before any has run."""
         return statistics.median(self.measured_seconds[1:] or self.measured_seconds) if self.measured_seconds else None
+
+    @property
+    def far_bytes(self) -> dict[str, int]:
+        """What variables outside of the device are planned to take of each tier: old values and new ones."""
+        taken: dict[str, int] = {"host": 0, "disk": 0}
+        if self.file is not None and self.file.plan.places:
+            taken["disk"] = self.state_bytes
+            for access in _accesses(self.file.graph).values():
+                taken[access.tier] += access.nbytes * (2 if access.stores else 1)
+        return taken
+
+    @property
+    def moved_bytes(self) -> tuple[int, int]:
+        """Bytes of variables that a step fetches, and that it stores."""
+        if self.file is None:
+            return 0, 0
+        runs = collections.Counter(name for decision in self.plan.recomputes for name in decision.nodes)
+        used = _accesses(self.file.graph, runs).values()
+        return sum(a.nbytes * a.fetches for a in used), sum(a.nbytes * a.stores for a in used)
 
     def save_plan(self, path: str | os.PathLike[str]) -> None:
         """Writes the plan with its graph and costs, for `Options(plan=...)` and the command line.
@@ -143,7 +168,8 @@ class StepReport:
                 f"{plan.strategy or 'none'}: {len(plan.swaps)} swaps ({format_bytes(self.swapped_bytes)} out), "
                 f"{repeated} nodes repeated ({self.recomputed_seconds:.3f} s)",
             ),
-            ("away", _away(self.file)),
+            ("away", self._away()),
+            ("far", self._far()),
             ("bound", _bound(plan, self.predicted_seconds, self.time_scale)),
             ("least", _least(self.memory_bound_bytes)),
             ("took", ", ".join(f"{what} {seconds:.1f} s" for what, seconds in self.breakdown.items())),
@@ -155,6 +181,28 @@ class StepReport:
         lines += [f"  round {number} {text}" for number, text in enumerate(self.rounds, start=1)]
         lines += [f"  note    {note}" for note in self.notes]
         return "\n".join(lines)
+
+    def _away(self) -> str:
+        """What of the step's variables lives in far tiers, and how much of it moves."""
+        if self.file is None or not self.plan.places:
+            return ""
+        used = _accesses(self.file.graph).values()
+        where = [
+            f"{format_bytes(sum(access.nbytes for access in used if access.tier == tier))} on {tier}"
+            for tier in sorted({place.tier for place in self.plan.places}, key=TIERS.index)
+        ]
+        fetched, stored = map(format_bytes, self.moved_bytes)
+        return f"{len(self.plan.places)} variables ({', '.join(where)}): {fetched} fetched and {stored} stored per step"
+
+    def _far(self) -> str:
+        """What variables outside of the device take where they are."""
+        seen = {"host": self.measured_host_bytes, "disk": self.measured_disk_bytes}
+        parts = []
+        for tier, nbytes in self.far_bytes.items():
+            measured = f", {format_bytes(seen[tier])} measured" if self.measured_seconds else ""
+            if nbytes:
+                parts.append(f"{'host memory' if tier == 'host' else tier}: {format_bytes(nbytes)} planned{measured}")
+        return f"{'; '.join(parts)}, old values and new ones" if parts else ""
 
     def _choice(self) -> str:
         """What the budget is, where the user left it open."""
@@ -232,22 +280,39 @@ def picture(file: PlanFile, curve: Sequence[CurvePoint] = (), facts: Mapping[str
     )
 
 
-def _away(file: PlanFile | None) -> str:
-    """What of the step's variables lives in far tiers, and how much of it moves."""
-    if file is None or not file.plan.places:
-        return ""
-    graph = file.graph
-    runs = collections.Counter(node.name for node in graph.nodes if node.op == ir.FETCH)
-    runs.update(name for decision in file.plan.recomputes for name in decision.nodes if name in runs)
-    fetched = sum(graph.value(name).nbytes * count for name, count in runs.items())
-    stores = {node.name: graph.value(node.inputs[0]).nbytes for node in graph.nodes if node.op == ir.STORE}
-    sizes = {dict(graph.by_name[name].attrs)["variable"]: graph.value(name).nbytes for name in runs}
-    sizes |= {dict(graph.by_name[name].attrs)["variable"]: nbytes for name, nbytes in stores.items()}
-    where = " and ".join(sorted({place.tier for place in file.plan.places}))
-    return (
-        f"{len(file.plan.places)} variables ({format_bytes(sum(sizes.values()))}) on {where}: "
-        f"{format_bytes(fetched)} fetched and {format_bytes(sum(stores.values()))} stored per step"
-    )
+@dataclasses.dataclass
+class _Access:
+    """How a step uses a variable in a far tier.
+
+    Attributes:
+        tier: Where it is.
+        nbytes: Of its value.
+        fetches: How often it is fetched.
+        stores: How often it is stored.
+    """
+
+    tier: str
+    nbytes: int
+    fetches: int = 0
+    stores: int = 0
+
+
+def _accesses(graph: ir.Graph, runs: Mapping[str, int] = {}) -> dict[str, _Access]:  # noqa: B006 (never changed)
+    """The variables in far tiers that a step uses.
+
+    Args:
+        graph: The step.
+        runs: How often nodes are repeated.
+    """
+    found: dict[str, _Access] = {}
+    for node in graph.nodes:
+        if node.op in (ir.FETCH, ir.STORE):
+            attrs = dict(node.attrs)
+            nbytes = graph.value(node.name if node.op == ir.FETCH else node.inputs[0]).nbytes
+            access = found.setdefault(str(attrs["variable"]), _Access(str(attrs["tier"]), nbytes))
+            access.fetches += 1 + runs.get(node.name, 0) if node.op == ir.FETCH else 0
+            access.stores += node.op == ir.STORE
+    return found
 
 
 def _bound(plan: Plan, predicted_seconds: float, time_scale: float) -> str:

@@ -186,6 +186,13 @@ def clean(path: pathlib.Path, kept: Collection[str]) -> None:
                 os.unlink(entry.path)
 
 
+def files_bytes(path: pathlib.Path) -> int:
+    """Bytes of all files of values in a directory; 0 if there is none."""
+    with contextlib.suppress(FileNotFoundError):
+        return sum(entry.stat().st_size for entry in os.scandir(path) if _FILE.fullmatch(entry.name))
+    return 0
+
+
 def read(path: pathlib.Path) -> Manifest:
     """The manifest in a directory.
 

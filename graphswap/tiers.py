@@ -214,6 +214,25 @@ class Tiers:
             if path.parent == self._used_for_variables() and path.name not in self._committed():
                 path.unlink(missing_ok=True)
 
+    def files_bytes(self) -> int:
+        """Bytes of all files of variables, kept or not."""
+        path = self._used_for_variables()
+        return 0 if path is None else state_directory.files_bytes(path)
+
+    def expect_room(self, nbytes: int) -> None:
+        """Checks that files of variables may take so many bytes in all.
+
+        Raises:
+            SwapSpaceError: If there is less room, or the directory can't be made.
+            StateError: If the user named a directory, and the state in it is that of another training.
+        """
+        with self.explaining():
+            path = self.variables_directory()
+            path.mkdir(exist_ok=True)
+            has = shutil.disk_usage(path).free + state_directory.files_bytes(path)
+        if nbytes > has:
+            raise self._space_error(path, f"expected room for {nbytes / 2**30:.1f}GiB, received {has / 2**30:.1f}GiB")
+
     def _used_for_variables(self) -> pathlib.Path | None:
         """`variables_directory`, if it has been used."""
         if self.keeps_state:

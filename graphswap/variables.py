@@ -69,6 +69,15 @@ def trips(graph: ir.Graph) -> dict[str, int]:
     return found
 
 
+def far_bytes(graph: ir.Graph) -> dict[str, int]:
+    """What each variable would take of a far tier during a step.
+
+    Twice its bytes if it is updated: its old value stays until the step's end, so that the step can be undone.
+    """
+    updated = {node.inputs[0] for node in graph.nodes if node.op in _WRITES}
+    return {name: value.nbytes * (1 + (name in updated)) for name, value in values(graph).items()}
+
+
 def worth_moving(graph: ir.Graph, movable: Collection[str]) -> list[str]:
     """Those of the variables that can leave the device and are large, what travels least first, then the largest."""
     known, declined, cost = values(graph), unplaceable(graph), trips(graph)

@@ -12,7 +12,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 # exposes, which it imports on first use.
 FLOORS = (
     {"package"},
-    {"ir", "allocator", "bound", "new_directory", "replanning", "state_directory"},
+    {"ir", "allocator", "bound", "host_memory", "new_directory", "replanning", "state_directory"},
     {"tiers", "placement"},
     {"plan", "cost_model", "liveness", "graphdef", "parser"},
     {"collectives", "devices", "fusion", "replicas", "variables"},

@@ -1,5 +1,7 @@
 """Steps whose variables live outside of the device: inside the budget, bit for bit what the plain step computes."""
 
+import re
+
 import emulated
 import numpy as np
 
@@ -41,7 +43,7 @@ def embedded(vocabulary=2000, width=128):
 MODELS = {"dense": dense, "embedded": embedded}
 
 
-def train(budget, optimizer="Adam", model_name="dense", policy="float32", **settings):
+def train(budget, optimizer="Adam", model_name="dense", policy="float32", options=None, **settings):
     """Losses and digests of the variables; with a budget, all variables are made outside of the device."""
     import contextlib
     import gc
@@ -62,7 +64,7 @@ def train(budget, optimizer="Adam", model_name="dense", policy="float32", **sett
     keras.mixed_precision.set_global_policy(policy)
     with graphswap.host_variables() if budget else contextlib.nullcontext():
         model, x, y, loss = MODELS[model_name]()
-    option = {"graphswap": graphswap.Options(budget, planning_seconds=2.0)} if budget else {}
+    option = {"graphswap": graphswap.Options(budget, planning_seconds=2.0, **(options or {}))} if budget else {}
     model.compile(getattr(keras.optimizers, optimizer)(**settings), loss, jit_compile=False, **option)
     losses = [float(model.train_on_batch(x, y)) for _ in range(STEPS)]
     peak = tf.config.experimental.get_memory_info("CPU:0")["peak"]
@@ -89,13 +91,21 @@ def train_all(has_budget):
     return [train(budget if has_budget else None, **settings) for _, budget, settings in RUNS]
 
 
-def test_a_model_larger_than_the_device_trains():
+def test_a_model_larger_than_the_device_trains(tmp_path):
     device_bytes = 10 << 20
     ours = emulated.call(device_bytes, __file__, "train", "auto")
     plain = emulated.call(1 << 30, __file__, "train", None)
     assert plain["peak"] > 16 << 20 > device_bytes >= ours["peak"]
     assert "variables (" in ours["text"]
     assert (ours["losses"], ours["variables"]) == (plain["losses"], plain["variables"])
+    options = {"swap_to": str(tmp_path), "host_memory": "4MiB"}
+    mixed = emulated.call(device_bytes, __file__, "train", "auto", "Adam", "dense", "float32", options)
+    assert device_bytes >= mixed["peak"]
+    assert re.search(r"variables \(\S+ on host, \S+ on disk\): ", mixed["text"]), mixed["text"]
+    taken = re.search(r"host memory: (\S+) planned, (\S+) measured; disk: (\S+) planned, (\S+) measured", mixed["text"])
+    assert taken, mixed["text"]
+    assert (taken[1], taken[3]) == (taken[2], taken[4])
+    assert (mixed["losses"], mixed["variables"]) == (plain["losses"], plain["variables"])
 
 
 def test_optimizers_and_their_settings_compute_the_same_bits():

@@ -1,4 +1,4 @@
-"""Trains with its variables on disk, is killed again and again, and goes on from what each time is left.
+"""Trains with variables on disk and in host memory, is killed again and again, and goes on from what each time is left.
 
     python killed_trainings.py DIRECTORY KILLS STEPS
 
@@ -69,9 +69,12 @@ def plain_checksums(steps):
 
 def write_plan(file):
     step, _ = make_step()
-    function = graphswap.function(step, memory_budget="400KB", swap_to=file.parent, planning_seconds=0.5)
+    options = {"swap_to": file.parent, "host_memory": "450KB", "planning_seconds": 0.5}
+    function = graphswap.function(step, memory_budget="400KB", **options)
     function(BATCH)
-    graphswap.report(function).step.save_plan(file)
+    report = graphswap.report(function).step
+    assert {place.tier for place in report.plan.places} == {"host", "disk"}, report.plan
+    report.save_plan(file)
     shutil.rmtree(tiers.state_path(file.parent))
 
 

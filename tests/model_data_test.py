@@ -2,6 +2,7 @@ import pytest
 
 from graphswap import ir, model_data, rewrites
 from graphswap.cost_model import CostModel, DeviceSpec, Link
+from graphswap.model_data import HostMemoryError, Room
 from graphswap.plan import Place, Plan
 from graphswap.simulator import simulate
 from graphswap.strategies import STRATEGIES, Greedy, budgets, gaps
@@ -115,6 +116,54 @@ def test_where_copies_take_no_time_the_first_plan_is_the_last():
     places = model_data.choose(STEP, CostModel(DeviceSpec(links={"host": fast})), PEAK // 2, strategy, ALL)
     assert len(places) == len(ALL)
     assert len(strategy.planned) == 1
+
+
+def tiers(budget, room, fixed=()):
+    places = model_data.choose(STEP, MODEL, budget, Greedy(), ALL, fixed, room=room)
+    return {place.variable: place.tier for place in places}
+
+
+WEIGHT_BYTES = 256 * 256 * 4
+
+
+def test_what_is_used_least_lies_on_disk():
+    """Each weight takes twice its bytes of host memory, as it is updated."""
+    found = tiers(1 << 10, Room(2 * LAYERS * WEIGHT_BYTES, has_disk=True))
+    assert found == {name: "host" if name.startswith("w") else "disk" for name in ALL}
+
+
+@pytest.mark.parametrize("count", range(2 * LAYERS + 1))
+def test_host_memory_is_filled_and_not_passed(count):
+    found = tiers(1 << 10, Room((2 * count + 1) * WEIGHT_BYTES, has_disk=True))
+    assert list(found.values()).count("host") == count
+    assert sorted(found) == sorted(ALL)
+
+
+def test_what_has_left_takes_its_part_of_host_memory():
+    found = tiers(1 << 10, Room(4 * WEIGHT_BYTES, has_disk=True), (Place("m0", "host"), Place("w0", "disk")))
+    assert (found["m0"], found["w0"]) == ("host", "disk")
+    assert sorted(found.values()).count("host") == 2
+
+
+def test_no_more_leaves_than_host_memory_has_room_for():
+    budget = PEAK - (300 << 10)
+    without_limit = moved(budget)
+    room = Room(2 * len(without_limit) * WEIGHT_BYTES)
+    assert tiers(budget, room) == dict.fromkeys(without_limit, "host")
+
+
+def test_host_memory_without_room_is_an_error_that_says_how_much_it_takes():
+    budget = PEAK - (300 << 10)
+    needed = 2 * len(moved(budget)) * WEIGHT_BYTES
+    with pytest.raises(HostMemoryError) as error:
+        tiers(budget, Room(needed // 2))
+    assert (error.value.host_bytes, error.value.needed_bytes) == (needed // 2, needed)
+    assert str(error.value) == (
+        f"host_memory={needed / 2**21:.1f}MiB is less than the {needed / 2**20:.1f}MiB that variables take there in "
+        "this memory budget, where each one that is updated counts twice, as its old value stays until the step's end. "
+        "Raise host_memory or memory_budget, or let what has no room lie on disk with "
+        'graphswap.Options(swap_to="disk") or a directory.'
+    )
 
 
 def test_only_what_may_leave_leaves():

@@ -144,8 +144,10 @@ def test_variables_of_equal_names_are_numbered():
 def train(directory, epochs, resumes):
     """Trains in a process of its own. Returns the steps that were done before, and the bits of all variables."""
     keras.utils.set_random_seed(0)
-    model = keras.Sequential([keras.Input((512,)), layers.Dense(512, "relu"), layers.Dropout(0.2), layers.Dense(512)])
-    model.compile("adam", "mse", **({"graphswap": graphswap.Options("5MiB", swap_to=directory)} if directory else {}))
+    hidden = [layers.Dense(512, "relu"), layers.Dense(512, "relu"), layers.Dropout(0.2)]
+    model = keras.Sequential([keras.Input((512,)), *hidden, layers.Dense(512)])
+    options = graphswap.Options("5MiB", swap_to=directory, host_memory="4MiB") if directory else None
+    model.compile("adam", "mse", **({"graphswap": options} if options else {}))
     x = np.random.default_rng(0).normal(size=(16, 512)).astype("float32")
     steps = graphswap.restore(model, directory) if resumes else 0
     model.fit(x, x, batch_size=4, epochs=epochs, shuffle=False, verbose=0)
@@ -156,8 +158,9 @@ def train(directory, epochs, resumes):
 
 def test_a_keras_training_goes_on_in_another_process_as_if_it_had_not_ended(tmp_path):
     _, _, expected = emulated.call(64 << 20, __file__, "train", "", 2, False)
-    assert emulated.call(64 << 20, __file__, "train", str(tmp_path), 1, False)[:2] == [0, ["device", "disk"]]
-    assert emulated.call(64 << 20, __file__, "train", str(tmp_path), 1, True) == [4, ["device", "disk"], expected]
+    tiers = ["device", "disk", "host"]
+    assert emulated.call(64 << 20, __file__, "train", str(tmp_path), 1, False)[:2] == [0, tiers]
+    assert emulated.call(64 << 20, __file__, "train", str(tmp_path), 1, True) == [4, tiers, expected]
 
 
 def test_a_model_may_be_compiled_anew(tmp_path):

@@ -89,6 +89,7 @@ def test_defaults():
 BUDGET = 'memory_budget: expected bytes as an int, a size such as "2GiB", or "auto", "free" or "min"'
 SWAP = 'swap_to: expected one of "auto", "host", "disk" or a directory'
 STRATEGY = f"strategy: expected one of {NAMES} or an object with a method `plan`"
+HOST = 'host_memory: expected bytes as an int, a size such as "12GiB", or "auto"'
 ADVICE = "See graphswap.strategies.base.Strategy."
 SECONDS = "planning_seconds: expected a number of seconds above 0"
 
@@ -125,6 +126,10 @@ SECONDS = "planning_seconds: expected a number of seconds above 0"
         ("planning_seconds", float("inf"), ValueError, f"{SECONDS}, received inf. Give a number such as 30."),
         ("planning_seconds", "30", TypeError, f"{SECONDS}, received '30'. Give a number such as 30."),
         ("planning_seconds", True, TypeError, f"{SECONDS}, received True. Give a number such as 30."),
+        ("host_memory", -1, ValueError, f"{HOST}; received -1. Write 0 to keep variables out of host memory."),
+        ("host_memory", 2e9, TypeError, f"{HOST}; received 2000000000.0, a float. {UNITS}"),
+        ("host_memory", "2 gigs", ValueError, f"{HOST}; received '2 gigs'. {UNITS}"),
+        ("host_memory", "atuo", ValueError, f"{HOST}; received 'atuo'. Did you mean \"auto\"?"),
         (
             "on_unsupported",
             "run_unchaged",
@@ -138,6 +143,16 @@ def test_refusals_say_what_was_expected_received_and_what_to_do(field, value, er
     with pytest.raises(error) as caught:
         Options(**{"memory_budget": "auto", field: value})
     assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(("given", "kept"), [("12GiB", 12 * 2**30), (0, 0), (" AUTO ", "auto")])
+def test_host_memory_is_bytes_or_a_word(given, kept):
+    assert Options("auto", host_memory=given).host_memory == kept
+
+
+def test_only_a_word_or_a_directory_lets_variables_live_on_disk(tmp_path):
+    named = [Options("auto", swap_to=where).names_disk for where in ("auto", "host", "disk", tmp_path)]
+    assert named == [False, False, True, True]
 
 
 def test_every_strategy_can_be_named():
@@ -216,7 +231,7 @@ def test_from_value_refuses(value):
         (
             {"memory_budjet": 1},
             'graphswap.Options: expected one of "memory_budget", "strategy", "swap_to", "planning_seconds", '
-            '"on_unsupported", "plan", "jit_compile", "asynchronous", received \'memory_budjet\'. '
+            '"on_unsupported", "plan", "jit_compile", "asynchronous", "host_memory", received \'memory_budjet\'. '
             'Did you mean "memory_budget"?',
         ),
         (

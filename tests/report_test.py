@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 
-from graphswap import bound
-from graphswap.plan import Declined, Plan, Recompute, Swap
+from graphswap import bound, parser, rewrites
+from graphswap.cost_model import CostModel
+from graphswap.plan import Declined, Place, Plan, Recompute, Swap
+from graphswap.plan_file import PlanFile
 from graphswap.replanning import Observation, Round
 from graphswap.report import Report, StepReport, report
 
@@ -50,6 +52,56 @@ def test_a_bound_of_nothing_is_no_hundred_percent():
     step = step_report(plan=Plan(memory_budget=MIB, certificate=certificate))
     (line,) = [line for line in str(step).splitlines() if line.startswith("  bound")]
     assert line.endswith("takes less than 0.000 s in this budget")
+
+
+STEP = parser.parse(
+    """
+    graph step(%x, %w, %m) -> (%z) after(%assign_m) {
+      %x = Placeholder() : (float32[8,512])
+      %w = Placeholder() {"held_bytes": [1048576]} : (resource[])
+      %m = Placeholder() {"held_bytes": [1048576]} : (resource[])
+      %read_w = ReadVariableOp!(%w) : (float32[512,512])
+      %y = MatMul(%x, %read_w) : (float32[8,512])
+      %z = MatMul(%y, %read_w) : (float32[8,512])
+      %grad = MatMul(%x, %z) : (float32[512,512])
+      %assign_m = AssignAddVariableOp!(%m, %grad) : ()
+    }
+    """
+)
+
+
+@pytest.mark.parametrize(
+    ("tiers", "away", "far"),
+    [
+        (
+            ("host", "disk"),
+            "2 variables (1.0MiB on host, 1.0MiB on disk): 3.0MiB fetched and 1.0MiB stored per step",
+            "host memory: 1.0MiB planned{}; disk: 5.0MiB planned{}, old values and new ones",
+        ),
+        (
+            ("host", "host"),
+            "2 variables (2.0MiB on host): 3.0MiB fetched and 1.0MiB stored per step",
+            "host memory: 3.0MiB planned{}; disk: 3.0MiB planned{}, old values and new ones",
+        ),
+    ],
+)
+def test_what_is_in_which_tier_and_what_it_takes(tiers, away, far):
+    """A variable that is updated counts twice; a fetch that is repeated moves twice; a state takes 3 MiB on disk."""
+    places = tuple(map(Place, "wm", tiers))
+    graph = rewrites.place(STEP, Plan(decisions=places))
+    plan = Plan(decisions=(*places, Recompute(("w/fetch",), before="z")))
+    step = step_report(plan=plan, file=PlanFile(plan, graph, CostModel()), state_bytes=3 * MIB)
+    assert f"  away    {away}" in str(step).splitlines()
+    assert f"  far     {far.format('', '')}" in str(step).splitlines()
+    step.measured_seconds.append(1.0)
+    step.measured_host_bytes, step.measured_disk_bytes = 7 * MIB, 9 * MIB
+    assert f"  far     {far.format(', 7.0MiB measured', ', 9.0MiB measured')}" in str(step).splitlines()
+
+
+def test_a_step_with_all_variables_on_the_device_says_nothing_of_far_tiers():
+    step = step_report(file=PlanFile(Plan(), STEP, CostModel()))
+    assert step.moved_bytes == (0, 0)
+    assert not any(line.split()[0] in ("away", "far") for line in str(step).splitlines())
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 import pytest
 
 from graphswap import ir, parser
-from graphswap.variables import trips, unplaceable, values, worth_moving
+from graphswap.variables import far_bytes, trips, unplaceable, values, worth_moving
 
 STEP = parser.parse(
     """
@@ -32,6 +32,10 @@ def test_values_are_what_reads_and_assigns_say():
 
 def test_a_weight_travels_for_every_product_and_a_slot_for_its_update():
     assert trips(STEP) == {"w": 3, "m": 1, "b": 0}
+
+
+def test_what_is_updated_takes_twice_its_bytes_outside_of_the_device():
+    assert far_bytes(STEP) == {"w": 2 * SQUARE.nbytes, "m": 2 * SQUARE.nbytes, "b": ROW.nbytes}
 
 
 def test_what_travels_least_is_moved_first_and_small_variables_stay():

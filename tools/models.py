@@ -73,7 +73,9 @@ def efficientnet() -> Training:
     return Training(model, keras.optimizers.Adam(1e-3), "sparse_categorical_crossentropy", _large_digits(16))
 
 
-def gpt(blocks: int = 8, width: int = 256, heads: int = 4, length: int = 128, batch: int = 16) -> Training:
+def gpt(
+    blocks: int = 8, width: int = 256, heads: int = 4, length: int = 128, batch: int = 16, rate: float = 3e-4
+) -> Training:
     """A GPT on the source text of Python's library, split into words: Adam."""
     tokens = keras.Input((length,), dtype="int32")
     x = layers.Embedding(VOCABULARY, width)(tokens) + layers.Embedding(length, width)(np.arange(length)[None])
@@ -81,7 +83,7 @@ def gpt(blocks: int = 8, width: int = 256, heads: int = 4, length: int = 128, ba
         x = architectures.transformer_block(x, heads, is_causal=True)
     words = layers.Dense(VOCABULARY)(layers.LayerNormalization()(x))
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    return Training(keras.Model(tokens, words), keras.optimizers.Adam(3e-4), loss, _text(length, batch))
+    return Training(keras.Model(tokens, words), keras.optimizers.Adam(rate), loss, _text(length, batch))
 
 
 def vit(blocks: int = 8, width: int = 192, heads: int = 3, patch: int = 8, batch: int = 16) -> Training:
@@ -153,6 +155,9 @@ LARGE_MODELS: Mapping[str, Callable[[], Training]] = {
     "mlp_24_64": functools.partial(wide_mlp, batch=64),
     "mlp_96": functools.partial(wide_mlp, depth=96, batch=64),
     "gpt_100m": functools.partial(gpt, blocks=14, width=768, heads=12, length=256, batch=8),
+    "gpt_100m_64": functools.partial(gpt, blocks=14, width=768, heads=12, length=64, batch=2, rate=2e-5),
+    "gpt_300m": functools.partial(gpt, blocks=24, width=1024, heads=16, length=64, batch=2, rate=2e-5),
+    "gpt_1b": functools.partial(gpt, blocks=20, width=2048, heads=16, length=64, batch=2, rate=4e-6),
 }
 """Of which weights and optimizer state are the larger part."""
 

@@ -12,8 +12,10 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import os
 import pathlib
+import resource
 import subprocess
 import sys
 import tempfile
@@ -23,7 +25,7 @@ from typing import Any
 
 from absl import app, flags
 
-from graphswap import emulate
+from graphswap import emulate, ir
 from graphswap.options import Options, format_bytes
 
 AMPLE_BYTES = 4 << 30
@@ -57,6 +59,8 @@ class Trial:
         jit_compile: Whether XLA compiles the step.
         by_hand: Whether the model's blocks are recomputed by `tf.recompute_grad`.
         host_variables: Whether the model is made in host memory.
+        swap_to: As in `Options`.
+        host_memory: Likewise.
     """
 
     model: str
@@ -70,6 +74,8 @@ class Trial:
     jit_compile: bool = False
     by_hand: bool = False
     host_variables: bool = False
+    swap_to: str = str(Options.swap_to)
+    host_memory: str = str(Options.host_memory)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +91,9 @@ class Result:
         report: The fields of the last `StepReport`, with the plan's numbers; empty for plain Keras.
         steady_peak_bytes: The most after the first step, which may include a run under another plan to measure costs.
         cpu_seconds: What each step took of all cores together.
+        rss_bytes: The most memory that the process had, files in the system's cache not counted.
+        product_bytes: Of the weights that take part in products: a step needs them both ways.
+        updated_bytes: Of what each step updates, embeddings left out: weights and optimizer state.
     """
 
     error: str = ""
@@ -95,6 +104,9 @@ class Result:
     report: dict[str, Any] = dataclasses.field(default_factory=dict)
     steady_peak_bytes: int = 0
     cpu_seconds: list[float] = dataclasses.field(default_factory=list)
+    rss_bytes: int = 0
+    product_bytes: int = 0
+    updated_bytes: int = 0
 
     @property
     def steady_seconds(self) -> list[float]:
@@ -123,6 +135,7 @@ class Process:
         command += [f"--model={trial.model}", *([f"--gpu_memory={trial.memory_bytes}"] if trial.on_gpu else [])]
         command += [f"--graphswap={trial.graphswap}", f"--steps={trial.steps}", f"--result={self._result}"]
         command += [f"--strategy={trial.strategy}", f"--planning_seconds={trial.planning_seconds}", "--in_turns"]
+        command += [f"--swap_to={trial.swap_to}", f"--host_memory={trial.host_memory}"]
         command += [] if trial.memory_optimizer else ["--nomemory_optimizer"]
         command += [f"--{name}" for name in ("jit_compile", "by_hand", "host_variables") if getattr(trial, name)]
         emulated = {} if trial.on_gpu else emulate.environment(trial.memory_bytes)
@@ -262,8 +275,21 @@ def train(
         print(f"round {number}: {one}", flush=True)
     for note in report.get("notes", ()):
         print(f"note: {note}", flush=True)
+    rss_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
     variables = [*training.model.variables, *training.optimizer.variables]
-    return Result("", losses, seconds, max(peaks), _digest(variables), report, peaks[-1], cpu_seconds)
+    updated = [v for v in (*training.model.trainable_variables, *training.optimizer.variables) if not _is_table(v)]
+    products = [v for v in training.model.trainable_variables if len(v.shape) > 1 and not _is_table(v)]
+    sizes = rss_bytes, sum(map(_nbytes, products)), sum(map(_nbytes, updated))
+    return Result("", losses, seconds, max(peaks), _digest(variables), report, peaks[-1], cpu_seconds, *sizes)
+
+
+def _is_table(variable: Any) -> bool:
+    """Whether it is an embedding, or state that belongs to one: of a table a step may need a few rows only."""
+    return "embedding" in variable.path
+
+
+def _nbytes(variable: Any) -> int:
+    return math.prod(variable.shape) * ir.ITEM_BYTES[str(variable.dtype)]
 
 
 def _use_gpu(memory_bytes: int) -> None:
@@ -299,6 +325,9 @@ def _fields(report: Any) -> dict[str, Any]:
         "bound_seconds": bound_seconds,
         "swaps": len(step.plan.swaps),
         "places": len(step.plan.places),
+        "text": str(step),
+        "far_bytes": step.far_bytes,
+        "moved_bytes": step.moved_bytes,
         "repeated_nodes": sum(len(decision.nodes) for decision in step.plan.recomputes),
     }
 
@@ -333,12 +362,20 @@ def _main(argv: Sequence[str]) -> None:
     host_variables = flags.DEFINE_bool(
         "host_variables", False, "Whether the model is made in host memory.", flag_values=values
     )
+    swap_to = flags.DEFINE_string("swap_to", str(Options.swap_to), "As in Options.", flag_values=values)
+    host_memory = flags.DEFINE_string("host_memory", str(Options.host_memory), "As in Options.", flag_values=values)
     path = flags.DEFINE_string("result", None, "File to write the result to, as JSON.", flag_values=values)
     if values(argv)[1:]:
         raise app.UsageError(f"expected flags, received {values(argv)[1:]}.")
     option = None
     if graphswap.value:
-        option = Options(graphswap.value, strategy=strategy.value, planning_seconds=planning_seconds.value)
+        option = Options(
+            graphswap.value,
+            strategy=strategy.value,
+            swap_to=swap_to.value,
+            planning_seconds=planning_seconds.value,
+            host_memory=host_memory.value,
+        )
     if gpu_memory.value:
         _use_gpu(gpu_memory.value)
     ways = memory_optimizer.value, in_turns.value, jit_compile.value, by_hand.value, host_variables.value
