@@ -165,11 +165,14 @@ def fitted(
             if min(nbytes for nbytes, _ in tried) <= memory_budget:
                 break
             try:
-                proposed = Chen().plan(graph, cost_model, target)
+                proposed = budgets.smallest(Chen(), graph, cost_model, target)
             except InfeasibleBudgetError:
                 break
             attempt(proposed)
-            target = simulator.simulate(graph, proposed, cost_model).peak_bytes - 1
+            peak_bytes = simulator.simulate(graph, proposed, cost_model).peak_bytes
+            if peak_bytes > target:
+                break
+            target = peak_bytes - 1
     if min(nbytes for nbytes, _ in tried) > memory_budget:
         with contextlib.suppress(InfeasibleBudgetError):
             attempt(budgets.smallest(strategy, graph, cost_model))

@@ -108,7 +108,7 @@ def test_a_chunk_that_is_larger_than_asked_for_counts():
 
 def test_checkpoints_along_the_chain_are_the_last_attempt():
     strategy = Auto(0.1)
-    chen = Chen().plan(GRAPH, COSTS, 10 * MIB)
+    chen = budgets.smallest(Chen(), GRAPH, COSTS)
     repeated = {name for decision in chen.recomputes for name in decision.nodes}
     assert budgets.smallest(strategy, GRAPH, COSTS).decisions != chen.decisions
 
