@@ -319,7 +319,8 @@ def advice(graph: ir.Graph) -> tuple[str, ...]:
 
 def local_batch(distribution: tf.distribute.Strategy, value: Any) -> Any:
     """Of a batch of all replicas this process's part: where it has one replica, its value."""
-    return local_value(distribution, value) if len(distribution.extended.worker_devices) == 1 else value
+    is_divided = isinstance(distribution, _ON_SEVERAL_DEVICES) and len(distribution.extended.worker_devices) > 1
+    return value if is_divided else local_value(distribution, value)
 
 
 def local_value(distribution: tf.distribute.Strategy, value: Any) -> Any:
