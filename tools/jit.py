@@ -75,9 +75,11 @@ def rows(model: str, results: Mapping[str, Result]) -> list[tuple[str, ...]]:
     for way, result in results.items():
         is_planned = bool(result.report)
         what = "graphswap" if is_planned or way.endswith("%") else way
-        budget = f"{way}, {format_bytes(result.report['memory_budget'])}" if is_planned else way.rpartition("%")[0]
+        budget = way if way.endswith("%") else ""
+        if is_planned:
+            budget += f", {format_bytes(result.report['memory_budget'])}"
         if result.error:
-            found.append((model, what, budget, "", result.error.splitlines()[0], "", "", "", ""))
+            found.append((model, what, budget, "", result.error.splitlines()[-1], "", "", "", ""))
             continue
         predicted = format_bytes(result.report["predicted_peak_bytes"]) if is_planned else ""
         ratios = [ours / theirs for ours, theirs in zip(result.steady_seconds, plain.steady_seconds, strict=True)]
