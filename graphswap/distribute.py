@@ -15,13 +15,13 @@ import os
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
-from graphswap import ir, profiler
+from graphswap import ir, profiler, replicas
 from graphswap.cost_model import Link
 from graphswap.graphdef import UnsupportedGraphError
 from graphswap.options import format_bytes
@@ -212,7 +212,9 @@ def check(distribution: tf.distribute.Strategy) -> None:
             "Use MultiWorkerMirroredStrategy or ParameterServerStrategy, or compile without graphswap."
         )
     devices = distribution.extended.worker_devices
-    if len(devices) != 1:
+    if len(devices) != 1 and isinstance(distribution, _ON_SEVERAL_DEVICES):
+        _check_alike(kind, devices)
+    elif len(devices) != 1:
         raise ValueError(
             f"graphswap: expected one device in each process, received {kind} with {', '.join(devices)}. Start a "
             "process for each device under MultiWorkerMirroredStrategy, with CUDA_VISIBLE_DEVICES naming its GPU, or "
@@ -222,7 +224,7 @@ def check(distribution: tf.distribute.Strategy) -> None:
     if not devices[0].endswith(f"device:{planned}"):
         raise ValueError(
             f"graphswap: expected a distribution on this process's first device, {planned}, received {kind} on "
-            f"{devices[0]}. Name {planned}, or show the process only the device that it is to use."
+            f"{', '.join(devices)}. Name {planned}, or show the process only the device that it is to use."
         )
     is_multi_worker = isinstance(distribution, tf.distribute.MultiWorkerMirroredStrategy)
     if is_multi_worker and os.environ.get("TF_CONFIG") and not in_cluster():
@@ -232,8 +234,48 @@ def check(distribution: tf.distribute.Strategy) -> None:
         )
 
 
-def expect_one_device(graph: ir.Graph) -> None:
-    """Raises an UnsupportedGraphError if some of the step runs on another device than the one that is planned."""
+_ON_SEVERAL_DEVICES = (tf.distribute.MirroredStrategy, tf.distribute.experimental.CentralStorageStrategy)
+"""Distributions whose replicas may be on several devices of a process."""
+
+
+def _check_alike(kind: str, devices: Sequence[str]) -> None:
+    """Raises a ValueError unless all devices are there, and of one kind."""
+    specs = [tf.DeviceSpec.from_string(device) for device in devices]
+    there = {f"{device.device_type}:{device.name.rpartition(':')[2]}" for device in tf.config.list_logical_devices()}
+    for device, spec in zip(devices, specs, strict=True):
+        if f"{spec.device_type}:{spec.device_index}" not in there:
+            raise ValueError(
+                f"graphswap: expected devices of this process, {', '.join(sorted(there))}, received {kind} on "
+                f"{device}. Name devices that are there; tf.config.set_logical_device_configuration divides one into "
+                "several."
+            )
+    kinds = [f"{spec.device_type} {_model_of(spec)}".strip() for spec in specs]
+    if len(set(kinds)) > 1:
+        unlike = ", ".join(f"{device} ({what})" for device, what in zip(devices, kinds, strict=True))
+        raise ValueError(
+            f"graphswap: expected replicas on devices of one kind, as all carry out one plan, received {kind} with "
+            f"{unlike}. Name devices of one kind, or compile without graphswap."
+        )
+
+
+def _model_of(device: tf.DeviceSpec) -> str:
+    """What kind of GPU it is, and how much of its memory the program has given it; "" of others."""
+    gpus, logical = tf.config.list_physical_devices("GPU"), tf.config.list_logical_devices("GPU")
+    if device.device_type != "GPU" or len(gpus) != len(logical):  # a GPU that is divided has no numbers to tell by
+        return ""
+    gpu = gpus[int(device.device_index or 0)]
+    limits = [one.memory_limit for one in tf.config.get_logical_device_configuration(gpu) or ()]
+    name = str(tf.config.experimental.get_device_details(gpu).get("device_name", ""))
+    return f"{name} {limits[0]} MiB" if limits and limits[0] is not None else name
+
+
+def parts(graph: ir.Graph) -> replicas.Parts | None:
+    """The parts of a step that runs on several devices; None if it runs on the one that is planned.
+
+    Raises:
+        UnsupportedGraphError: If some of the step runs in another process, or on another device where the devices run
+            no replicas.
+    """
     planned = tf.DeviceSpec.from_string(f"/device:{profiler.device_name()}")
     for node in graph.nodes:
         device = tf.DeviceSpec.from_string(node.device)
@@ -242,12 +284,21 @@ def expect_one_device(graph: ir.Graph) -> None:
                 f"expected a step within one process, received node '{node.name}' ({node.op}) on '{node.device}'. "
                 "Train with model.fit under ParameterServerStrategy, which gives its workers their parts of a step."
             )
-        if device.device_type == planned.device_type and device.device_index not in (None, planned.device_index):
-            raise UnsupportedGraphError(
-                f"expected a step on one device, {profiler.device_name()}, received node '{node.name}' ({node.op}) on "
-                f"'{node.device}'. Start a process for each device under MultiWorkerMirroredStrategy, or set "
-                "graphswap.Options(on_unsupported='run_unchanged')."
-            )
+    devices = replicas.used_devices(graph, str(planned.device_type))
+    others = [one for one in devices if tf.DeviceSpec.from_string(one).device_index != planned.device_index]
+    if not others:
+        return None
+    if others == [*devices]:
+        node = next(node for node in graph.nodes if node.device == others[0])
+        raise UnsupportedGraphError(
+            f"expected a step on this process's first device, {profiler.device_name()}, received node '{node.name}' "
+            f"({node.op}) on '{node.device}'. Show the process only the device that it is to use, or set "
+            "graphswap.Options(on_unsupported='run_unchanged')."
+        )
+    try:
+        return replicas.split(graph, devices)
+    except replicas.UnlikeReplicas as error:
+        raise UnsupportedGraphError(f"{error}, or set graphswap.Options(on_unsupported='run_unchanged').") from None
 
 
 def advice(graph: ir.Graph) -> tuple[str, ...]:
@@ -266,6 +317,12 @@ def advice(graph: ir.Graph) -> tuple[str, ...]:
     )
 
 
+def local_batch(distribution: tf.distribute.Strategy, value: Any) -> Any:
+    """Of a batch of all replicas this process's part: where it has one replica, its value."""
+    is_divided = isinstance(distribution, _ON_SEVERAL_DEVICES) and len(distribution.extended.worker_devices) > 1
+    return value if is_divided else local_value(distribution, value)
+
+
 def local_value(distribution: tf.distribute.Strategy, value: Any) -> Any:
-    """Of a batch of all replicas this process's part, with nested values for nested ones."""
+    """Of a batch of all replicas this process's first one's part, with nested values for nested ones."""
     return tf.nest.map_structure(lambda leaf: distribution.experimental_local_results(leaf)[0], value)

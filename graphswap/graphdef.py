@@ -135,13 +135,11 @@ def arguments(func_graph: FuncGraph) -> list[tf.Tensor]:
 
 
 def group_size(func_graph: FuncGraph) -> int:
-    """How many replicas the function's collectives join; 1 if it has none."""
-    sizes = [
-        tf.get_static_value(operation.inputs[1])
-        for operation in func_graph.get_operations()
-        if operation.type.startswith("Collective")
-    ]
-    return max((int(size) for size in sizes if size is not None), default=1)
+    """How many processes the function's collectives join, each with as many devices as this one; 1 if it has none."""
+    found = [operation for operation in func_graph.get_operations() if operation.type.startswith("Collective")]
+    sizes = [tf.get_static_value(operation.inputs[1]) for operation in found]
+    replicas = max((int(size) for size in sizes if size is not None), default=1)
+    return max(1, replicas // max(1, len({operation.device for operation in found})))
 
 
 def _local_device(operation: Any) -> str:

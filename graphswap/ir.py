@@ -64,6 +64,9 @@ Its second output is what arrives of the other replicas, which is on the device 
 AWAIT = "Await"
 """The sum that an EXCHANGE makes, once it is there. The other inputs are let go of then."""
 
+RECEIVE = "Receive"
+"""The value that another replica has for its input, in a graph of one of them (`replicas`)."""
+
 RESIDENT_OPS = frozenset({"Placeholder", "Const", "VarHandleOp"})
 """Ops whose outputs are in memory before the step starts and stay there."""
 

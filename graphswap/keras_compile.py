@@ -135,11 +135,12 @@ def _refuse(model: Any, options: Options, args: tuple[Any, ...], kwargs: dict[st
             "graphswap: expected asynchronous=False without parameter servers, received True. Make the model in the "
             "scope of a ParameterServerStrategy, or leave asynchronous out."
         )
-    is_compiled = given.get("jit_compile") is True or (has_servers and options.jit_compile not in (None, False))
+    is_compiled = given.get("jit_compile") is True or options.jit_compile not in (None, False)
     if is_compiled and (has_servers or model.distribute_strategy.num_replicas_in_sync > 1):
         raise ValueError(
-            "graphswap: expected jit_compile=False with several workers, received True. XLA inside TensorFlow compiles "
-            "no collectives for CPUs. Leave jit_compile out, or compile without graphswap."
+            "graphswap: expected jit_compile=False with several workers or devices, received True. XLA inside "
+            "TensorFlow compiles a step for one device, and no collectives for CPUs. Leave jit_compile out, or compile "
+            "without graphswap."
         )
 
 
@@ -183,12 +184,12 @@ def _make_train_function(self: Any, force: bool = False) -> Any:
         outputs = None
         for _ in range(self.steps_per_execution):
             try:
-                batch = distribute.local_value(distribution, next(iterator))
+                batch = distribute.local_batch(distribution, next(iterator))
             except StopIteration:
                 break
             weights = [] if self.optimizer.built else self.trainable_variables
-            with pipeline.making_optimizer(session, weights):
-                _build(self, batch)
+            with distribution.scope(), pipeline.making_optimizer(session, weights):
+                _build(self, distribute.local_value(distribution, batch))
             outputs = session.run(make, batch)
         if outputs is None:
             raise StopIteration

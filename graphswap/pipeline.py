@@ -28,6 +28,7 @@ from graphswap import (
     planning,
     profiler,
     replanning,
+    replicas,
     rewrites,
     tiers,
     xla,
@@ -137,6 +138,7 @@ class Session:
         self._fences: list[Any] = []  # behind the holes for small buffers
         self._trials = _TRIALS
         self._workers = distribute.Workers()  # that train together
+        self._parts: replicas.Parts | None = None  # of the step that is planned, if it runs on several devices
         self._has_agreed = False  # whether they have planned together
         self._network: Link | None = None  # as measured with the other workers
         self._exchanged: tuple[tuple[Exchange, ...], ir.Graph] | None = None  # what they exchange, of which trace
@@ -388,7 +390,8 @@ class Session:
         for accepted, _, step in reversed(self._planned):
             if _accepts(accepted, shapes):
                 step.measured_seconds.append(seconds)
-                step.measured_peak_bytes = profiler.memory_in_use("peak")
+                counted_peak = profiler.memory_in_use("peak")
+                step.measured_peak_bytes = counted_peak and -(-counted_peak // self._replicas_in_memory())
                 watched = self._watched.get(shapes)
                 if watched is not None and (step.measured_peak_bytes or 0) > (watched.counted_bytes or 0):
                     watched.peak_bytes = step.measured_peak_bytes
@@ -537,8 +540,18 @@ class Session:
                 )
                 return
             fences = len(self._fences) * allocator.ALIGNMENT_BYTES
+            parts, replicas_here = self._parts, self._replicas_in_memory()
+            if parts is not None:
+                device = dataclasses.replace(
+                    device,
+                    memory_bytes=device.memory_bytes and device.memory_bytes // replicas_here,
+                    holes=device.holes // replicas_here,
+                    network=dataclasses.replace(device.links["host"], overlaps=True),  # within one machine
+                )
             far = self._far(device, graph, captured)
-            cost_model = self._planner.cost_model(device, graph, fences, _away(captured), far.tier)
+            there = graph if parts is None or replicas_here == 1 else parts.whole
+            cost_model = self._planner.cost_model(device, there, fences, _away(captured), far.tier)
+            cost_model = dataclasses.replace(cost_model, resident_bytes=cost_model.resident_bytes // replicas_here)
             if leads is not None:
                 resident = self._workers.together("weigh their devices", lambda: str(cost_model.resident_bytes))
                 cost_model = dataclasses.replace(cost_model, resident_bytes=max(map(int, resident.values())))
@@ -550,7 +563,7 @@ class Session:
 
             def plan() -> planning.Planned:
                 with as_asked(budget, share):
-                    return self._planner.plan(func_graph, graph, self._arguments, cost_model, budget, clock)
+                    return self._planner.plan(func_graph, graph, self._arguments, cost_model, budget, clock, parts)
 
             if self.jit_compile:
                 with as_asked(budget, share):
@@ -567,11 +580,15 @@ class Session:
             if not planned.plan.is_empty:
                 with clock("rewrite"):
                     rewritten = rewrites.rewrite(graph, planned.plan)
-                    graphdef.export_function(func_graph, rewritten, self._tiers)
+                    whole = rewritten if parts is None else parts.merged(rewritten)
+                    graphdef.export_function(func_graph, whole, self._tiers)
             step = step_report(planned, share / self._scale, clock.seconds, rounds, self.options.memory_budget)
+            if parts is not None:
+                step.notes.append(_on_devices(parts, replicas_here))
             step.state_bytes = self._state_bytes(captured, planned.plan.places)
             self._add_report(func_graph, shapes, step)
-            is_alone = self._workers.count == 1  # else steps last as long as the slowest worker's
+            # Else steps last as long as the slowest worker's, or as long as replicas take that share a host.
+            is_alone = self._workers.count == 1 and parts is None
             if is_alone and not (planned.plan.is_empty or planned.is_settled) and profiler.is_synchronous():
                 self._watched[shapes] = _Watched(
                     planned, rewritten, step, int(budget / share), profiler.memory_in_use("peak")
@@ -580,8 +597,24 @@ class Session:
     def _import(self, func_graph: graphdef.FuncGraph, shapes: Sequence[graphdef.Shape], clock: Clock) -> ir.Graph:
         with clock("import"):
             graph = (graphdef.import_function if self.jit_compile else imported)(func_graph, shapes)
-        distribute.expect_one_device(graph)
-        return graph
+        self._parts = parts = distribute.parts(graph)
+        if parts is None:
+            return graph
+        if self.jit_compile:
+            raise UnsupportedGraphError(
+                f"expected jit_compile=False with {len(parts.devices)} devices, received True. XLA compiles a step for "
+                "one device. Leave jit_compile out."
+            )
+        if self._workers.count > 1:
+            raise UnsupportedGraphError(
+                f"expected one device in each of {self._workers.count} processes, received {', '.join(parts.devices)}. "
+                "Start a process for each device, with CUDA_VISIBLE_DEVICES naming its GPU"
+            )
+        return parts.first
+
+    def _replicas_in_memory(self) -> int:
+        """How many replicas are in the memory that the device's allocator counts: all that are on a CPU's devices."""
+        return 1 if self._parts is None or profiler.device_name() != "CPU:0" else len(self._parts.devices)
 
     def _plans_together(self) -> bool:
         """Whether all workers plan now. Later traces are one worker's own, as when its last batch is a smaller one."""
@@ -692,7 +725,9 @@ class Session:
     ) -> ir.Graph:
         """Moves variables to where they will live between steps. Returns the step with what fetches and stores them."""
         places: tuple[Place, ...] = ()
-        if not self.jit_compile and self._workers.count == 1:  # several take one graph, and links differ
+        if self._parts is not None:
+            self._expect_on_device(captured)
+        elif not self.jit_compile and self._workers.count == 1:  # several take one graph, and links differ
             movable = [name for name, variable in captured.items() if can_adopt(variable)]
             hosted = {id(variable) for variable in self._hosted}
             fixed = [
@@ -717,6 +752,16 @@ class Session:
         graphdef.capture(func_graph, [handle for variable in placed for handle in variable.store_handles])
         return rewrites.place(graph, Plan(decisions=places))
 
+    def _expect_on_device(self, captured: Mapping[str, tf.Variable]) -> None:
+        """Raises a ValueError if variables of a step of several devices are in far tiers."""
+        away = _away(captured)
+        if away:
+            raise ValueError(
+                f"graphswap: expected all variables on the device in a step of several devices, received '{away[0]}' "
+                f"in the tier '{_tier(captured[away[0]])}'. Make the model outside of graphswap.host_variables(), or "
+                "train on one device."
+            )
+
     def _state_bytes(self, captured: Mapping[str, tf.Variable], places: Sequence[Place]) -> int:
         """The most that a state takes on disk, the last one's files included, beside the variables that lie there."""
         on_disk = {id(captured[place.variable]) for place in places if place.tier == "disk"}
@@ -725,7 +770,7 @@ class Session:
         return 2 * sum(value_bytes(variable) for variable in self._state().values() if id(variable) not in on_disk)
 
     def _exchange(self, graph: ir.Graph, leads: bool | None, cost_model: CostModel, budget: int) -> ir.Graph:
-        """The step with its gradients summed block by block, if several workers do so.
+        """The step with its gradients summed block by block, if several workers or replicas do so.
 
         Args:
             graph: The step.
@@ -737,9 +782,11 @@ class Session:
         Raises:
             WorkerError: If this trace has other gradients than the one that all have planned.
         """
-        if self._workers.count == 1 or self.jit_compile:
+        if self.jit_compile or (self._workers.count == 1 and self._parts is None):
             return graph
-        if leads is None:
+        if self._parts is not None:  # one trace holds all replicas
+            exchanges = self._planner.exchange(graph, cost_model, budget)
+        elif leads is None:
             exchanges = blocks.transferred(*self._exchanged, graph) if self._exchanged else ()
             if exchanges is None:
                 raise distribute.WorkerError(
@@ -828,6 +875,13 @@ def imported(func_graph: graphdef.FuncGraph, shapes: Sequence[graphdef.Shape]) -
     return graphdef.import_function(func_graph, shapes, folding)
 
 
+def _on_devices(parts: replicas.Parts, in_memory: int) -> str:
+    """What to tell users of a plan that several replicas carry out."""
+    names = ", ".join(device.rpartition("device:")[2] for device in parts.devices)
+    shared = "; they share one allocator, of whose peak this is one replica's share" if in_memory > 1 else ""
+    return f"the plan is that of each of {len(parts.devices)} replicas, on {names}{shared}"
+
+
 def making_optimizer(
     session: Session | back_ends.Choice, weights: Sequence[Any]
 ) -> contextlib.AbstractContextManager[None]:
@@ -838,6 +892,8 @@ def making_optimizer(
         weights: What is trained: an optimizer of TensorFlow's or Keras's has up to two variables for each.
     """
     limit, in_use = os.environ.get(MEMORY_VARIABLE), profiler.memory_in_use()
+    if tf.distribute.get_strategy().num_replicas_in_sync > 1:  # then all variables stay on their devices
+        return contextlib.nullcontext()
     if limit is None or in_use is None or getattr(session, "jit_compile", False):
         return contextlib.nullcontext()
     nbytes = sum(math.prod(weight.shape) * tf.as_dtype(weight.dtype).size for weight in weights)

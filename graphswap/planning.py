@@ -25,6 +25,7 @@ from graphswap import (
     plan_file,
     profiler,
     replanning,
+    replicas,
     rewrites,
     simulator,
     strategies,
@@ -208,6 +209,7 @@ class Planner:
         cost_model: CostModel,
         budget: int,
         clock: Clock,
+        parts: replicas.Parts | None = None,
     ) -> Planned:
         """Measures the step, unless an earlier run did, and plans it.
 
@@ -218,6 +220,7 @@ class Planner:
             cost_model: From `cost_model`.
             budget: Bytes to plan for; 0 for as few as the options' word asks for.
             clock: Gets the phases "measure" and "plan".
+            parts: Of the traced step, if the graph is that of one of its replicas.
 
         Raises:
             InfeasibleBudgetError: If no plan keeps the budget.
@@ -235,7 +238,7 @@ class Planner:
             settled = question and profiler.cached_profile(graph.fingerprint, cost_model.device.name, question)
             is_free = self._options.memory_budget == "free"
             room = int(_USABLE * _memory_bytes(cost_model.device)) if is_free else budget
-            profile = settled or self.profile(func_graph, graph, arguments, cost_model, room, notes)
+            profile = settled or self.profile(func_graph, graph, arguments, cost_model, room, notes, parts)
         cost_model = dataclasses.replace(cost_model, profile=profile)
         with clock("plan"):
             planned = self._settled(graph, cost_model, budget, question) if settled and question else None
@@ -442,8 +445,15 @@ class Planner:
         cost_model: CostModel,
         budget: int,
         notes: list[str],
+        parts: replicas.Parts | None = None,
     ) -> Profile | None:
-        """Measured costs, from the cache or from a run under a frugal plan; None if it can't be run."""
+        """Measured costs, from the cache or from a run under a frugal plan; None if it can't be run.
+
+        Of several replicas that share a CPU's cores each node is taken to last as long as all of them do.
+        """
+        if parts is not None and not profiler.is_synchronous():
+            notes.append("costs are analytic, not measured: the kernels of several GPUs are not told apart")
+            return None
         device = cost_model.device.name
         cached = profiler.cached_profile(graph.fingerprint, device)
         if cached is not None:
@@ -457,6 +467,7 @@ class Planner:
                 else:
                     plan = budgets.smallest(self._strategy(), graph, cost_model)
                 rewritten = rewrites.rewrite(graph, plan.one_by_one())
+                rewritten = rewritten if parts is None else parts.merged(rewritten)
                 fingerprint = graph.fingerprint
                 profile = profiler.measure_step(func_graph, rewritten, arguments, self._tiers, cost_model, fingerprint)
             except (InfeasibleBudgetError, profiler.CantMeasure, tf.errors.OpError) as failure:
@@ -465,6 +476,8 @@ class Planner:
                     break
             else:
                 profile = dataclasses.replace(profile, links={"host": cost_model.device.links["host"]})
+                if parts is not None:
+                    profile = parts.of_first(profile)
                 profiler.store_profile(profile, device)
                 gc.collect()  # the measured function's constants lie on the device
                 return profile

@@ -11,7 +11,7 @@ from graphswap.plan import Exchange, Plan
 from graphswap.simulator import simulate
 from graphswap.strategies import Greedy, gaps
 
-STEP = testing.replicated(testing.random_graph(random.Random(6), 40, 256), 4)
+STEP = testing.replicated(testing.random_graph(random.Random(14), 40, 256), 4)
 VALUES = [value for one in blocks.packed(STEP) for value in one.values]
 
 

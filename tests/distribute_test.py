@@ -5,6 +5,7 @@ import exchange_test
 import keras
 import numpy as np
 import pytest
+import replicas_test
 import tensorflow as tf
 import tiny_graphs
 import trainings
@@ -143,8 +144,15 @@ class Fake:
     """A distribution over devices that are not here."""
 
     def __init__(self, *devices):
-        self.extended = self
         self.worker_devices = devices
+
+    @property
+    def extended(self):
+        return self
+
+
+class FakeMirrored(Fake, tf.distribute.MirroredStrategy):
+    """One whose replicas may be on several devices of a process."""
 
 
 @pytest.mark.parametrize(
@@ -160,6 +168,11 @@ class Fake:
             Fake("/device:CPU:1"),
             "graphswap: expected a distribution on this process's first device, CPU:0, received Fake on /device:CPU:1. "
             "Name CPU:0, or show the process only the device that it is to use.",
+        ),
+        (
+            FakeMirrored("/device:CPU:0", "/device:CPU:7"),
+            "graphswap: expected devices of this process, CPU:0, received FakeMirrored on /device:CPU:7. Name devices "
+            "that are there; tf.config.set_logical_device_configuration divides one into several.",
         ),
     ],
 )
@@ -188,13 +201,35 @@ def test_a_step_over_two_devices_is_refused(device, is_refused):
     nodes = [dataclasses.replace(node, device=device if node.name == "b2" else "") for node in graph.nodes]
     graph = graph.replace(nodes=tuple(nodes))
     if not is_refused:
-        distribute.expect_one_device(graph)
+        assert distribute.parts(graph) is None
         return
     with pytest.raises(graphswap.UnsupportedGraphError) as caught:
-        distribute.expect_one_device(graph)
+        distribute.parts(graph)
     assert str(caught.value) == (
-        "expected a step on one device, CPU:0, received node 'b2' (MatMul) on '/device:CPU:1'. Start a process for "
-        "each device under MultiWorkerMirroredStrategy, or set graphswap.Options(on_unsupported='run_unchanged')."
+        "expected a step on this process's first device, CPU:0, received node 'b2' (MatMul) on '/device:CPU:1'. Show "
+        "the process only the device that it is to use, or set graphswap.Options(on_unsupported='run_unchanged')."
+    )
+
+
+def test_a_step_whose_devices_run_different_nodes_is_refused():
+    graph = parser.parse(replicas_test.SUMMED_ON_ONE.replace("%g1 = MatMul", "%g1 = Mul"))
+    with pytest.raises(graphswap.UnsupportedGraphError) as caught:
+        distribute.parts(graph)
+    assert str(caught.value) == (
+        "expected replicas that run the same nodes, on CPU:0, CPU:1, received node 'g1' (Mul), to which no node of "
+        "CPU:0 is alike. Let a replica's part not hang on which replica it is, or set "
+        "graphswap.Options(on_unsupported='run_unchanged')."
+    )
+
+
+def test_replicas_on_unlike_devices_are_refused(monkeypatch):
+    there = [tf.config.LogicalDevice(f"/device:{name}", name[:3]) for name in ("CPU:0", "GPU:0", "GPU:1")]
+    monkeypatch.setattr(tf.config, "list_logical_devices", lambda kind=None: there)
+    with pytest.raises(ValueError) as caught:
+        distribute.check(FakeMirrored("/device:GPU:0", "/device:CPU:0"))
+    assert str(caught.value) == (
+        "graphswap: expected replicas on devices of one kind, as all carry out one plan, received FakeMirrored with "
+        "/device:GPU:0 (GPU), /device:CPU:0 (CPU). Name devices of one kind, or compile without graphswap."
     )
 
 

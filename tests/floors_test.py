@@ -15,7 +15,7 @@ FLOORS = (
     {"ir", "allocator", "bound", "host_memory", "new_directory", "replanning", "state_directory"},
     {"tiers", "placement"},
     {"plan", "cost_model", "liveness", "graphdef", "parser"},
-    {"collectives", "devices", "fusion", "variables"},
+    {"collectives", "devices", "fusion", "replicas", "variables"},
     {"actions", "profiler", "footprint", "host_variable"},
     {"simulator", "walk"},
     {"incremental", "picture"},
