@@ -16,7 +16,9 @@ from graphswap.report import StepReport
 from graphswap.variables import far_bytes, values
 
 _CHEAP = 0.05
+"""Of a step: to keep values, or to settle them, takes no longer."""
 _TRIALS = 3
+"""Steps of a new plan before which values are kept, whatever that takes."""
 
 
 class StepVariables:
@@ -38,7 +40,7 @@ class StepVariables:
         self._layout = placement.Variables()  # of those on the device
         self._fences: list[Any] = []  # behind the holes for small buffers
         self._pieces: list[tuple[HostVariable, str, list[tf.Tensor]]] = []  # what was in which tier before the step
-        self._trials = _TRIALS
+        self._trials = _TRIALS  # that are left
         self._keeping_seconds = self._settling_seconds = self._step_seconds = 0.0
 
     def variant(self, far_tiers: tiers.Tiers) -> StepVariables:
@@ -192,7 +194,7 @@ class StepVariables:
 
     @property
     def fence_bytes(self) -> int:
-        """What the buffers behind the holes take."""
+        """What the buffers take that hold holes and fence in their places."""
         return len(self._fences) * allocator.ALIGNMENT_BYTES
 
     def fixed(self, graph: ir.Graph, captured: Mapping[str, tf.Variable]) -> list[Place]:
