@@ -10,11 +10,11 @@ def traced(*shapes):
     """The graph of a function of such arguments, which captures a variable, too."""
     variable = tf.Variable(1.0)
 
-    @tf.function(input_signature=[tf.TensorSpec(shape) for shape in shapes], autograph=False)
-    def function(*arguments):
+    def scaled(*arguments):
         return [argument * variable for argument in arguments]
 
-    return function.get_concrete_function().graph
+    specs = [tf.TensorSpec(shape) for shape in shapes]
+    return tf.function(scaled, autograph=False).get_concrete_function(*specs).graph
 
 
 def test_arrays_are_the_leaves_that_have_shapes():

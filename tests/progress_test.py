@@ -12,10 +12,11 @@ class Terminal(io.StringIO):
 
 
 def test_a_terminal_shows_the_phase_and_is_left_clean(monkeypatch):
-    monkeypatch.setattr(sys, "stderr", Terminal())
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
     with progress.shown("step") as show:
         show("plan")
-    assert sys.stderr.getvalue() == "\r\x1b[Kgraphswap: plan step ...\r\x1b[K"
+    assert terminal.getvalue() == "\r\x1b[Kgraphswap: plan step ...\r\x1b[K"
 
 
 def test_nothing_is_shown_elsewhere(capsys):

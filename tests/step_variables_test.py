@@ -17,12 +17,11 @@ class Traced:
     def __init__(self, variables=None):
         read, updated, idle = (tf.Variable(tf.ones((4, 4)), name=name) for name in ("read", "updated", "idle"))
 
-        @tf.function(autograph=False)
         def step():
             idle.handle  # noqa: B018 (the function captures what it touches)
             updated.assign_add(tf.matmul(read, updated) + tf.reduce_sum(idle) * 0.0)
 
-        self.func_graph = step.get_concrete_function().graph
+        self.func_graph = tf.function(step, autograph=False).get_concrete_function().graph
         self.graph = graphdef.import_function(self.func_graph, [])
         self.variables = StepVariables(tiers.Tiers()) if variables is None else variables
         self.captured = self.variables.captured(self.func_graph)
@@ -38,12 +37,17 @@ class Traced:
 def test_a_failed_step_leaves_what_lies_in_far_tiers(tier):
     step = Traced()
     step.place(("updated", tier))
+
+    @tf.function(autograph=False)
+    def run():
+        step.updated.assign(tf.zeros((4, 4)))
+
     step.variables.prepare()
-    step.updated.assign(tf.zeros((4, 4)))
+    run()
     assert not step.variables.restore()  # of those on the device nothing is kept where no bytes are counted
     np.testing.assert_array_equal(step.updated.numpy(), np.ones((4, 4)))
     step.variables.prepare()
-    step.updated.assign(tf.zeros((4, 4)))
+    run()
     step.variables.done(1.0)
     step.variables.commit(None)
     step.variables.restore()
