@@ -232,6 +232,11 @@ def value_bytes(variable: tf.Variable) -> int:
     return ir.Value(variable.dtype.name, tuple(variable.shape)).nbytes
 
 
+def value_tier(variable: tf.Variable) -> str:
+    """Where a variable's value is: "device", "host" or "disk"."""
+    return variable.tier if isinstance(variable, HostVariable) else "device"
+
+
 @contextlib.contextmanager
 def host_variables() -> Iterator[None]:
     """Variables that are made inside live in host memory, so that a model may be larger than the device.

@@ -13,7 +13,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from graphswap import distribute, graphdef, pipeline, planning, rewrites, server, tiers
+from graphswap import distribute, graphdef, pipeline, planning, progress, rewrites, server, tiers
 from graphswap.cost_model import CostModel, DeviceSpec, Link
 from graphswap.distribute import WorkerError
 from graphswap.options import Options, format_bytes
@@ -228,8 +228,8 @@ class WorkerSession:
         assert planner is not None and self.options is not None
         if not self._inlines and graphdef.has_calls(func_graph):
             raise pipeline.NestedCalls
-        with pipeline.shown_progress(func_graph.name) as progress:
-            clock = pipeline.Clock(progress)
+        with progress.shown(func_graph.name) as show:
+            clock = progress.Clock(show)
             with clock("measure"), tf.init_scope():
                 facts = next(iter(self._workers.facts().values()))
                 device = self._device(facts)

@@ -8,7 +8,6 @@ import functools
 import gc
 import math
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -16,37 +15,37 @@ from typing import Any
 import tensorflow as tf
 
 from graphswap import (
-    allocator,
+    argument_shapes,
     back_ends,
     blocks,
     distribute,
     graphdef,
     ir,
     model_data,
-    model_state,
     placement,
     planning,
     profiler,
+    progress,
     replanning,
     replicas,
     rewrites,
+    step_variables,
     tiers,
     xla,
 )
+from graphswap.argument_shapes import Shapes
 from graphswap.cost_model import MEMORY_VARIABLE, CostModel, DeviceSpec, Link, Profile
 from graphswap.graphdef import UnsupportedGraphError
-from graphswap.host_variable import HostVariable, adopt, can_adopt, far_variables, host_variables, value_bytes
+from graphswap.host_variable import can_adopt, host_variables
 from graphswap.options import Options, format_bytes
 from graphswap.plan import Exchange, Place, Plan
 from graphswap.plan_file import PlanFile
 from graphswap.report import Report, StepReport
+from graphswap.step_variables import StepVariables
 from graphswap.strategies.base import InfeasibleBudgetError
-from graphswap.variables import far_bytes, values
 
 _TIGHTENING = 0.97
 _TIGHTEST = 0.75
-_CHEAP = 0.05
-_TRIALS = 3
 _STATIC_TRACES = 4
 _NO_REPEAT = (
     "graphswap: the step was not repeated, as the other workers may have gone on. "
@@ -125,26 +124,18 @@ class Session:
         self._variants: dict[tuple[bool, ...], Session] = {}  # one for each choice of branches
         self._taken: tuple[bool, ...] | None = None  # the branches of this variant
         self._scale = 1.0  # of the budget; lowered when memory ran out in spite of a plan
-        self._largest: dict[int, graphdef.Shape] = {}  # argument -> largest shape seen
-        self._planned: list[tuple[tuple[graphdef.Shape, ...], tuple[graphdef.Shape, ...], StepReport]] = []
-        self._functions: dict[tuple[graphdef.Shape, ...], Callable[..., Any]] = {}
+        self._largest = argument_shapes.Largest()
+        self._planned: list[tuple[Shapes, Shapes, StepReport]] = []
+        self._functions: dict[Shapes, Callable[..., Any]] = {}
         self._arguments: list[Any] = []  # of the step that runs now
-        self._variables = placement.Variables()
-        self._hosted: list[HostVariable] = []  # what the traces' plans keep in far tiers
-        self._pieces: list[tuple[HostVariable, str, list[tf.Tensor]]] = []  # what was in which tier before the step
-        self._captured: dict[int, tf.Variable] = {}  # what the traces use
-        self._state = variables or self._used_variables
-        self._traced_tiers: list[tuple[tf.Variable, str]] = []  # where the variables were when the steps were traced
-        self._fences: list[Any] = []  # behind the holes for small buffers
-        self._trials = _TRIALS
+        self._variables = StepVariables(self._tiers, variables)
         self._workers = distribute.Workers()  # that train together
         self._parts: replicas.Parts | None = None  # of the step that is planned, if it runs on several devices
         self._has_agreed = False  # whether they have planned together
         self._network: Link | None = None  # as measured with the other workers
         self._exchanged: tuple[tuple[Exchange, ...], ir.Graph] | None = None  # what they exchange, of which trace
-        self._watched: dict[tuple[graphdef.Shape, ...], _Watched] = {}
-        self._replanned: dict[tuple[graphdef.Shape, ...], tuple[planning.Planned, list[replanning.Round]]] = {}
-        self._keeping_seconds = self._settling_seconds = self._step_seconds = 0.0
+        self._watched: dict[Shapes, _Watched] = {}
+        self._replanned: dict[Shapes, tuple[planning.Planned, list[replanning.Round]]] = {}
 
     # --- running -----------------------------------------------------------------------------------------------
 
@@ -166,20 +157,20 @@ class Session:
         """
         if self._branches is not None:
             return self._variant(self._branches()).run(make, *args, **kwargs)
-        shapes = self._see((args, kwargs))
-        if self._is_stale():
+        self._arguments = argument_shapes.arrays((args, kwargs))
+        shapes = self._largest.see(self._arguments)
+        if self._variables.is_stale():
             self._forget()
         key = shapes if shapes in self._functions or len(self._functions) < _STATIC_TRACES else ()
         if key == () and self._outgrown(shapes):
             del self._functions[()]
         self._review(key)
         while True:
-            self._keep_variables()
-            self._settle()
+            self._variables.prepare()
             start, counted = time.perf_counter(), profiler.memory_in_use("peak") or 0
             planned_seconds = self._planning_seconds()
             try:
-                placed_args, placed_kwargs = self._placed((args, kwargs), is_new=key not in self._functions)
+                placed_args, placed_kwargs = step_variables.placed((args, kwargs), is_new=key not in self._functions)
                 if key not in self._functions:
                     self._functions[key] = make(self)
                 with graphdef.without_memory_optimizer():
@@ -192,7 +183,7 @@ class Session:
                 self._forget()
                 return self.run(make, *args, **kwargs)
             except (tf.errors.ResourceExhaustedError, tf.errors.InvalidArgumentError) as error:
-                can_repeat = self._restore()
+                can_repeat = self._variables.restore()
                 self._raise_explained(error)
                 if self._workers.count > 1 and planning.is_out_of_memory(error):
                     error.add_note(_NO_REPEAT)
@@ -201,23 +192,21 @@ class Session:
                     raise
                 self._tighten(f"ran out of memory ({_what_ran_out(error)[:120]})")
             except tf.errors.OpError as error:
-                self._restore()
+                self._variables.restore()
                 self._raise_explained(error)
                 raise
             except BaseException:
-                self._restore()
+                self._variables.restore()
                 raise
             else:
                 seconds = time.perf_counter() - start - (self._planning_seconds() - planned_seconds)
-                self._commit(self._record(shapes, seconds, counted))
+                self._variables.commit(self._record(shapes, seconds, counted))
                 self._arguments.clear()  # frames of planning that an error's traceback keeps alive hold this list
-                return self._released(result)
+                return step_variables.released(result)
 
     def resume(self) -> None:
         """Lays the variables out anew, where others have run steps in between."""
-        if profiler.memory_in_use() is not None and not self._is_stale():
-            self._variables.keep()
-            self._variables.pack()
+        self._variables.resume()
 
     def far_variables(
         self, memory_bytes: int, variables: Sequence[tf.Variable]
@@ -228,22 +217,7 @@ class Session:
             memory_bytes: Of the device.
             variables: That are there already.
         """
-        hosted_bytes = sum(value_bytes(variable) for variable in variables if _tier(variable) == "host")
-        # As in a step, where all of them are updated: so that few have to move when it is planned.
-        left = self._planner.host_bytes(memory_bytes, hosted_bytes) - 2 * hosted_bytes
-
-        def tier_of(nbytes: int) -> str:
-            nonlocal left
-            if 2 * nbytes > left:
-                return "disk"
-            left -= 2 * nbytes
-            return "host"
-
-        return far_variables(tier_of, self._tiers)
-
-    def _is_stale(self) -> bool:
-        """Whether variables have moved since the steps were traced."""
-        return any(_tier(variable) != tier for variable, tier in self._traced_tiers)
+        return self._planner.far_variables(memory_bytes, variables)
 
     def trace(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Calls the step while it is traced, so that the function being traced will be rewritten.
@@ -265,13 +239,12 @@ class Session:
     def _variant(self, taken: tuple[bool, ...]) -> Session:
         """The session of the steps that take these branches: each choice has a plan of its own."""
         if taken not in self._variants:
-            variant = self._variants[taken] = Session(self.options, self.jit_compile)
+            variant = self._variants[taken] = Session(self.options, self.jit_compile, self.report)
             variant._taken, variant._inlines = taken, self._inlines
-            variant.report, variant._hosted = self.report, self._hosted
-            variant._captured, variant._state = self._captured, self._state
+            variant._variables = self._variables.variant(variant._tiers)
         return self._variants[taken]
 
-    def _call(self, shapes: tuple[graphdef.Shape, ...], args: Any, kwargs: Any) -> Any:
+    def _call(self, shapes: Shapes, args: Any, kwargs: Any) -> Any:
         """Runs a traced step; under the profiler if a round waits for that."""
         function, watched = self._functions[shapes], self._watched.get(shapes)
         if watched is not None:
@@ -300,23 +273,12 @@ class Session:
     def _planning_seconds(self) -> float:
         return sum(sum(step.breakdown.values()) for step in self.report.steps)
 
-    def _see(self, arguments: Any) -> tuple[graphdef.Shape, ...]:
-        self._arguments = [leaf for leaf in _flat(arguments) if hasattr(leaf, "shape")]
-        shapes = tuple(tuple(int(d) for d in leaf.shape) for leaf in self._arguments)
-        for index, shape in enumerate(shapes):
-            known = self._largest.get(index)
-            if known is None or len(known) != len(shape):
-                self._largest[index] = shape
-            else:
-                self._largest[index] = tuple(max(a or 0, b or 0) for a, b in zip(known, shape, strict=True))
-        return shapes
-
-    def _outgrown(self, shapes: tuple[graphdef.Shape, ...]) -> bool:
+    def _outgrown(self, shapes: Shapes) -> bool:
         """Whether the trace that would serve these shapes was planned for smaller ones."""
-        fitting = [entry for entry in self._planned if _accepts(entry[0], shapes)]
+        fitting = [entry for entry in self._planned if argument_shapes.accepts(entry[0], shapes)]
         if not fitting or any(entry[0] == shapes for entry in fitting):
             return False
-        return not any(_covers(planned, shapes) for _, planned, _ in fitting)
+        return not any(argument_shapes.covers(planned, shapes) for _, planned, _ in fitting)
 
     def _forget(self) -> None:
         """Drops all traces, so that the next call plans anew."""
@@ -324,71 +286,16 @@ class Session:
         self._planned.clear()
         self._watched.clear()
         self._replanned.clear()
-        self._traced_tiers.clear()
-        self._variables = placement.Variables()
-        self._trials = _TRIALS
-
-    def _keep_variables(self) -> None:
-        """Keeps the variables' values for the case that the step fails half way.
-
-        On the emulated accelerator always: the input pipeline shares its memory, so any step may run out.
-        On a GPU for the first steps of a plan, later while it costs little beside the step. Without it, an
-        out-of-memory error leaves some variables updated.
-        """
         self._variables.forget()
-        self._keep_pieces()
-        if not len(self._variables) or profiler.memory_in_use() is None:
-            return
-        if self._is_emulated() or self._trials > 0 or self._keeping_seconds < _CHEAP * self._step_seconds:
-            start = time.perf_counter()
-            self._variables.keep()
-            self._keeping_seconds = time.perf_counter() - start
 
-    def _keep_pieces(self) -> None:
-        """The same for variables in far tiers. Costs nothing until they get new values."""
-        hosted = {id(variable): variable for variable in self._hosted}.values()
-        self._pieces = [(variable, variable.tier, variable.pieces()) for variable in hosted]
-
-    def _settle(self) -> None:
-        """Lets every step meet the same layout of memory; on a GPU unless that takes long beside the step."""
-        is_dear = self._settling_seconds > _CHEAP * self._step_seconds
-        if profiler.memory_in_use() is None or (is_dear and not self._is_emulated()):
-            return
-        start = time.perf_counter()
-        self._variables.settle()
-        self._settling_seconds = time.perf_counter() - start
-
-    def _placed(self, arguments: Any, is_new: bool) -> Any:
-        """The step's arguments, arrays in new buffers of the emulated device.
-
-        In the first run of a trace these stay outside, as the variables are packed then; `optimize` puts others in
-        their place.
-        """
-        if not self._is_emulated():
-            return arguments
-        return tf.nest.map_structure(placement.outside_device if is_new else self._on_device, arguments)
-
-    def _on_device(self, argument: Any) -> Any:
-        return placement.on_device(argument, profiler.device_name()) if self._is_emulated() else argument
-
-    def _released(self, results: Any) -> Any:
-        """The step's results, small ones no longer on the emulated device."""
-        return tf.nest.map_structure(placement.result_outside_device, results) if self._is_emulated() else results
-
-    def _is_emulated(self) -> bool:
-        """Whether the device is a CPU that counts its bytes: numpy's memory lies outside of it."""
-        return profiler.device_name() == "CPU:0" and profiler.memory_in_use() is not None
-
-    def _record(self, shapes: tuple[graphdef.Shape, ...], seconds: float, counted: int) -> StepReport | None:
+    def _record(self, shapes: Shapes, seconds: float, counted: int) -> StepReport | None:
         """Notes how long a step took, and its peak if that lies above what the allocator had counted before.
 
         Under XLA, where no step is held against its plan, a peak beyond the budget has the next step planned anew.
         """
-        self._variables.forget()
-        self._trials -= 1
-        self._step_seconds = seconds
+        self._variables.done(seconds)
         for accepted, _, step in reversed(self._planned):
-            if _accepts(accepted, shapes):
+            if argument_shapes.accepts(accepted, shapes):
                 step.measured_seconds.append(seconds)
                 counted_peak = profiler.memory_in_use("peak")
                 step.measured_peak_bytes = counted_peak and -(-counted_peak // self._replicas_in_memory())
@@ -409,48 +316,6 @@ class Session:
             step.notes.append(f"{why}; planned again, tighter")
         self._forget()
 
-    def _restore(self) -> bool:
-        """Gives variables the values of before the step, as far as they were kept. Whether those on the device were."""
-        for variable, tier, pieces in self._pieces:
-            if variable.tier == tier:
-                variable.restore(pieces)
-        self._pieces.clear()
-        return self._variables.restore()
-
-    def _commit(self, step: StepReport | None) -> None:
-        """Makes the step that has run the one whose state a directory keeps; lets files go that nobody needs.
-
-        Args:
-            step: Its report, which gets what far tiers hold if a trace's first steps run.
-
-        Raises:
-            SwapSpaceError: If the state can't be written. The step is done; the state is that of the one before.
-        """
-        if self._trials < 0 or not self._hosted:
-            step = None
-        if step is not None:
-            step.measured_host_bytes = max(step.measured_host_bytes, self._host_bytes())
-        self._pieces.clear()
-        if self._hosted:
-            if self._tiers.keeps_state:
-                model_state.commit(self._state(), self._tiers)
-            with self._tiers.explaining():
-                if step is not None:
-                    step.measured_disk_bytes = max(step.measured_disk_bytes, self._tiers.files_bytes())
-                self._tiers.clean()
-
-    def _host_bytes(self) -> int:
-        """Bytes of variables in host memory after a step: their values, and those of before where these are others."""
-        total = 0
-        for variable, tier, before in self._pieces:
-            if tier == variable.tier == "host":
-                for old, new in zip(before, variable.pieces(), strict=True):
-                    total += int(tf.strings.length(new)) + (int(tf.strings.length(old)) if bool(old != new) else 0)
-        return total
-
-    def _used_variables(self) -> Mapping[str, tf.Variable]:
-        return model_state.named_variables(self._captured.values())
-
     def _raise_explained(self, error: tf.errors.OpError) -> None:
         explained = self._tiers.explained(error)
         if explained is not None:
@@ -458,7 +323,7 @@ class Session:
 
     # --- planning ----------------------------------------------------------------------------------------------
 
-    def _review(self, shapes: tuple[graphdef.Shape, ...]) -> None:
+    def _review(self, shapes: Shapes) -> None:
         """Holds a plan against its steps, and plans again where it was wrong; between two steps of the training."""
         watched = self._watched.get(shapes)
         if watched is None:
@@ -476,7 +341,7 @@ class Session:
 
     def _replan(
         self,
-        shapes: tuple[graphdef.Shape, ...],
+        shapes: Shapes,
         watched: _Watched,
         seen: replanning.Observation,
         costs: Profile,
@@ -484,7 +349,7 @@ class Session:
         """Takes a better plan, which needs the step to be traced again; else corrects the predictions of this one."""
         step = watched.step
         what = f"{step.name}, round {len(step.rounds) + 1} of {replanning.MOST_ROUNDS}"
-        with shown_progress(what) as progress, Clock(progress, step.breakdown)("replan"):
+        with progress.shown(what) as show, progress.Clock(show, step.breakdown)("replan"):
             planned, done = self._planner.replan(watched.planned, costs, seen)
         self._end_watch(shapes, done)
         if planned.plan is watched.planned.plan:
@@ -497,7 +362,7 @@ class Session:
             del self._functions[shapes]
             gc.collect()  # the old function's constants lie on the device
 
-    def _end_watch(self, shapes: tuple[graphdef.Shape, ...], last: replanning.Round) -> None:
+    def _end_watch(self, shapes: Shapes, last: replanning.Round) -> None:
         self._watched.pop(shapes).step.rounds.append(last)
 
     def optimize(self, func_graph: graphdef.FuncGraph) -> None:
@@ -516,14 +381,13 @@ class Session:
             graphdef.take_branches(func_graph, self._taken)
         elif not self.jit_compile and (decide := graphdef.decidable_branches(func_graph)) is not None:
             raise _Branches(decide)
-        with shown_progress(func_graph.name) as progress:
-            clock = Clock(progress)
-            shapes = self._argument_shapes(func_graph)
-            captured = graphdef.captured_variables(func_graph)
-            self._captured.update({id(variable): variable for variable in captured.values()})
+        with progress.shown(func_graph.name) as show:
+            clock = progress.Clock(show)
+            shapes = self._largest.of(func_graph)
+            captured = self._variables.captured(func_graph)
             with clock("measure"):
                 device = self._planner.device(can_swap=not self.jit_compile)
-                self._arrange(device, func_graph, captured)
+                self._variables.arrange(func_graph, captured, device, self._arguments)
             self._workers = distribute.Workers(graphdef.group_size(func_graph))
             imports = functools.partial(self._import, func_graph, shapes, clock)
             try:
@@ -532,14 +396,13 @@ class Session:
             except UnsupportedGraphError as error:
                 if self.options.on_unsupported == "raise":
                     raise
-                self._move(captured, ())
+                self._variables.move(captured, ())
                 self._add_report(
                     func_graph,
                     shapes,
                     StepReport(func_graph.name, 0, 0, Plan(), f"runs unchanged: {error}", 0, 0, 0.0, 0.0),
                 )
                 return
-            fences = len(self._fences) * allocator.ALIGNMENT_BYTES
             parts, replicas_here = self._parts, self._replicas_in_memory()
             if parts is not None:
                 device = dataclasses.replace(
@@ -548,16 +411,20 @@ class Session:
                     holes=device.holes // replicas_here,
                     network=dataclasses.replace(device.links["host"], overlaps=True),  # within one machine
                 )
-            far = self._far(device, graph, captured)
+            far = self._planner.far(device, graph, step_variables.hosted_bytes(captured))
             there = graph if parts is None or replicas_here == 1 else parts.whole
-            cost_model = self._planner.cost_model(device, there, fences, _away(captured), far.tier)
+            away, fence_bytes = step_variables.away(captured), self._variables.fence_bytes
+            cost_model = self._planner.cost_model(device, there, fence_bytes, away, far.tier)
             cost_model = dataclasses.replace(cost_model, resident_bytes=cost_model.resident_bytes // replicas_here)
             if leads is not None:
                 resident = self._workers.together("weigh their devices", lambda: str(cost_model.resident_bytes))
                 cost_model = dataclasses.replace(cost_model, resident_bytes=max(map(int, resident.values())))
             budget, share = self._planner.budget(device, self._scale)
             with clock("place"):
-                graph = self._place(func_graph, graph, captured, device, cost_model, budget, far.room)
+                places = self._places(graph, captured, cost_model, budget, far.room)
+                self._variables.place(func_graph, graph, captured, places, device, self._arguments)
+                if places:
+                    graph = rewrites.place(graph, Plan(decisions=places))
                 graph = self._exchange(graph, leads, cost_model, budget)
             replanned, rounds = self._replanned.pop(shapes, (None, []))
 
@@ -585,7 +452,7 @@ class Session:
             step = step_report(planned, share / self._scale, clock.seconds, rounds, self.options.memory_budget)
             if parts is not None:
                 step.notes.append(_on_devices(parts, replicas_here))
-            step.state_bytes = self._state_bytes(captured, planned.plan.places)
+            step.state_bytes = self._variables.state_bytes(captured, planned.plan.places)
             self._add_report(func_graph, shapes, step)
             # Else steps last as long as the slowest worker's, or as long as replicas take that share a host.
             is_alone = self._workers.count == 1 and parts is None
@@ -594,7 +461,7 @@ class Session:
                     planned, rewritten, step, int(budget / share), profiler.memory_in_use("peak")
                 )
 
-    def _import(self, func_graph: graphdef.FuncGraph, shapes: Sequence[graphdef.Shape], clock: Clock) -> ir.Graph:
+    def _import(self, func_graph: graphdef.FuncGraph, shapes: Shapes, clock: progress.Clock) -> ir.Graph:
         with clock("import"):
             graph = (graphdef.import_function if self.jit_compile else imported)(func_graph, shapes)
         self._parts = parts = distribute.parts(graph)
@@ -641,133 +508,23 @@ class Session:
         self._network = self._workers.network()
         return graphs[0], leads
 
-    def _plan_together(
-        self, plan: Callable[[], planning.Planned] | None, graph: ir.Graph, cost_model: CostModel, budget: int
-    ) -> planning.Planned:
-        """The leader's plan, on every worker.
-
-        Args:
-            plan: Makes it; None if this worker does not lead.
-            graph: The step.
-            cost_model: Its costs.
-            budget: Bytes to plan for.
-        """
-        found: list[planning.Planned] = []
-
-        def lead() -> str:
-            found.extend([plan()] if plan is not None else [])
-            return found[0].to_json() if found else ""
-
-        def follow() -> str:
-            found.extend([] if found else [self._planner.adopt(text, graph, cost_model, budget)])
-            return ""
-
-        text = next(iter(self._workers.together("plan the step", lead).values()))
-        self._workers.together("carry out the leader's plan", follow)
-        return found[0]
-
-    def _compile(
+    def _places(
         self,
-        func_graph: graphdef.FuncGraph,
-        shapes: tuple[graphdef.Shape, ...],
-        graph: ir.Graph,
-        cost_model: CostModel,
-        budget: int,
-        share: float,
-        clock: Clock,
-    ) -> None:
-        """Rewrites a step that XLA will compile."""
-
-        def compiled(candidate: ir.Graph) -> profiler.Compiled:
-            with clock("compile"):
-                return profiler.compiled(func_graph, candidate)
-
-        with clock("plan"):
-            found = xla.plan(
-                self._planner.strategy(graph),
-                graph,
-                cost_model,
-                budget or self.options.memory_budget,
-                compiled,
-            )
-        clock.seconds["plan"] -= clock.seconds["compile"]
-        gc.collect()  # the constants of what was compiled lie on the device
-        if found.rewritten is not graph:
-            with clock("rewrite"):
-                graphdef.export_function(func_graph, found.rewritten, self._tiers)
-        if found.is_fenced:
-            with tf.init_scope():
-                room = budget - allocator.HOLE_BYTES - (profiler.memory_in_use() or 0)
-                self._fences.append(placement.fence(room, profiler.device_name()))
-        step = step_report(found.planned, share / self._scale, clock.seconds, [], self.options.memory_budget)
-        step.status = "needs nothing" if found.rewritten is graph else "rewritten for XLA"
-        step.plain_peak_bytes, step.predicted_peak_bytes = found.plain_bytes, found.peak_bytes
-        self._add_report(func_graph, shapes, step)
-
-    def _far(self, device: DeviceSpec, graph: ir.Graph, captured: Mapping[str, tf.Variable]) -> planning.Far:
-        """Where the step's swaps and variables go."""
-        hosted = {name: value_bytes(variable) for name, variable in captured.items() if _tier(variable) == "host"}
-        far = self._planner.far(device, graph, sum(hosted.values()))
-        idle = sum(nbytes for name, nbytes in hosted.items() if not graph.consumers.get(name))
-        return dataclasses.replace(
-            far, room=dataclasses.replace(far.room, host_bytes=max(0, far.room.host_bytes - idle))
-        )
-
-    def _place(
-        self,
-        func_graph: graphdef.FuncGraph,
         graph: ir.Graph,
         captured: Mapping[str, tf.Variable],
-        device: DeviceSpec,
         cost_model: CostModel,
         budget: int,
         room: model_data.Room,
-    ) -> ir.Graph:
-        """Moves variables to where they will live between steps. Returns the step with what fetches and stores them."""
-        places: tuple[Place, ...] = ()
+    ) -> tuple[Place, ...]:
+        """Chooses where variables will live between steps: those that are not on the device."""
         if self._parts is not None:
-            self._expect_on_device(captured)
-        elif not self.jit_compile and self._workers.count == 1:  # several take one graph, and links differ
-            movable = [name for name, variable in captured.items() if can_adopt(variable)]
-            hosted = {id(variable) for variable in self._hosted}
-            fixed = [
-                Place(name, _tier(variable))
-                for name, variable in captured.items()
-                if _tier(variable) != "device" and (id(variable) in hosted or not graph.consumers.get(name))
-            ]
-            places = self._planner.place(graph, cost_model, budget, movable, fixed, room)
-        taken = far_bytes(graph)
-        disk_bytes = sum(taken.get(place.variable, 0) for place in places if place.tier == "disk")
-        if disk_bytes:
-            self._tiers.expect_room(disk_bytes + self._state_bytes(captured, places))
-        if self._move(captured, places):
-            self._arrange(device, func_graph, captured)
-        self._traced_tiers += [(variable, _tier(variable)) for variable in captured.values()]
-        if not places:
-            return graph
-        used = values(graph)
-        placed = [adopt(captured[place.variable]) for place in places if place.variable in used]
-        self._hosted += placed
-        self._keep_pieces()
-        graphdef.capture(func_graph, [handle for variable in placed for handle in variable.store_handles])
-        return rewrites.place(graph, Plan(decisions=places))
-
-    def _expect_on_device(self, captured: Mapping[str, tf.Variable]) -> None:
-        """Raises a ValueError if variables of a step of several devices are in far tiers."""
-        away = _away(captured)
-        if away:
-            raise ValueError(
-                f"graphswap: expected all variables on the device in a step of several devices, received '{away[0]}' "
-                f"in the tier '{_tier(captured[away[0]])}'. Make the model outside of graphswap.host_variables(), or "
-                "train on one device."
-            )
-
-    def _state_bytes(self, captured: Mapping[str, tf.Variable], places: Sequence[Place]) -> int:
-        """The most that a state takes on disk, the last one's files included, beside the variables that lie there."""
-        on_disk = {id(captured[place.variable]) for place in places if place.tier == "disk"}
-        if not places or not self._tiers.keeps_state:
-            return 0
-        return 2 * sum(value_bytes(variable) for variable in self._state().values() if id(variable) not in on_disk)
+            step_variables.expect_on_device(captured)
+            return ()
+        if self.jit_compile or self._workers.count > 1:  # several take one graph, and links differ
+            return ()
+        movable = [name for name, variable in captured.items() if can_adopt(variable)]
+        fixed = self._variables.fixed(graph, captured)
+        return self._planner.place(graph, cost_model, budget, movable, fixed, room)
 
     def _exchange(self, graph: ir.Graph, leads: bool | None, cost_model: CostModel, budget: int) -> ir.Graph:
         """The step with its gradients summed block by block, if several workers or replicas do so.
@@ -804,56 +561,71 @@ class Session:
             self._exchanged = exchanges, graph
         return rewrites.exchange(graph, Plan(decisions=exchanges))
 
-    def _move(self, captured: Mapping[str, tf.Variable], places: Sequence[Place]) -> bool:
-        """Brings variables to their tiers, those without a place to the device. Whether any has moved."""
-        tier_of = {place.variable: place.tier for place in places}
-        has_moved = False
-        # What leaves goes first, to make room for what comes.
-        for name in sorted(captured, key=lambda name: name not in tier_of):
-            tier, variable = tier_of.get(name, "device"), captured[name]
-            if tier != "device" or isinstance(variable, HostVariable):
-                has_moved |= adopt(variable).tier != tier
-                adopt(variable).move(tier, self._tiers)
-        return has_moved
+    def _plan_together(
+        self, plan: Callable[[], planning.Planned] | None, graph: ir.Graph, cost_model: CostModel, budget: int
+    ) -> planning.Planned:
+        """The leader's plan, on every worker.
 
-    def _arrange(self, device: DeviceSpec, func_graph: graphdef.FuncGraph, captured: Mapping[str, tf.Variable]) -> None:
-        """Lays the device out as `simulator` takes it to be: building the model has left holes."""
-        away = {id(captured[name].handle) for name in _away(captured)}
-        self._variables = placement.Variables([v for v in graphdef.variables(func_graph) if id(v.handle) not in away])
-        if profiler.memory_in_use() is None:
-            return
-        with tf.init_scope():
-            self._fences = []
-            self._variables.keep()
-            self._variables.pack()
-            self._arguments = [self._on_device(argument) for argument in self._arguments]
-            self._fences = placement.leave_holes(device.holes, allocator.HOLE_BYTES, profiler.device_name())
+        Args:
+            plan: Makes it; None if this worker does not lead.
+            graph: The step.
+            cost_model: Its costs.
+            budget: Bytes to plan for.
+        """
+        found: list[planning.Planned] = []
 
-    def _add_report(self, func_graph, shapes: tuple[graphdef.Shape, ...], step: StepReport) -> None:
-        accepted = tuple(_shape(tensor) for tensor in func_graph.inputs if tensor.dtype != tf.resource)[: len(shapes)]
-        self.report.steps.append(step)
-        self._planned.append((accepted, shapes, step))
-        self._trials = _TRIALS
+        def lead() -> str:
+            found.extend([plan()] if plan is not None else [])
+            return found[0].to_json() if found else ""
 
-    def _argument_shapes(self, func_graph: graphdef.FuncGraph) -> tuple[graphdef.Shape, ...]:
-        return tuple(
-            tuple(
-                seen if d is None else d
-                for d, seen in zip(_shape(tensor) or (), self._largest.get(index) or (), strict=False)
+        def follow() -> str:
+            found.extend([] if found else [self._planner.adopt(text, graph, cost_model, budget)])
+            return ""
+
+        text = next(iter(self._workers.together("plan the step", lead).values()))
+        self._workers.together("carry out the leader's plan", follow)
+        return found[0]
+
+    def _compile(
+        self,
+        func_graph: graphdef.FuncGraph,
+        shapes: Shapes,
+        graph: ir.Graph,
+        cost_model: CostModel,
+        budget: int,
+        share: float,
+        clock: progress.Clock,
+    ) -> None:
+        """Rewrites a step that XLA will compile."""
+
+        def compiled(candidate: ir.Graph) -> profiler.Compiled:
+            with clock("compile"):
+                return profiler.compiled(func_graph, candidate)
+
+        with clock("plan"):
+            found = xla.plan(
+                self._planner.strategy(graph),
+                graph,
+                cost_model,
+                budget or self.options.memory_budget,
+                compiled,
             )
-            if _shape(tensor) is not None
-            else self._largest.get(index)
-            for index, tensor in enumerate(graphdef.arguments(func_graph))
-        )
+        clock.seconds["plan"] -= clock.seconds["compile"]
+        gc.collect()  # the constants of what was compiled lie on the device
+        if found.rewritten is not graph:
+            with clock("rewrite"):
+                graphdef.export_function(func_graph, found.rewritten, self._tiers)
+        if found.is_fenced:
+            self._variables.fence(budget)
+        step = step_report(found.planned, share / self._scale, clock.seconds, [], self.options.memory_budget)
+        step.status = "needs nothing" if found.rewritten is graph else "rewritten for XLA"
+        step.plain_peak_bytes, step.predicted_peak_bytes = found.plain_bytes, found.peak_bytes
+        self._add_report(func_graph, shapes, step)
 
-
-def _away(captured: Mapping[str, tf.Variable]) -> list[str]:
-    """Which variables are in far tiers now."""
-    return [name for name, variable in captured.items() if _tier(variable) != "device"]
-
-
-def _tier(variable: tf.Variable) -> str:
-    return variable.tier if isinstance(variable, HostVariable) else "device"
+    def _add_report(self, func_graph, shapes: Shapes, step: StepReport) -> None:
+        self.report.steps.append(step)
+        self._planned.append((argument_shapes.accepted(func_graph, len(shapes)), shapes, step))
+        self._variables.try_out()
 
 
 def imported(func_graph: graphdef.FuncGraph, shapes: Sequence[graphdef.Shape]) -> ir.Graph:
@@ -1035,63 +807,3 @@ def step_report(
         memory_bound_bytes=planned.memory_bound_bytes,
         free_bound_bytes=None if free_bound_bytes is None else int(free_bound_bytes / share),
     )
-
-
-def _flat(arguments: Any) -> list[Any]:
-    """The leaves of nested arguments; of one that holds a value for each replica these."""
-    leaves = []
-    for leaf in tf.nest.flatten(arguments):
-        is_distributed = isinstance(leaf, tf.distribute.DistributedValues)
-        leaves += tf.nest.flatten(leaf, expand_composites=True) if is_distributed else [leaf]
-    return leaves
-
-
-def _accepts(accepted: Sequence[graphdef.Shape], shapes: Sequence[graphdef.Shape]) -> bool:
-    return len(accepted) == len(shapes) and all(
-        a is None or (s is not None and len(a) == len(s) and all(x in (None, y) for x, y in zip(a, s, strict=True)))
-        for a, s in zip(accepted, shapes, strict=True)
-    )
-
-
-def _covers(planned: Sequence[graphdef.Shape], shapes: Sequence[graphdef.Shape]) -> bool:
-    return all(
-        p is None or s is None or all((x or 0) >= (y or 0) for x, y in zip(p, s, strict=False))
-        for p, s in zip(planned, shapes, strict=False)
-    )
-
-
-def _shape(tensor: tf.Tensor) -> graphdef.Shape:
-    return None if tensor.shape.rank is None else tuple(tensor.shape.as_list())
-
-
-class Clock:
-    """Adds up the seconds of named phases, and shows them."""
-
-    def __init__(self, progress: Callable[[str], None], seconds: dict[str, float] | None = None):
-        self.seconds = {} if seconds is None else seconds
-        self._progress = progress
-
-    @contextlib.contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        self._progress(phase)
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
-
-
-@contextlib.contextmanager
-def shown_progress(name: str) -> Iterator[Callable[[str], None]]:
-    """Shows what is going on in one line of a terminal; says nothing elsewhere."""
-    if not sys.stderr.isatty():
-        yield lambda phase: None
-        return
-
-    def show(phase: str) -> None:
-        print(f"\r\x1b[Kgraphswap: {phase} {name} ...", end="", file=sys.stderr, flush=True)
-
-    try:
-        yield show
-    finally:
-        print("\r\x1b[K", end="", file=sys.stderr, flush=True)

@@ -7,7 +7,7 @@ import dataclasses
 import gc
 import json
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -32,6 +32,7 @@ from graphswap import (
     tiers,
 )
 from graphswap.cost_model import MEMORY_VARIABLE, CostModel, DeviceSpec, Profile
+from graphswap.host_variable import far_variables, value_bytes, value_tier
 from graphswap.options import Options, format_bytes
 from graphswap.plan import Exchange, Place, Plan, PlanError
 from graphswap.strategies import budgets, gaps
@@ -129,23 +130,23 @@ class Planner:
             directory = tiers.default_directory()
         return profiler.device_spec(int(emulated) if emulated else None, directory, can_swap)
 
-    def far(self, device: DeviceSpec, graph: ir.Graph, hosted_bytes: int = 0) -> Far:
+    def far(self, device: DeviceSpec, graph: ir.Graph, hosted_bytes: Mapping[str, int]) -> Far:
         """Where the step's swaps and variables go.
 
         Args:
             device: The device.
             graph: The step, all variables on the device.
-            hosted_bytes: What the step's variables take of host memory now.
+            hosted_bytes: What each of the step's variables takes of host memory now.
         """
         tier, has_disk = self._far_tier(), self._options.names_disk
-        room = self.host_bytes(device.memory_bytes, hosted_bytes)
-        if not has_disk or not room:
-            return Far(tier, model_data.Room(room, has_disk))
+        room = self.host_bytes(device.memory_bytes, sum(hosted_bytes.values()))
         # Swaps come first: they are on their way in the middle of the step, variables are stored as they are updated.
-        swapped = _most_swapped_bytes(graph, device)
-        if swapped > room:
-            return Far(tier, model_data.Room(room, has_disk))
-        return Far("host", model_data.Room(room - swapped, has_disk))
+        if has_disk and room:
+            swapped = _most_swapped_bytes(graph, device)
+            if swapped <= room:
+                tier, room = "host", room - swapped
+        idle = sum(nbytes for name, nbytes in hosted_bytes.items() if not graph.consumers.get(name))
+        return Far(tier, model_data.Room(max(0, room - idle), has_disk))
 
     def host_bytes(self, memory_bytes: int | None, hosted_bytes: int = 0) -> int:
         """Host memory that the step's variables may take.
@@ -164,6 +165,26 @@ class Planner:
         if profiler.device_name() == "CPU:0" and in_use is not None:
             free -= (memory_bytes or in_use) - in_use  # an emulated device takes its own of the same
         return max(0, int(free * _FREE_HOST))
+
+    def far_variables(self, memory_bytes: int, variables: Sequence[tf.Variable]) -> AbstractContextManager[None]:
+        """For variables that are made inside: in host memory as far as the options let them, then on disk.
+
+        Args:
+            memory_bytes: Of the device.
+            variables: That are there already.
+        """
+        hosted_bytes = sum(value_bytes(variable) for variable in variables if value_tier(variable) == "host")
+        # As in a step, where all of them are updated: so that few have to move when it is planned.
+        left = self.host_bytes(memory_bytes, hosted_bytes) - 2 * hosted_bytes
+
+        def tier_of(nbytes: int) -> str:
+            nonlocal left
+            if 2 * nbytes > left:
+                return "disk"
+            left -= 2 * nbytes
+            return "host"
+
+        return far_variables(tier_of, self._tiers)
 
     def cost_model(
         self,

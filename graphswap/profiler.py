@@ -84,6 +84,11 @@ def memory_in_use(kind: str = "current") -> int | None:
         return None
 
 
+def is_emulated() -> bool:
+    """Whether the device is a CPU that counts its bytes: numpy's memory lies outside of it."""
+    return device_name() == "CPU:0" and memory_in_use() is not None
+
+
 def device_spec(
     emulated_bytes: int | None, swap_directory: str | os.PathLike[str] | None = None, can_swap: bool = True
 ) -> DeviceSpec:

@@ -12,7 +12,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 # exposes, which it imports on first use.
 FLOORS = (
     {"package"},
-    {"ir", "allocator", "bound", "host_memory", "new_directory", "replanning", "state_directory"},
+    {"ir", "allocator", "bound", "host_memory", "new_directory", "progress", "replanning", "state_directory"},
     {"tiers", "placement"},
     {"plan", "cost_model", "liveness", "graphdef", "parser"},
     {"collectives", "devices", "fusion", "replicas", "variables"},
@@ -20,10 +20,10 @@ FLOORS = (
     {"simulator", "walk"},
     {"incremental", "picture"},
     {"strategies", "rewrites"},
-    {"options", "artefact", "blocks", "model_data", "model_state"},
+    {"options", "argument_shapes", "artefact", "blocks", "model_data", "model_state"},
     {"pjrt", "plan_file", "page", "perfetto", "explanation"},
     {"report", "planning", "saved_model", "distribute"},
-    {"xla", "back_ends", "server"},
+    {"xla", "back_ends", "server", "step_variables"},
     {"pipeline", "onnx_export", "stablehlo_export"},
     {"parameter_server"},
     {"keras_training"},

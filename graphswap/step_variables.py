@@ -1,0 +1,325 @@
+"""Where a step's variables live: moved to their tiers, kept and put back around each step, committed to disk."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import tensorflow as tf
+
+from graphswap import allocator, graphdef, ir, model_state, placement, profiler, tiers
+from graphswap.cost_model import DeviceSpec
+from graphswap.host_variable import HostVariable, adopt, value_bytes, value_tier
+from graphswap.plan import Place
+from graphswap.report import StepReport
+from graphswap.variables import far_bytes, values
+
+_CHEAP = 0.05
+"""Of a step: to keep values, or to settle them, takes no longer."""
+_TRIALS = 3
+"""Steps of a new plan before which values are kept, whatever that takes."""
+
+
+class StepVariables:
+    """The variables that a step's traces use, on the device and in far tiers.
+
+    Around each step: `prepare`, then `done` and `commit`, or `restore` if the step has failed.
+
+    Args:
+        far_tiers: Where variables lie that are not on the device.
+        state: Returns, by their names, what the state of a training consists of; None for what the step uses.
+    """
+
+    def __init__(self, far_tiers: tiers.Tiers, state: Callable[[], Mapping[str, tf.Variable]] | None = None):
+        self._tiers = far_tiers
+        self._state = state or self._used_variables
+        self._used: dict[int, tf.Variable] = {}  # by the traces
+        self._hosted: list[HostVariable] = []  # what the traces' plans keep in far tiers
+        self._traced_tiers: list[tuple[tf.Variable, str]] = []  # where the variables were when the steps were traced
+        self._layout = placement.Variables()  # of those on the device
+        self._fences: list[Any] = []  # behind the holes for small buffers
+        self._pieces: list[tuple[HostVariable, str, list[tf.Tensor]]] = []  # what was in which tier before the step
+        self._trials = _TRIALS  # that are left
+        self._keeping_seconds = self._settling_seconds = self._step_seconds = 0.0
+
+    def variant(self, far_tiers: tiers.Tiers) -> StepVariables:
+        """The variables of a step that trains the same model: its own layout, the same state.
+
+        Args:
+            far_tiers: Where that step's variables lie that are not on the device.
+        """
+        other = StepVariables(far_tiers, self._state)
+        other._used, other._hosted = self._used, self._hosted
+        return other
+
+    # --- around a step -----------------------------------------------------------------------------------------
+
+    def prepare(self) -> None:
+        """Keeps the variables' values for the case that the step fails half way, and lets it meet the usual layout."""
+        self._layout.forget()
+        self._keep_pieces()
+        if profiler.memory_in_use() is not None:
+            self._keep()
+            self._settle()
+
+    def done(self, seconds: float) -> None:
+        """Lets go of what was kept of variables on the device, as the step has run.
+
+        Args:
+            seconds: That it took.
+        """
+        self._layout.forget()
+        self._trials -= 1
+        self._step_seconds = seconds
+
+    def restore(self) -> bool:
+        """Gives variables the values of before the step, as far as they were kept. Whether those on the device were."""
+        for variable, tier, pieces in self._pieces:
+            if variable.tier == tier:
+                variable.restore(pieces)
+        self._pieces.clear()
+        return self._layout.restore()
+
+    def commit(self, step: StepReport | None) -> None:
+        """Makes the step that has run the one whose state a directory keeps; lets files go that nobody needs.
+
+        Args:
+            step: Its report, which gets what far tiers hold if a trace's first steps run.
+
+        Raises:
+            SwapSpaceError: If the state can't be written. The step is done; the state is that of the one before.
+        """
+        if self._trials < 0 or not self._hosted:
+            step = None
+        if step is not None:
+            step.measured_host_bytes = max(step.measured_host_bytes, self._host_bytes())
+        self._pieces.clear()
+        if self._hosted:
+            if self._tiers.keeps_state:
+                model_state.commit(self._state(), self._tiers)
+            with self._tiers.explaining():
+                if step is not None:
+                    step.measured_disk_bytes = max(step.measured_disk_bytes, self._tiers.files_bytes())
+                self._tiers.clean()
+
+    def resume(self) -> None:
+        """Lays the variables out anew, where others have run steps in between."""
+        if profiler.memory_in_use() is not None and not self.is_stale():
+            self._layout.keep()
+            self._layout.pack()
+
+    def _keep(self) -> None:
+        """Copies what lies on the device.
+
+        On the emulated accelerator always: the input pipeline shares its memory, so any step may run out.
+        On a GPU for the first steps of a plan, later while it costs little beside the step. Without it, an
+        out-of-memory error leaves some variables updated.
+        """
+        if len(self._layout) and (self._trials > 0 or self._is_cheap(self._keeping_seconds)):
+            start = time.perf_counter()
+            self._layout.keep()
+            self._keeping_seconds = time.perf_counter() - start
+
+    def _keep_pieces(self) -> None:
+        """The same for variables in far tiers. Costs nothing until they get new values."""
+        hosted = {id(variable): variable for variable in self._hosted}.values()
+        self._pieces = [(variable, variable.tier, variable.pieces()) for variable in hosted]
+
+    def _settle(self) -> None:
+        """Lets every step meet the same layout of memory; on a GPU unless that takes long beside the step."""
+        if self._is_cheap(self._settling_seconds):
+            start = time.perf_counter()
+            self._layout.settle()
+            self._settling_seconds = time.perf_counter() - start
+
+    def _is_cheap(self, seconds: float) -> bool:
+        return profiler.is_emulated() or seconds <= _CHEAP * self._step_seconds
+
+    def _host_bytes(self) -> int:
+        """Bytes of variables in host memory after a step: their values, and those of before where these are others."""
+        total = 0
+        for variable, tier, before in self._pieces:
+            if tier == variable.tier == "host":
+                for old, new in zip(before, variable.pieces(), strict=True):
+                    total += int(tf.strings.length(new)) + (int(tf.strings.length(old)) if bool(old != new) else 0)
+        return total
+
+    def _used_variables(self) -> Mapping[str, tf.Variable]:
+        return model_state.named_variables(self._used.values())
+
+    # --- of a trace --------------------------------------------------------------------------------------------
+
+    def captured(self, func_graph: graphdef.FuncGraph) -> Mapping[str, tf.Variable]:
+        """The variables that a traced step uses, by the names that they have in its graph."""
+        found = graphdef.captured_variables(func_graph)
+        self._used.update({id(variable): variable for variable in found.values()})
+        return found
+
+    def arrange(
+        self,
+        func_graph: graphdef.FuncGraph,
+        captured: Mapping[str, tf.Variable],
+        device: DeviceSpec,
+        arguments: list[Any],
+    ) -> None:
+        """Lays the device out as `simulator` takes it to be: building the model has left holes.
+
+        Args:
+            func_graph: The traced step.
+            captured: From `captured`.
+            device: With the number of holes for small buffers.
+            arguments: Of the step; arrays among them are put on the emulated device, behind the variables.
+        """
+        far = {id(captured[name].handle) for name in away(captured)}
+        self._layout = placement.Variables([v for v in graphdef.variables(func_graph) if id(v.handle) not in far])
+        if profiler.memory_in_use() is None:
+            return
+        with tf.init_scope():
+            self._fences = []
+            self._layout.keep()
+            self._layout.pack()
+            arguments[:] = [_on_device(argument) for argument in arguments]
+            self._fences = placement.leave_holes(device.holes, allocator.HOLE_BYTES, profiler.device_name())
+
+    def fence(self, budget: int) -> None:
+        """Divides the device's free memory so that the allocator does not hand out more than the budget at once.
+
+        Args:
+            budget: Bytes of the device.
+        """
+        with tf.init_scope():
+            room = budget - allocator.HOLE_BYTES - (profiler.memory_in_use() or 0)
+            self._fences.append(placement.fence(room, profiler.device_name()))
+
+    @property
+    def fence_bytes(self) -> int:
+        """What the buffers take that hold holes and fence in their places."""
+        return len(self._fences) * allocator.ALIGNMENT_BYTES
+
+    def fixed(self, graph: ir.Graph, captured: Mapping[str, tf.Variable]) -> list[Place]:
+        """Where those lie that are not to move: the plan of another trace has placed them, or the step needs no value.
+
+        Args:
+            graph: The step, all variables on the device.
+            captured: From `captured`.
+        """
+        hosted = {id(variable) for variable in self._hosted}
+        return [
+            Place(name, value_tier(captured[name]))
+            for name in away(captured)
+            if id(captured[name]) in hosted or not graph.consumers.get(name)
+        ]
+
+    def place(
+        self,
+        func_graph: graphdef.FuncGraph,
+        graph: ir.Graph,
+        captured: Mapping[str, tf.Variable],
+        places: Sequence[Place],
+        device: DeviceSpec,
+        arguments: list[Any],
+    ) -> None:
+        """Moves variables to where they will live between steps, and lets the traced step reach them there.
+
+        Args:
+            func_graph: The traced step.
+            graph: The same, all variables on the device.
+            captured: From `captured`.
+            places: Of those that will not live on the device.
+            device: As for `arrange`.
+            arguments: Likewise.
+
+        Raises:
+            SwapSpaceError: If the disk has no room for them, or they can't be written or read.
+        """
+        taken = far_bytes(graph)
+        disk_bytes = sum(taken.get(place.variable, 0) for place in places if place.tier == "disk")
+        if disk_bytes:
+            self._tiers.expect_room(disk_bytes + self.state_bytes(captured, places))
+        if self.move(captured, places):
+            self.arrange(func_graph, captured, device, arguments)
+        self._traced_tiers += [(variable, value_tier(variable)) for variable in captured.values()]
+        if not places:
+            return
+        used = values(graph)
+        placed = [adopt(captured[place.variable]) for place in places if place.variable in used]
+        self._hosted += placed
+        self._keep_pieces()
+        graphdef.capture(func_graph, [handle for variable in placed for handle in variable.store_handles])
+
+    def move(self, captured: Mapping[str, tf.Variable], places: Sequence[Place]) -> bool:
+        """Brings variables to their tiers, those without a place to the device. Whether any has moved."""
+        tier_of = {place.variable: place.tier for place in places}
+        has_moved = False
+        # What leaves goes first, to make room for what comes.
+        for name in sorted(captured, key=lambda name: name not in tier_of):
+            tier, variable = tier_of.get(name, "device"), captured[name]
+            if tier != "device" or isinstance(variable, HostVariable):
+                has_moved |= adopt(variable).tier != tier
+                adopt(variable).move(tier, self._tiers)
+        return has_moved
+
+    def state_bytes(self, captured: Mapping[str, tf.Variable], places: Sequence[Place]) -> int:
+        """The most that a state takes on disk, the last one's files included, beside the variables that lie there."""
+        on_disk = {id(captured[place.variable]) for place in places if place.tier == "disk"}
+        if not places or not self._tiers.keeps_state:
+            return 0
+        return 2 * sum(value_bytes(variable) for variable in self._state().values() if id(variable) not in on_disk)
+
+    def is_stale(self) -> bool:
+        """Whether variables have moved since the steps were traced."""
+        return any(value_tier(variable) != tier for variable, tier in self._traced_tiers)
+
+    def try_out(self) -> None:
+        """Counts steps from now on as the first ones of a plan."""
+        self._trials = _TRIALS
+
+    def forget(self) -> None:
+        """Drops what is known of the traces."""
+        self._traced_tiers.clear()
+        self._layout = placement.Variables()
+        self.try_out()
+
+
+def away(captured: Mapping[str, tf.Variable]) -> list[str]:
+    """Which variables are in far tiers now."""
+    return [name for name, variable in captured.items() if value_tier(variable) != "device"]
+
+
+def hosted_bytes(captured: Mapping[str, tf.Variable]) -> dict[str, int]:
+    """What each variable takes that is in host memory now."""
+    return {name: value_bytes(variable) for name, variable in captured.items() if value_tier(variable) == "host"}
+
+
+def expect_on_device(captured: Mapping[str, tf.Variable]) -> None:
+    """Raises a ValueError if variables of a step of several devices are in far tiers."""
+    names = away(captured)
+    if names:
+        raise ValueError(
+            f"graphswap: expected all variables on the device in a step of several devices, received '{names[0]}' "
+            f"in the tier '{value_tier(captured[names[0]])}'. Make the model outside of graphswap.host_variables(), or "
+            "train on one device."
+        )
+
+
+def placed(arguments: Any, is_new: bool) -> Any:
+    """A step's arguments, arrays in new buffers of the emulated device.
+
+    Args:
+        arguments: Nested tensors and arrays.
+        is_new: Whether this is the first run of a trace. Then these stay outside, as the variables are packed then;
+            `StepVariables.arrange` puts others in their place.
+    """
+    if not profiler.is_emulated():
+        return arguments
+    return tf.nest.map_structure(placement.outside_device if is_new else _on_device, arguments)
+
+
+def released(results: Any) -> Any:
+    """A step's results, small ones no longer on the emulated device."""
+    return tf.nest.map_structure(placement.result_outside_device, results) if profiler.is_emulated() else results
+
+
+def _on_device(argument: Any) -> Any:
+    return placement.on_device(argument, profiler.device_name()) if profiler.is_emulated() else argument
