@@ -141,8 +141,17 @@ class _Search:
         least = 0.0 if self.certificate is None else self.certificate.seconds(target)
         solution = self._solved.get(self._memory_budget)
         indifference = None if solution is None else self._relaxed.indifference(solution)
-        left = self._deadline - time.monotonic()
-        return annealing.improved(self._problem, states, self._memory_budget, left, least, placed, indifference)
+
+        def annealed(memory_budget: int) -> fitting.Evictions | None:
+            left = self._deadline - time.monotonic()
+            return annealing.improved(self._problem, states, memory_budget, left, least, placed, indifference)
+
+        found = annealed(self._memory_budget)
+        for share in _TIGHTENINGS:  # where nothing fits, a little too much may cost less than what does
+            if found is not None or time.monotonic() > self._deadline:
+                break
+            found = annealed(int(share * self._memory_budget))
+        return found
 
     def _starts(self, target: float) -> Iterator[tuple[float, Callable[[], fitting.Evictions]]]:
         """What makes states to anneal from, and until what share of the time each may begin.
