@@ -135,10 +135,10 @@ def _refuse(model: Any, options: Options, args: tuple[Any, ...], kwargs: dict[st
             "graphswap: expected asynchronous=False without parameter servers, received True. Make the model in the "
             "scope of a ParameterServerStrategy, or leave asynchronous out."
         )
-    is_compiled = given.get("jit_compile") is True or options.jit_compile not in (None, False)
-    if is_compiled and (has_servers or model.distribute_strategy.num_replicas_in_sync > 1):
+    asked = options.jit_compile or given.get("jit_compile") is True
+    if asked and (has_servers or model.distribute_strategy.num_replicas_in_sync > 1):
         raise ValueError(
-            "graphswap: expected jit_compile=False with several workers or devices, received True. XLA inside "
+            f"graphswap: expected jit_compile=False with several workers or devices, received {asked!r}. XLA inside "
             "TensorFlow compiles a step for one device, and no collectives for CPUs. Leave jit_compile out, or compile "
             "without graphswap."
         )

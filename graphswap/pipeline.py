@@ -404,6 +404,8 @@ class Session:
                 )
                 return
             parts, replicas_here = self._parts, self._replicas_in_memory()
+            replica_count = 1 if parts is None else len(parts.devices)
+            far = self._planner.far(device, graph, step_variables.hosted_bytes(captured), replica_count)
             if parts is not None:
                 device = dataclasses.replace(
                     device,
@@ -411,7 +413,6 @@ class Session:
                     holes=device.holes // replicas_here,
                     network=dataclasses.replace(device.links["host"], overlaps=True),  # within one machine
                 )
-            far = self._planner.far(device, graph, step_variables.hosted_bytes(captured))
             there = graph if parts is None or replicas_here == 1 else parts.whole
             away, fence_bytes = step_variables.away(captured), self._variables.fence_bytes
             cost_model = self._planner.cost_model(device, there, fence_bytes, away, far.tier)
@@ -462,9 +463,10 @@ class Session:
                 )
 
     def _import(self, func_graph: graphdef.FuncGraph, shapes: Shapes, clock: progress.Clock) -> ir.Graph:
+        self._parts = None
         with clock("import"):
             graph = (graphdef.import_function if self.jit_compile else imported)(func_graph, shapes)
-        self._parts = parts = distribute.parts(graph)
+        parts = distribute.parts(graph)
         if parts is None:
             return graph
         if self.jit_compile:
@@ -477,6 +479,7 @@ class Session:
                 f"expected one device in each of {self._workers.count} processes, received {', '.join(parts.devices)}. "
                 "Start a process for each device, with CUDA_VISIBLE_DEVICES naming its GPU"
             )
+        self._parts = parts
         return parts.first
 
     def _replicas_in_memory(self) -> int:

@@ -130,19 +130,20 @@ class Planner:
             directory = tiers.default_directory()
         return profiler.device_spec(int(emulated) if emulated else None, directory, can_swap)
 
-    def far(self, device: DeviceSpec, graph: ir.Graph, hosted_bytes: Mapping[str, int]) -> Far:
+    def far(self, device: DeviceSpec, graph: ir.Graph, hosted_bytes: Mapping[str, int], replica_count: int = 1) -> Far:
         """Where the step's swaps and variables go.
 
         Args:
             device: The device.
             graph: The step, all variables on the device.
             hosted_bytes: What each of the step's variables takes of host memory now.
+            replica_count: How many carry the step out on this host.
         """
         tier, has_disk = self._far_tier(), self._options.names_disk
         room = self.host_bytes(device.memory_bytes, sum(hosted_bytes.values()))
         # Swaps come first: they are on their way in the middle of the step, variables are stored as they are updated.
         if has_disk and room:
-            swapped = _most_swapped_bytes(graph, device)
+            swapped = replica_count * _most_swapped_bytes(graph, device)
             if swapped <= room:
                 tier, room = "host", room - swapped
         idle = sum(nbytes for name, nbytes in hosted_bytes.items() if not graph.consumers.get(name))
@@ -498,7 +499,7 @@ class Planner:
             else:
                 profile = dataclasses.replace(profile, links={"host": cost_model.device.links["host"]})
                 if parts is not None:
-                    profile = parts.of_first(profile)
+                    profile = parts.of_first(profile, graph)
                 profiler.store_profile(profile, device)
                 gc.collect()  # the measured function's constants lie on the device
                 return profile

@@ -48,12 +48,20 @@ class Parts:
         """
         return self.whole if rewritten is self.first else _Merger(self, rewritten).graph()
 
-    def of_first(self, profile: Profile) -> Profile:
+    def of_first(self, profile: Profile, graph: ir.Graph) -> Profile:
         """Costs of the first replica's nodes, as measured while all replicas ran on one CPU.
 
         They share its cores: a node takes as long as all replicas' do together.
+
+        Args:
+            profile: Of the nodes of a step that was `merged`.
+            graph: The first replica's part of it: `first`, or what a pass has made of that.
         """
-        alike = {name: [name, *(t[name] for t in self.twins if name in t)] for name in self.first.by_name}
+
+        def of_all(name: str) -> list[str]:
+            return [name, *(twins.get(name, _added(name, number)) for number, twins in enumerate(self.twins, 1))]
+
+        alike = {name: of_all(name) for name in graph.by_name}
         seconds = {name: sum(profile.seconds.get(one, 0.0) for one in ones) for name, ones in alike.items()}
         workspace = {
             name: max((profile.workspace[one] for one in ones if one in profile.workspace), key=lambda one: one.nbytes)
@@ -80,6 +88,11 @@ def used_devices(graph: ir.Graph, kind: str) -> tuple[str, ...]:
         (int(short.split(":")[1]), device) for short, device in found.items() if short.startswith(f"{kind}:")
     )
     return tuple(device for _, device in named)
+
+
+def _added(name: str, number: int) -> str:
+    """What a node that a pass has added is called in another replica."""
+    return f"{name}/replica_{number}"
 
 
 def _short(device: str) -> str:
@@ -273,7 +286,7 @@ class _Merger:
             for number in range(1, len(self.parts.devices)):
                 names = self.names[number]
                 if node.name not in names:
-                    names[node.name] = ir.fresh_name(f"{node.name}/replica_{number}", taken)
+                    names[node.name] = ir.fresh_name(_added(node.name, number), taken)
                 nodes.append(self._of(node, number))
         last = dict(zip(self.parts.first.outputs, rewritten.outputs, strict=True))
         outputs = []
@@ -300,7 +313,9 @@ class _Merger:
         names, devices = self.names[number], self.parts.devices
         name = names.get(node.name, node.name)
         original = self.parts.whole.by_name.get(name)
-        waits = [names.get(wait, wait) for wait in self._waits(node)]
+        # What belongs to no replica has its place in the order of each.
+        everyone = self.names if node.name in self.common else [names]
+        waits = [one.get(wait, wait) for wait in self._waits(node) for one in everyone]
         device = devices[number] if number else node.device
         attrs = tuple((key, names.get(str(v), v) if key in _NAMING_ATTRS else v) for key, v in node.attrs)
         outputs = tuple(self._value(r, value, number) for r, value in zip(node.refs(), node.outputs, strict=True))

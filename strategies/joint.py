@@ -23,10 +23,11 @@ import numpy as np
 from graphswap import bound, ir
 from graphswap.cost_model import CostModel
 from graphswap.plan import Plan
-from graphswap.strategies import annealing, base, fitting, gaps, greedy, relaxation, solver
+from graphswap.strategies import annealing, base, budgets, fitting, gaps, greedy, relaxation, solver
 
 _TIGHTENINGS = (0.94, 0.88, 0.8, 0.7, 0.6, 0.5)
-"""Of the budget. What is rounded overflows where much is repeated at once, and much less budget costs little time."""
+"""Of the budget. What is rounded overflows where much is repeated at once, and much less budget costs little time.
+Where nothing fits, plans for less are annealed, too."""
 _ROUNDS = 16
 _HALF = 0.5
 _SEGMENTS = (6, 12, 24, 48)
@@ -142,15 +143,19 @@ class _Search:
         solution = self._solved.get(self._memory_budget)
         indifference = None if solution is None else self._relaxed.indifference(solution)
 
-        def annealed(memory_budget: int) -> fitting.Evictions | None:
-            left = self._deadline - time.monotonic()
-            return annealing.improved(self._problem, states, memory_budget, left, least, placed, indifference)
+        def annealed(memory_budget: int, seconds: float) -> fitting.Evictions | None:
+            return annealing.improved(self._problem, states, memory_budget, seconds, least, placed, indifference)
 
-        found = annealed(self._memory_budget)
-        for share in _TIGHTENINGS:  # where nothing fits, a little too much may cost less than what does
-            if found is not None or time.monotonic() > self._deadline:
+        left = self._deadline - time.monotonic()
+        if placed is not None:
+            return annealed(self._memory_budget, left)
+        found = annealed(self._memory_budget, _HALF * left)
+        least_bytes = budgets.least_peak(self._problem).nbytes
+        for share in _TIGHTENINGS:  # a little too much memory may cost less than a plan that fits, which is then missed
+            tighter, left = int(share * self._memory_budget), self._deadline - time.monotonic()
+            if found is not None or tighter < least_bytes or left <= 0:
                 break
-            found = annealed(int(share * self._memory_budget))
+            found = annealed(tighter, _HALF * left)
         return found
 
     def _starts(self, target: float) -> Iterator[tuple[float, Callable[[], fitting.Evictions]]]:

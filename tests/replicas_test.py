@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 
 import hypothesis
 import laws_test
@@ -14,7 +15,7 @@ from graphswap.plan import Plan, Recompute, Swap
 DEVICES = ("/device:CPU:0", "/device:CPU:1", "/device:CPU:2")
 
 
-def copied(graph, number, rng=None):
+def copied(graph, number):
     """The graph as replica of that number: on its device, what reads a variable without one, as TensorFlow has it."""
 
     def named(reference):
@@ -82,8 +83,22 @@ def test_every_replica_does_what_the_first_one_does(rng, count, sums):
         assert [node.op for node in mine] == [node.op for node in own]
         assert all(node.device in ("", DEVICES[number]) for node in mine)
         of_others = {node.name for node in merged.nodes} - {node.name for node in mine} - common
+        for before, after in itertools.pairwise(range(len(own))):
+            if is_before(rewritten, own[before].name, own[after].name):
+                assert is_before(merged, mine[before].name, mine[after].name)
         for node in mine:
             assert of_others.isdisjoint((*map(ir.producer, node.inputs), *node.control_inputs))
+
+
+def is_before(graph, first, last):
+    """Whether a node can't run before another has."""
+    pending, seen = [last], {last}
+    while pending and first not in seen:
+        node = graph.by_name[pending.pop()]
+        new = {*map(ir.producer, node.inputs), *node.control_inputs} - seen
+        seen |= new
+        pending += new
+    return first in seen
 
 
 def is_common(name):
@@ -165,8 +180,8 @@ def test_what_one_device_sums_belongs_to_no_replica():
         "%g0 = MatMul(%a0, %v0) @0 after(%a0)",
         "%g1 = MatMul(%a1, %v1) @1 after(%a1)",
         "%received/swap_out = SwapOut(%g1) @0",
-        "%received/swap_in = SwapIn(%received/swap_out) @0 after(%a0, %g0, %received/swap_out)",
-        "%sum = AddN(%g0, %received/swap_in) @0 after(%received/swap_out, %g0, %a0)",
+        "%received/swap_in = SwapIn(%received/swap_out) @0 after(%a0, %a1, %g0, %g1, %received/swap_out)",
+        "%sum = AddN(%g0, %received/swap_in) @0 after(%received/swap_out, %g0, %g1, %a0, %a1)",
         "%a0/recompute = MatMul(%x0, %v0) like(%a0) @0 after(%sum, %a0, %g0)",
         "%a0/recompute/replica_1 = MatMul(%x1, %v1) like(%a1) @1 after(%sum, %a1, %g1)",
         "%u0 = Mul(%sum, %a0/recompute) @0 after(%sum, %a0/recompute)",
@@ -174,12 +189,46 @@ def test_what_one_device_sums_belongs_to_no_replica():
     ]
 
 
+TWO_IN_A_ROW = """
+graph summed(%v0, %v1, %x0, %x1) -> (%c0, %c1, %d0, %d1) {
+  %v0 = Placeholder() : (float32[8,8])
+  %v1 = Placeholder() : (float32[8,8])
+  %x0 = Placeholder() : (float32[8,8])
+  %x1 = Placeholder() : (float32[8,8])
+  %a0 = MatMul(%x0, %v0) @"/device:CPU:0" : (float32[8,8])
+  %a1 = MatMul(%x1, %v1) @"/device:CPU:1" : (float32[8,8])
+  %c0 = Tanh(%a0) @"/device:CPU:0" : (float32[8,8])
+  %c1 = Tanh(%a1) @"/device:CPU:1" : (float32[8,8])
+  %sum = AddN(%a0, %a1) @"/device:CPU:0" : (float32[8,8])
+  %twice = Mul(%sum, %sum) @"/device:CPU:0" : (float32[8,8])
+  %d0 = Mul(%twice, %a0) @"/device:CPU:0" : (float32[8,8])
+  %d1 = Mul(%twice, %a1) @"/device:CPU:1" : (float32[8,8])
+}
+"""
+
+
+def test_what_belongs_to_no_replica_has_its_place_in_the_order_of_each():
+    parts = split(parser.parse(TWO_IN_A_ROW))
+    rewritten = rewrites.rewrite(parts.first, Plan(decisions=(Recompute(("a0",), "d0"),)))
+    merged = parts.merged(rewritten)
+    assert is_before(merged, "c0", "d0") and is_before(merged, "c1", "d1")
+
+
 def test_costs_are_those_of_all_replicas_that_share_the_cores():
     parts = split(parser.parse(SUMMED_ON_ONE))
     measured = Profile("", {"a0": 1.0, "a1": 2.0, "sum": 0.5}, {"a0": Workspace((256,)), "a1": Workspace((512,))})
-    own = parts.of_first(measured)
+    own = parts.of_first(measured, parts.first)
     assert (own.seconds["a0"], own.seconds["sum"], own.seconds["g0"]) == (3.0, 0.5, 0.0)
     assert own.workspace == {"a0": Workspace((512,))}
+
+
+def test_costs_of_what_a_pass_has_added_are_those_of_all_replicas_too():
+    parts = split(parser.parse(SUMMED_ON_ONE))
+    plan = Plan(decisions=(Recompute(("a0",), "u0"),)).check(parts.first)
+    rewritten = rewrites.rewrite(parts.first, plan)
+    added = [node.name for node in parts.merged(rewritten).nodes if node.like]
+    own = parts.of_first(Profile("", dict.fromkeys(added, 1.0), {}), rewritten)
+    assert own.seconds["a0/recompute"] == 2.0
 
 
 def test_a_smaller_share_of_a_batch_is_alike():
