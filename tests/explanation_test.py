@@ -118,12 +118,12 @@ def test_why_a_value_stays(kind, value, reason, explained):
     [
         (
             "model/dropout/mask",
-            "idle for 5.0 ms between 'model/dropout/Mul' and 'gradient_tape/model/dropout/Mul': a swap adds 2.2 ms; "
+            "idle for 6.0 ms between 'model/dropout/Mul' and 'gradient_tape/model/dropout/Mul': a swap adds 2.2 ms; "
             "it can't be recomputed: RandomUniform must not run twice",
         ),
         (
             "model/dropout/Mul",
-            "idle for 4.0 ms between 'model/norm/Sub' and 'gradient_tape/model/tanh': a swap adds 2.2 ms; "
+            "idle for 5.0 ms between 'model/norm/Sub' and 'gradient_tape/model/tanh': a swap adds 2.2 ms; "
             "it can't be recomputed, as what it is made of can't be repeated",
         ),
     ],
