@@ -157,7 +157,7 @@ _NOTHING = Plan()
 _TIGHTENINGS = 5
 _STEPS = 12
 _RECORDED_STEPS = 8
-_MARGIN = 0.98
+_MARGIN = 0.96
 """Of the budget: what the steps of `Planner.fitted` may use, as the layout wanders with what else is allocated."""
 
 
