@@ -652,7 +652,7 @@ def imported(func_graph: graphdef.FuncGraph, shapes: Sequence[graphdef.Shape]) -
 
 def _on_devices(parts: replicas.Parts, in_memory: int) -> str:
     """What to tell users of a plan that several replicas carry out."""
-    names = ", ".join(device.rpartition("device:")[2] for device in parts.devices)
+    names = ", ".join(map(replicas.short, parts.devices))
     shared = "; they share one allocator, of whose peak this is one replica's share" if in_memory > 1 else ""
     return f"the plan is that of each of {len(parts.devices)} replicas, on {names}{shared}"
 

@@ -83,7 +83,7 @@ def used_devices(graph: ir.Graph, kind: str) -> tuple[str, ...]:
         graph: The step.
         kind: "CPU" or "GPU".
     """
-    found = {_short(node.device): node.device for node in graph.nodes}
+    found = {short(node.device): node.device for node in graph.nodes}
     named = sorted(
         (int(short.split(":")[1]), device) for short, device in found.items() if short.startswith(f"{kind}:")
     )
@@ -95,7 +95,7 @@ def _added(name: str, number: int) -> str:
     return f"{name}/replica_{number}"
 
 
-def _short(device: str) -> str:
+def short(device: str) -> str:
     """The end of a device's full name: "GPU:1"."""
     return device.rpartition("device:")[2]
 
@@ -131,18 +131,18 @@ class _Matcher:
 
     def __init__(self, graph: ir.Graph, first: str, other: str):
         self.graph = graph
-        self.devices = _short(first), _short(other)
+        self.devices = short(first), short(other)
         self.pairs: dict[str, str] = {}  # node of the other replica -> of the first one
         self.taken: set[str] = set()
         self.candidates: dict[tuple[str, int], list[ir.Node]] = collections.defaultdict(list)
         for node in graph.nodes:
-            if _short(node.device) == self.devices[0] and node.op not in ir.RESIDENT_OPS:
+            if short(node.device) == self.devices[0] and node.op not in ir.RESIDENT_OPS:
                 self.candidates[node.op, len(node.inputs)].append(node)
 
     def twins(self) -> Mapping[str, str]:
         """Name of a node of the first replica to that of the other one."""
         for node in self.graph.nodes:
-            if _short(node.device) == self.devices[1] and node.op not in ir.RESIDENT_OPS:
+            if short(node.device) == self.devices[1] and node.op not in ir.RESIDENT_OPS:
                 self._pair(node)
         return {name: twin for twin, name in self.pairs.items()}
 
@@ -185,11 +185,11 @@ class _Matcher:
 
     def _floats(self, node: ir.Node) -> bool:
         """Whether what reads a node tells whose it is: it has no replica's device, or was there before the step."""
-        return _short(node.device) not in self.devices or node.op in ir.RESIDENT_OPS
+        return short(node.device) not in self.devices or node.op in ir.RESIDENT_OPS
 
 
 def _unlike(node: ir.Node, devices: Sequence[str], what: str) -> UnlikeReplicas:
-    names = ", ".join(map(_short, devices))
+    names = ", ".join(map(short, devices))
     return UnlikeReplicas(
         f"expected replicas that run the same nodes, on {names}, received node '{node.name}' ({node.op}), {what}. Let "
         "a replica's part not hang on which replica it is"
@@ -211,6 +211,8 @@ def _first(parts: Parts) -> ir.Graph:
                 continue
             if node.name in own or owners.get(node.name, (number, ""))[0] != number:
                 raise _unlike(node, parts.devices, f"which reads '{reference}' of another replica")
+            if node.name not in owners and position[source] > position[node.name]:
+                raise _unlike(node, parts.devices, f"which reads '{reference}' before '{source}' is there")
             if node.name not in owners and reference not in received[source]:
                 value = whole.value(ir.ref(source, index))
                 received[source][reference] = ir.Node(
@@ -271,7 +273,7 @@ class _Merger:
         self.stand_ins: dict[str, tuple[str, ...]] = {}  # RECEIVE node -> what to wait for in its place
         for node in rewritten.nodes:
             if node.op == ir.RECEIVE:
-                self.stand_ins[node.name] = self._waits(node)
+                self.stand_ins[node.name] = (*self._waits(node), ir.producer(node.inputs[0]))
 
     def graph(self) -> ir.Graph:
         whole, rewritten = self.parts.whole, self.rewritten
@@ -302,11 +304,11 @@ class _Merger:
         return ir.verify(whole.replace(nodes=tuple(nodes), outputs=tuple(outputs), control_outputs=tuple(ends)))
 
     def _is_common(self, name: str) -> bool:
-        """Whether a node belongs to no replica: it is such a one of the step, or moves what was received for one."""
-        if name in self.parts.whole.by_name:
-            return name not in self.parts.twins[0]
-        source = self.rewritten.by_name.get(ir.producer(self.origins.get(name, name)))
-        return source is not None and source.op == ir.RECEIVE
+        """Whether a node belongs to no replica: it is one of the step's, or moves what such a one makes or reads."""
+        source = ir.producer(self.origins.get(name, name))
+        if source in self.parts.whole.by_name:
+            return source not in self.parts.twins[0]
+        return source in self.rewritten.by_name and self.rewritten.by_name[source].op == ir.RECEIVE
 
     def _of(self, node: ir.Node, number: int) -> ir.Node:
         """What a node is in a replica."""

@@ -4,8 +4,8 @@ The first plan is what `chen` or `greedy` would choose, so that there is one ear
 program of `relaxation` is solved for the budget and for tighter ones. Each time its fractions are rounded to evictions,
 once so that all that came back early goes again. What overflows then, as repeated chains may, is dropped again where it
 came back early, or evicted as `greedy` would; and copies are given their times. All of these, and what other strategies
-would evict, are where `annealing` starts from, for most of the time. The program's duals at the budget are the
-certified bound.
+would evict, are where `annealing` starts from, for most of the time; where nothing fits, it looks for plans for less,
+too. The program's duals at the budget are the certified bound.
 
 Known weaknesses: the order is that of the other strategies; where few large storages share a small budget, the program
 does not see what chains of repeats hold, and annealing may end far from the optimum.
@@ -28,6 +28,8 @@ from graphswap.strategies import annealing, base, budgets, fitting, gaps, greedy
 _TIGHTENINGS = (0.94, 0.88, 0.8, 0.7, 0.6, 0.5)
 """Of the budget. What is rounded overflows where much is repeated at once, and much less budget costs little time.
 Where nothing fits, plans for less are annealed, too."""
+_EACH_SEARCH = 0.5
+"""Of the time left, where nothing fits."""
 _ROUNDS = 16
 _HALF = 0.5
 _SEGMENTS = (6, 12, 24, 48)
@@ -149,13 +151,13 @@ class _Search:
         left = self._deadline - time.monotonic()
         if placed is not None:
             return annealed(self._memory_budget, left)
-        found = annealed(self._memory_budget, _HALF * left)
+        found = annealed(self._memory_budget, _EACH_SEARCH * left)
         least_bytes = budgets.least_peak(self._problem).nbytes
         for share in _TIGHTENINGS:  # a little too much memory may cost less than a plan that fits, which is then missed
             tighter, left = int(share * self._memory_budget), self._deadline - time.monotonic()
             if found is not None or tighter < least_bytes or left <= 0:
                 break
-            found = annealed(tighter, _HALF * left)
+            found = annealed(tighter, _EACH_SEARCH * left)
         return found
 
     def _starts(self, target: float) -> Iterator[tuple[float, Callable[[], fitting.Evictions]]]:

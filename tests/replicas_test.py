@@ -102,7 +102,7 @@ def is_before(graph, first, last):
 
 
 def is_common(name):
-    return name in ("packed", "mean") or "/from_" in name
+    return name.partition("/")[0] in ("packed", "mean") or "/from_" in name
 
 
 def replica_of(name):
@@ -214,6 +214,17 @@ def test_what_belongs_to_no_replica_has_its_place_in_the_order_of_each():
     assert is_before(merged, "c0", "d0") and is_before(merged, "c1", "d1")
 
 
+def test_what_belongs_to_no_replica_is_swapped_once():
+    graph = parser.parse(TWO_IN_A_ROW.replace("Mul(%twice, %a", "Mul(%sum, %c"))
+    nodes = graph.by_name
+    order = [*graph.inputs, "a0", "a1", "sum", "twice", "c0", "c1", "d0", "d1"]
+    parts = split(ir.verify(graph.replace(nodes=tuple(nodes[name] for name in order))))
+    plan = Plan(decisions=(Swap("sum", "twice", "c0", "c0", "d0"),)).check(parts.first)
+    merged = parts.merged(rewrites.rewrite(parts.first, plan))
+    assert [(n.name, n.device) for n in merged.nodes if n.op == ir.SWAP_IN] == [("sum/swap_in", DEVICES[0])]
+    assert all("sum/swap_in" in merged.by_name[name].inputs for name in ("d0", "d1"))
+
+
 def test_costs_are_those_of_all_replicas_that_share_the_cores():
     parts = split(parser.parse(SUMMED_ON_ONE))
     measured = Profile("", {"a0": 1.0, "a1": 2.0, "sum": 0.5}, {"a0": Workspace((256,)), "a1": Workspace((512,))})
@@ -252,6 +263,14 @@ def test_a_smaller_share_of_a_batch_is_alike():
         ),
         ("%u1 = Mul(%sum, %a1)", "%u1 = Mul(%sum, %a0)", "node 'u1' (Mul), which reads 'a0' of another replica"),
         ("MatMul(%x1, %v1)", "MatMul(%v1, %x1)", "node 'g1' (MatMul), to which no node of CPU:0 is alike"),
+        (
+            '%a0 = MatMul(%x0, %v0) @"/device:CPU:0" : (float32[8,8])\n  %g0 = MatMul(%a0, %v0) '
+            '@"/device:CPU:0" : (float32[8,8])\n  %a1 = MatMul(%x1, %v1) @"/device:CPU:1" : (float32[8,8])',
+            '%a1 = MatMul(%x1, %v1) @"/device:CPU:1" : (float32[8,8])\n  %early = Neg(%a1) : (float32[8,8])\n  '
+            '%a0 = MatMul(%x0, %v0) @"/device:CPU:0" : (float32[8,8])\n  %g0 = MatMul(%a0, %v0) '
+            '@"/device:CPU:0" : (float32[8,8])',
+            "node 'early' (Neg), which reads 'a1' before 'a0' is there",
+        ),
     ],
 )
 def test_parts_that_differ_are_refused(old, new, what):
