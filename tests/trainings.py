@@ -102,6 +102,13 @@ def variables(model: keras.Model) -> dict[str, np.ndarray]:
     return {f"{index} {variable.name}": variable.numpy() for index, variable in enumerate(owned)}
 
 
+def loss_of_chain(x: tf.Tensor, weight: tf.Variable) -> tf.Tensor:
+    """The sum of four layers that share their weight, whose values can be swapped and made again."""
+    for _ in range(4):
+        x = tf.tanh(x @ weight)
+    return tf.reduce_sum(x)
+
+
 class Recorder(keras.callbacks.Callback):
     """Adds the logs of every batch and epoch to a list."""
 
