@@ -27,9 +27,13 @@ OLDEST, NEWEST = (0, 10, 2), (0, 11)
 """Of JAX: what it is tried with, and the first one that it is not."""
 
 _HOST = "pinned_host"
-_OPTIONS = {
+_PASSES = {
     # XLA repeats nodes by itself where it takes memory to be short; what is to be repeated is planned already.
     "xla_disable_hlo_passes": "rematerialization",
+}
+_PASSES_OF_A_CPU = {
+    # There barriers are dropped before nodes that compute the same are merged, which undoes every repetition.
+    "xla_disable_hlo_passes": "rematerialization,cse_barrier_expander",
 }
 TOOLKIT = pathlib.Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))
 """Where XLA finds ptxas and libdevice to compile for a GPU."""
@@ -89,7 +93,8 @@ class Step:
         self.manifest = step.manifest
         self._device = local_device(device)
         _check_swaps(self._device, step.manifest)
-        self._executable: Any = _compile(step, self._device, self._device.client.compile_and_load, _OPTIONS)
+        passes = _PASSES_OF_A_CPU if self._device.platform == "cpu" else _PASSES
+        self._executable: Any = _compile(step, self._device, self._device.client.compile_and_load, passes)
         self.memory = _memory(self._executable)
         self._jax = jax
         self._state = self._put(step.state)
@@ -294,7 +299,7 @@ def compile_for(step: Artefact, target: str, options: Mapping[str, str] = Mappin
     budget = (step.manifest.plan or {}).get("memory_budget")
     device = target_device(with_memory(target, budget) if budget else target)
     try:
-        executable = _compile(step, device, device.client.compile, {**TARGET_OPTIONS, **_OPTIONS, **options})
+        executable = _compile(step, device, device.client.compile, {**TARGET_OPTIONS, **_PASSES, **options})
     except _jax().errors.JaxRuntimeError as error:
         raise DeviceError(f"'{step.manifest.name}': XLA can't compile it for this target: {_line(error)}.") from error
     return inspected(executable, step.manifest.swapped)

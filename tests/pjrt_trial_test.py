@@ -17,14 +17,14 @@ from graphswap.tools.trial import Trial
 
 
 def test_a_plan_keeps_the_budget_once_compiled_and_the_numbers():
-    """Of a CPU's program little can be saved: what is swapped stays in the same memory."""
+    """On a CPU only what is repeated saves memory: what is swapped stays in the same memory."""
     plain = pjrt_trial.train(Trial("mlp", 0, steps=3), "cpu", "h200")
-    budget = int(0.985 * plain.report["compiled_bytes"])
+    budget = int(0.6 * plain.report["compiled_bytes"])
     trial = Trial("mlp", 0, graphswap=f"{budget}B", steps=3, planning_seconds=3)
     planned = pjrt_trial.train(trial, "cpu", "h200")
     assert planned.losses == plain.losses and len(set(plain.losses)) == 3
     assert planned.report["compiled_bytes"] <= budget
-    assert planned.report["swaps"] + planned.report["repeated_nodes"] > 0
+    assert planned.report["repeated_nodes"] > 0
     assert planned.report["predicted_seconds"] >= plain.report["predicted_seconds"]
     assert plain.peak_bytes == 0  # a CPU counts nothing
     keras.utils.set_random_seed(0)
