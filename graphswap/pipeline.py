@@ -128,7 +128,7 @@ class Session:
         self._planned: list[tuple[Shapes, Shapes, StepReport]] = []
         self._functions: dict[Shapes, Callable[..., Any]] = {}
         self._arguments: list[Any] = []  # of the step that runs now
-        self._variables = StepVariables(self._tiers, variables)
+        self._variables = StepVariables(self._tiers, variables, jit_compile)
         self._workers = distribute.Workers()  # that train together
         self._parts: replicas.Parts | None = None  # of the step that is planned, if it runs on several devices
         self._has_agreed = False  # whether they have planned together

@@ -8,7 +8,6 @@ put back.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import signal
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -48,6 +47,8 @@ class Variables:
         self._copies: list[np.ndarray] = []  # memory is taken once: new pages would cost more than the copy
         self._kept: list[np.ndarray] | None = None
         self._homes: list[int | None] = [None] * len(variables)  # addresses
+        self._sizes = [0] * len(variables)  # in bytes
+        self._readers: dict[int, Callable[[], list[tf.Tensor]]] = {}  # of the largest ones, by how many
 
     def __len__(self) -> int:
         return len(self._variables)
@@ -74,33 +75,48 @@ class Variables:
 
     def pack(self) -> None:
         """Puts all variables together, so that no holes are left between them. What was kept stays kept."""
-        _write(self._variables, self._kept or [np.array(_view(value)) for value in self._read_all()])
+        values = self._kept or [np.array(_view(value)) for value in self._read_all()]
+        _write(self._variables, values)
+        self._sizes = [value.nbytes for value in values]
         self._homes = [_address(value) for value in self._read_all()]
 
-    def settle(self) -> None:
-        """Puts the variables that have moved since `pack` back in their places."""
-        values = self._read_all()
-        moved = [
-            index
-            for index, (value, home) in enumerate(zip(values, self._homes, strict=True))
-            if (self._variables[index].is_assigned if home is None else _address(value) != home)
-        ]
-        copies = [np.array(_view(values[index])) for index in moved]
-        del values  # they hold the buffers
-        _write([self._variables[index] for index in moved], copies)
+    def settle(self, least_bytes: int = 0) -> None:
+        """Puts the variables that have moved since `pack` back in their places.
 
-    @functools.cached_property
-    def _read_all(self) -> Callable[[], list[tf.Tensor]]:
-        """Reads all variables: tensors in their own buffers, so let them go before the variables are updated.
+        Args:
+            least_bytes: Of those that are looked at; to read hundreds takes TensorFlow milliseconds.
+        """
+        indices = [index for index, nbytes in enumerate(self._sizes) if nbytes >= least_bytes]
+        values = self._read(indices)
+        moved = [
+            (self._variables[index], np.array(_view(value)))
+            for index, value in zip(indices, values, strict=True)
+            if (
+                self._variables[index].is_assigned
+                if self._homes[index] is None
+                else _address(value) != self._homes[index]
+            )
+        ]
+        del values  # they hold the buffers
+        _write([variable for variable, _ in moved], [copy for _, copy in moved])
+
+    def _read_all(self) -> list[tf.Tensor]:
+        return self._read(range(len(self._variables)))
+
+    def _read(self, indices: Sequence[int]) -> list[tf.Tensor]:
+        """Tensors in the variables' own buffers, so let them go before the variables are updated.
 
         One function for all: calling TensorFlow hundreds of times would take longer than copying the values.
         """
 
         def read() -> list[tf.Tensor]:
-            return [tf.raw_ops.ReadVariableOp(resource=v.handle, dtype=v.dtype) for v in self._variables]
+            variables = [self._variables[index] for index in indices]
+            return [tf.raw_ops.ReadVariableOp(resource=v.handle, dtype=v.dtype) for v in variables]
 
-        with tf.init_scope():
-            return tf.function(read, autograph=False).get_concrete_function()
+        if len(indices) not in self._readers:
+            with tf.init_scope():
+                self._readers[len(indices)] = tf.function(read, autograph=False).get_concrete_function()
+        return self._readers[len(indices)]()
 
 
 def leave_holes(count: int, nbytes: int, device: str) -> Any:

@@ -29,10 +29,17 @@ class StepVariables:
     Args:
         far_tiers: Where variables lie that are not on the device.
         state: Returns, by their names, what the state of a training consists of; None for what the step uses.
+        is_compiled: Whether XLA compiles the step.
     """
 
-    def __init__(self, far_tiers: tiers.Tiers, state: Callable[[], Mapping[str, tf.Variable]] | None = None):
+    def __init__(
+        self,
+        far_tiers: tiers.Tiers,
+        state: Callable[[], Mapping[str, tf.Variable]] | None = None,
+        is_compiled: bool = False,
+    ):
         self._tiers = far_tiers
+        self._is_compiled = is_compiled
         self._state = state or self._used_variables
         self._used: dict[int, tf.Variable] = {}  # by the traces
         self._hosted: list[HostVariable] = []  # what the traces' plans keep in far tiers
@@ -49,7 +56,7 @@ class StepVariables:
         Args:
             far_tiers: Where that step's variables lie that are not on the device.
         """
-        other = StepVariables(far_tiers, self._state)
+        other = StepVariables(far_tiers, self._state, self._is_compiled)
         other._used, other._hosted = self._used, self._hosted
         return other
 
@@ -114,9 +121,10 @@ class StepVariables:
 
         On the emulated accelerator always: the input pipeline shares its memory, so any step may run out.
         On a GPU for the first steps of a plan, later while it costs little beside the step. Without it, an
-        out-of-memory error leaves some variables updated.
+        out-of-memory error leaves some variables updated; but a compiled step takes its memory before it updates any.
         """
-        if len(self._layout) and (self._trials > 0 or self._is_cheap(self._keeping_seconds)):
+        may_fail = not self._is_compiled and self._is_cheap(self._keeping_seconds)
+        if len(self._layout) and (self._trials > 0 or may_fail):
             start = time.perf_counter()
             self._layout.keep()
             self._keeping_seconds = time.perf_counter() - start
@@ -127,10 +135,13 @@ class StepVariables:
         self._pieces = [(variable, variable.tier, variable.pieces()) for variable in hosted]
 
     def _settle(self) -> None:
-        """Lets every step meet the same layout of memory; on a GPU unless that takes long beside the step."""
+        """Lets every step meet the same layout of memory; on a GPU unless that takes long beside the step.
+
+        A compiled step updates variables in place, and small ones that others assign come to lie in holes.
+        """
         if self._is_cheap(self._settling_seconds):
             start = time.perf_counter()
-            self._layout.settle()
+            self._layout.settle(allocator.HOLE_BYTES if self._is_compiled else 0)
             self._settling_seconds = time.perf_counter() - start
 
     def _is_cheap(self, seconds: float) -> bool:

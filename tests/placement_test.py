@@ -122,6 +122,29 @@ def test_what_lies_outside_of_the_device_is_not_counted():
     }
 
 
+def assign_from_outside(least_bytes):
+    """Which variables are where `pack` put them: once others have assigned them, and once they are settled."""
+    made, all_of_them = variables(tf.ones(8), tf.ones((300, 300)))
+    all_of_them.pack()
+    homes = [placement._address(tf.raw_ops.ReadVariableOp(resource=v.handle, dtype=v.dtype)) for v in made]
+
+    def at_home():
+        values = [tf.raw_ops.ReadVariableOp(resource=v.handle, dtype=v.dtype) for v in made]
+        return [placement._address(value) == home for value, home in zip(values, homes, strict=True)]
+
+    for variable in made:
+        variable.assign(tf.fill(variable.shape, 2.0))
+    assigned = at_home()
+    all_of_them.settle(least_bytes)
+    return assigned, at_home(), [float(tf.reduce_max(variable)) for variable in made]
+
+
+@pytest.mark.parametrize(("least_bytes", "settled"), [(0, [True, True]), (1 << 14, [False, True])])
+def test_what_others_assigned_goes_back_to_its_place_if_it_is_large_enough(least_bytes, settled):
+    found = emulated.call(64 << 20, __file__, "assign_from_outside", least_bytes)
+    assert found == [[False, False], settled, [2.0, 2.0]]
+
+
 def steps():
     """Peak and start of each of six equal steps that assign a variable in the middle of their activations."""
     import graphswap

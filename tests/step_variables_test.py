@@ -1,5 +1,6 @@
 """A step's variables are moved where a plan wants them, and get their values back if the step fails."""
 
+import emulated
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -94,3 +95,24 @@ def test_a_state_takes_twice_what_does_not_lie_on_disk(tmp_path):
     assert step.variables.state_bytes(step.captured, ()) == 0
     assert step.variables.state_bytes(step.captured, places) == 2 * 2 * 64
     assert Traced().variables.state_bytes(step.captured, places) == 0
+
+
+def what_is_kept(is_compiled):
+    """Of five steps of one plan: before which of them the variables on the device were kept."""
+    step = Traced(StepVariables(tiers.Tiers(), is_compiled=is_compiled))
+    step.variables.arrange(step.func_graph, step.captured, DeviceSpec(), [])
+    kept = []
+    for _ in range(5):
+        step.variables.prepare()
+        kept.append(step.variables.restore())
+        step.variables.done(1.0)
+    return kept
+
+
+@pytest.mark.parametrize(("is_compiled", "kept"), [(False, [True] * 5), (True, [True] * 3 + [False] * 2)])
+def test_a_compiled_step_that_has_run_is_not_kept_for(is_compiled, kept):
+    assert emulated.call(64 << 20, __file__, "what_is_kept", is_compiled) == kept
+
+
+if __name__ == "__main__":
+    emulated.main(globals())
