@@ -38,6 +38,12 @@ _SUMMED_BYTES = (4 << 10, 1 << 20)
 _SUMS = 4
 """Of each size, under one key as in training; the fastest counts, as the first one has to make the key known."""
 _CLOCK_SECONDS = 1e-6
+_LOST = (tf.errors.UnavailableError, tf.errors.DeadlineExceededError)
+"""What TensorFlow raises of a process that has ended, or can't be reached."""
+_LOST_NOTE = (
+    "graphswap: expected all processes of the cluster to go on, received no answer of one. Look at its output for what "
+    "ended it, and start all of them again: with keras.callbacks.BackupAndRestore `fit` goes on from its last backup."
+)
 
 
 class WorkerError(RuntimeError):
@@ -190,6 +196,17 @@ def first_difference(facts: Mapping[str, Mapping[str, str]]) -> str:
 def version() -> str:
     """Of graphswap."""
     return sys.modules["graphswap"].__version__
+
+
+@contextlib.contextmanager
+def noting_losses() -> Iterator[None]:
+    """Adds to an error of a lost process what to do about it."""
+    try:
+        yield
+    except _LOST as error:
+        if in_cluster() and _LOST_NOTE not in getattr(error, "__notes__", ()):
+            error.add_note(_LOST_NOTE)
+        raise
 
 
 def in_cluster() -> bool:

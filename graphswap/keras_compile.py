@@ -3,9 +3,11 @@
 Three methods of Keras are extended: `Trainer.compile` takes the option, `Trainer.get_compile_config` saves
 it with the model, `TensorFlowTrainer.make_train_function` runs the training step through a `Session`.
 
-Two more are mended, as Keras 3.15 can't `fit` or `evaluate` under MultiWorkerMirroredStrategy (keras-team/keras#20585):
+Four are mended, as Keras 3.15 can't `fit` or `evaluate` under MultiWorkerMirroredStrategy (keras-team/keras#20585):
 `TensorFlowTrainer._maybe_symbolic_build` averages a whole batch over all workers to learn its shapes, which TensorFlow
-refuses, and `reduce_per_replica` averages losses and metrics along an axis that scalars don't have.
+refuses, `reduce_per_replica` averages losses and metrics along an axis that scalars don't have, and with
+`BackupAndRestore` (`_save_model`, `on_train_end`) all workers would write the same files. `fit` itself says what to do
+where a process is lost.
 
 Four more make `fit`, `evaluate` and `predict` work under ParameterServerStrategy (keras-team/keras#18624):
 `TFEpochIterator.__init__` would have workers read the dataset, which is the chief's here, `make_test_function` and
@@ -25,6 +27,7 @@ import keras
 import tensorflow as tf
 from keras.src.backend.tensorflow import trainer
 from keras.src.backend.tensorflow.trainer import TensorFlowTrainer, TFEpochIterator
+from keras.src.callbacks.backup_and_restore import BackupAndRestore
 from keras.src.trainers.trainer import Trainer
 
 from graphswap import distribute, graphdef, keras_training, model_state, pipeline
@@ -48,6 +51,9 @@ def enable() -> None:
     _originals["make_test_function"] = TensorFlowTrainer.make_test_function
     _originals["make_predict_function"] = TensorFlowTrainer.make_predict_function
     _originals["_get_metrics_result_or_logs"] = Trainer._get_metrics_result_or_logs
+    _originals["fit"] = TensorFlowTrainer.fit
+    _originals["_save_model"] = BackupAndRestore._save_model
+    _originals["on_train_end"] = BackupAndRestore.on_train_end
     Trainer.compile = functools.wraps(Trainer.compile)(_compile)
     Trainer.get_compile_config = functools.wraps(Trainer.get_compile_config)(_get_compile_config)
     TensorFlowTrainer.make_train_function = functools.wraps(TensorFlowTrainer.make_train_function)(_make_train_function)
@@ -57,6 +63,9 @@ def enable() -> None:
     for name in ("make_test_function", "make_predict_function"):
         setattr(TensorFlowTrainer, name, functools.partialmethod(_make_on_chief, name))
     Trainer._get_metrics_result_or_logs = functools.wraps(Trainer._get_metrics_result_or_logs)(_result_or_logs)
+    TensorFlowTrainer.fit = distribute.noting_losses()(TensorFlowTrainer.fit)
+    BackupAndRestore._save_model = functools.wraps(BackupAndRestore._save_model)(_save_backup)
+    BackupAndRestore.on_train_end = functools.wraps(BackupAndRestore.on_train_end)(_drop_backup)
 
 
 def disable() -> None:
@@ -72,6 +81,9 @@ def disable() -> None:
     TensorFlowTrainer.make_test_function = _originals.pop("make_test_function")
     TensorFlowTrainer.make_predict_function = _originals.pop("make_predict_function")
     Trainer._get_metrics_result_or_logs = _originals.pop("_get_metrics_result_or_logs")
+    TensorFlowTrainer.fit = _originals.pop("fit")
+    BackupAndRestore._save_model = _originals.pop("_save_model")
+    BackupAndRestore.on_train_end = _originals.pop("on_train_end")
     keras.saving.get_custom_objects().pop(f"{_PACKAGE}>Options", None)
     graphdef.off_traced()
 
@@ -285,6 +297,24 @@ def _reduce_per_replica(values: Any, distribution: Any, reduction: str) -> Any:
         if not (_is_multi_worker(distribution) and "Invalid reduction dimension" in str(error)):
             raise
     return tf.nest.map_structure(lambda value: distribution.reduce("MEAN", value, axis=None), values)
+
+
+def _save_backup(self: BackupAndRestore) -> None:
+    """Keras's method, on one of several workers: all of them restore what it has saved."""
+    distribution = self.model.distribute_strategy
+    if not _is_multi_worker(distribution) or distribution.extended.should_checkpoint:
+        _originals["_save_model"](self)
+
+
+def _drop_backup(self: BackupAndRestore, logs: Any = None) -> None:
+    """Keras's method, on one of several workers; none goes on before, to another `fit` that would restore it."""
+    distribution = self.model.distribute_strategy
+    if not _is_multi_worker(distribution):
+        _originals["on_train_end"](self, logs)
+        return
+    if distribution.extended.should_checkpoint:
+        _originals["on_train_end"](self, logs)
+    distribution.reduce("SUM", distribution.run(lambda: tf.constant(1.0)), axis=None)
 
 
 def _is_multi_worker(distribution: Any) -> bool:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from graphswap import emulate
@@ -32,7 +32,15 @@ class Ended(NamedTuple):
     errors: str
 
 
-def run(workers: int, memory_bytes: int | None, file: str, function: str, *arguments: Any) -> list[Ended]:
+def run(
+    workers: int,
+    memory_bytes: int | None,
+    file: str,
+    function: str,
+    *arguments: Any,
+    configs: Sequence[str] | None = None,
+    meanwhile: Callable[[], None] | None = None,
+) -> list[Ended]:
     """Calls a function of a file that ends with `emulated.main(globals())`, on every worker.
 
     Args:
@@ -41,8 +49,11 @@ def run(workers: int, memory_bytes: int | None, file: str, function: str, *argum
         file: The file.
         function: The function's name.
         *arguments: For the function; like its result, what JSON can express.
+        configs: TF_CONFIG of each worker, if not on free ports of this machine.
+        meanwhile: Is called once the first worker has printed a line.
     """
-    configs = list(launch.cluster_configs(workers).values()) if workers > 1 else [""]
+    if configs is None:
+        configs = list(launch.cluster_configs(workers).values()) if workers > 1 else [""]
     emulated = {} if memory_bytes is None else emulate.environment(memory_bytes)
     with contextlib.ExitStack() as stack:
         started = []
@@ -53,6 +64,9 @@ def run(workers: int, memory_bytes: int | None, file: str, function: str, *argum
             process = subprocess.Popen([*command, json.dumps(arguments)], env=variables, stdout=out, stderr=err)
             stack.callback(process.kill)
             started.append((process, out, err))
+        if meanwhile is not None:
+            _await_output(*started[0][:2])
+            meanwhile()
         return [_ended(*one) for one in started]
 
 
@@ -64,6 +78,7 @@ def run_with_servers(
     *arguments: Any,
     killed: tuple[str, float] | None = None,
     configs: Mapping[str, str] | None = None,
+    meanwhile: Callable[[], None] | None = None,
 ) -> dict[str, Ended]:
     """The same with a chief and one parameter server, in processes that all call the function.
 
@@ -75,6 +90,7 @@ def run_with_servers(
         *arguments: For the function.
         killed: A task to end by SIGKILL, and so many seconds after the chief has printed a first line.
         configs: TF_CONFIG of tasks that get another one than the cluster's.
+        meanwhile: Is called once the chief has printed a first line.
 
     Returns:
         Task to what came of it. The others are ended when the chief has ended, unless they end by themselves.
@@ -92,10 +108,12 @@ def run_with_servers(
             process = subprocess.Popen([*command, json.dumps(arguments)], env=variables, stdout=out, stderr=err)
             stack.callback(process.kill)
             started[task] = (process, out, err)
+        if killed is not None or meanwhile is not None:
+            _await_output(*started["chief 0"][:2])
+        if meanwhile is not None:
+            meanwhile()
         if killed is not None:
             task, seconds = killed
-            while not os.fstat(started["chief 0"][1].fileno()).st_size and started["chief 0"][0].poll() is None:
-                time.sleep(0.1)
             time.sleep(seconds)
             started[task][0].kill()
         return {task: _ended(*one) for task, one in started.items()}
@@ -107,6 +125,11 @@ def call(workers: int, memory_bytes: int | None, file: str, function: str, *argu
     for index, one in enumerate(ended):
         assert one.status == 0, f"worker {index}: {one.errors[-4000:]}"
     return [one.result for one in ended]
+
+
+def _await_output(process: subprocess.Popen[bytes], out: Any) -> None:
+    while not os.fstat(out.fileno()).st_size and process.poll() is None:
+        time.sleep(0.1)
 
 
 def _ended(process: subprocess.Popen[bytes], out: Any, err: Any) -> Ended:
