@@ -48,13 +48,15 @@ def fused(graph: ir.Graph) -> ir.Graph:
     nodes = []
     for node in graph.nodes:
         found = (made_of.get(ir.producer(reference), (reference,)) for reference in node.inputs)
-        inputs = node.inputs
+        inputs, attrs = node.inputs, node.attrs
         if not gone.isdisjoint(map(ir.producer, inputs)):
             inputs = tuple(dict.fromkeys(reference for references in found for reference in references))
+            if node.op in _ELEMENTWISE:  # element by element the kernel reads all before it writes
+                attrs = (*attrs, (liveness.OVERWRITES_ANY, True))
         if node.name in gone:
             made_of[node.name] = inputs
         else:
-            nodes.append(dataclasses.replace(node, inputs=inputs))
+            nodes.append(dataclasses.replace(node, inputs=inputs, attrs=attrs))
     return graph.replace(nodes=tuple(nodes))
 
 
@@ -75,8 +77,9 @@ def _fused_nodes(graph: ir.Graph) -> set[str]:
 def expanded(plan: Plan, graph: ir.Graph) -> Plan:
     """The plan for the step itself that does what a plan for `fused` of it means.
 
-    Fused nodes run right before their first reader. Where they were made of what has come back since, they are
-    repeated before the next one. Pairs are left out: XLA knows none. So is the bound, which is one of the fused step.
+    Fused nodes run right before their first reader. They are repeated with a reader that is repeated, and before one
+    where they were made of what has come back since. Pairs are left out: XLA knows none. So is the bound, which is one
+    of the fused step.
 
     Args:
         plan: For `fused(graph)`.
@@ -122,9 +125,9 @@ class _Expansion:
         repeated: list[str] = []
         for decision in decisions:
             for again in decision.nodes:
-                repeated += [*self._stale(again), again]
+                repeated += [*self._anew(again, is_repeated=True), again]
                 self._versions[again] += 1
-        repeated += self._stale(name)
+        repeated += self._anew(name)
         new = [made for made in self._fused_for(name) if made not in self._made]
         for made in new:
             self._note(made)
@@ -136,11 +139,14 @@ class _Expansion:
             nodes = tuple(sorted(set(repeated), key=place.__getitem__))
             self._recomputes.append(Recompute(nodes, self._first[name], reason))
 
-    def _stale(self, name: str) -> list[str]:
-        """Fused nodes that a node reads, and that are to be repeated: what they were made of has been made anew."""
+    def _anew(self, name: str, is_repeated: bool = False) -> list[str]:
+        """Fused nodes that a node reads, and that are to be repeated for it.
+
+        What they were made of has been made anew; or the node is repeated itself, and would keep them in memory.
+        """
         found = []
         for made in self._fused_for(name):
-            if made in self._made and self._made[made] != self._of(made):
+            if made in self._made and (is_repeated or self._made[made] != self._of(made)):
                 found.append(made)
                 self._versions[made] += 1
                 self._note(made)

@@ -55,6 +55,9 @@ IN_PLACE: Mapping[str, tuple[int, ...]] = {
 }
 """Ops that write an output over an input nobody else needs: the inputs, in the order tried."""
 
+OVERWRITES_ANY = "overwrites_any"
+"""Attribute of a node whose output may be written over any input."""
+
 WRITTEN_IN_PLACE: Mapping[str, int] = dict.fromkeys(
     ("SoftmaxCrossEntropyWithLogits", "SparseSoftmaxCrossEntropyWithLogits"), 1
 )
@@ -103,6 +106,8 @@ def overwritten_by(graph: ir.Graph, node: ir.Node, index: int) -> list[int]:
     if index != WRITTEN_IN_PLACE.get(node.op, 0):
         return []
     slots = IN_PLACE.get(node.op, ())[: len(node.inputs)]
+    if dict(node.attrs).get(OVERWRITES_ANY):
+        slots = tuple(range(len(node.inputs)))
     return [slot for slot in slots if _is_as_large(graph.value(node.inputs[slot]), node.outputs[index])]
 
 

@@ -4,7 +4,7 @@ import pytest
 import testing
 from hypothesis import given
 
-from graphswap import fusion, ir, parser, rewrites
+from graphswap import fusion, ir, liveness, parser, rewrites
 from graphswap.cost_model import CostModel
 from graphswap.plan import Plan, Recompute, Swap
 from graphswap.strategies import budgets
@@ -78,6 +78,39 @@ def test_a_fused_node_is_repeated_where_what_it_is_made_of_has_come_back():
     assert plan.order == ("x", "a", "early", "b", "c", "late", "d")
     assert plan.decisions == (Recompute(("a", "early"), "late", "large"),)
     assert plan.check(STEP).fingerprint == STEP.fingerprint
+
+
+def test_a_fused_node_is_repeated_with_what_it_is_computed_inside():
+    graph = parser.parse(
+        """graph step(%x) -> (%d) {
+          %x = Placeholder() : (float32[8,8])
+          %a = MatMul(%x, %x) : (float32[8,8])
+          %scaled = Square(%a) : (float32[8,8])
+          %e = Exp(%scaled) : (float32[8,8])
+          %b = MatMul(%e, %e) : (float32[8,8])
+          %d = MatMul(%b, %e) : (float32[8,8])
+        }"""
+    )
+    assert names(fusion.fused(graph)) == ["x", "a", "e", "b", "d"]
+    plan = fusion.expanded(Plan(decisions=(Recompute(("e",), "d"),)), graph)
+    # Else its first value would be kept for that, beside `a`, which is.
+    assert plan.check(graph).decisions == (Recompute(("scaled", "e"), "d"),)
+
+
+def test_a_kernel_writes_over_any_input_of_its_size():
+    view = fused(
+        """%a = MatMul(%x, %x) : (float32[8,8])
+        %row = Sum(%x) : (float32[8])
+        %b = Neg(%row) : (float32[8])
+        %c = Square(%a) : (float32[8,8])
+        %d = Add(%b, %c) : (float32[8,8])
+        %out = MatMul(%d, %d) : (float32[8,8])
+        """
+    )
+    kernel = view.by_name["d"]
+    assert kernel.inputs == ("row", "a")
+    assert liveness.overwritten_by(view, kernel, 0) == [1]
+    assert liveness.overwritten_by(view, view.by_name["out"], 0) == []
 
 
 def test_a_copy_is_back_before_the_first_node_that_is_made_of_it():
