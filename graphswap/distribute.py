@@ -199,7 +199,7 @@ def version() -> str:
 
 
 @contextlib.contextmanager
-def noting_losses() -> Iterator[None]:
+def noting_lost_processes() -> Iterator[None]:
     """Adds to an error of a lost process what to do about it."""
     try:
         yield

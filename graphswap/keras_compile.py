@@ -63,7 +63,7 @@ def enable() -> None:
     for name in ("make_test_function", "make_predict_function"):
         setattr(TensorFlowTrainer, name, functools.partialmethod(_make_on_chief, name))
     Trainer._get_metrics_result_or_logs = functools.wraps(Trainer._get_metrics_result_or_logs)(_result_or_logs)
-    TensorFlowTrainer.fit = distribute.noting_losses()(TensorFlowTrainer.fit)
+    TensorFlowTrainer.fit = distribute.noting_lost_processes()(TensorFlowTrainer.fit)
     BackupAndRestore._save_model = functools.wraps(BackupAndRestore._save_model)(_save_backup)
     BackupAndRestore.on_train_end = functools.wraps(BackupAndRestore.on_train_end)(_drop_backup)
 

@@ -173,7 +173,7 @@ class Session:
                 placed_args, placed_kwargs = step_variables.placed((args, kwargs), is_new=key not in self._functions)
                 if key not in self._functions:
                     self._functions[key] = make(self)
-                with distribute.noting_losses(), graphdef.without_memory_optimizer():
+                with distribute.noting_lost_processes(), graphdef.without_memory_optimizer():
                     result = self._call(key, placed_args, placed_kwargs)
             except NestedCalls:
                 self._inlines = True

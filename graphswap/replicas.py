@@ -84,9 +84,7 @@ def used_devices(graph: ir.Graph, kind: str) -> tuple[str, ...]:
         kind: "CPU" or "GPU".
     """
     found = {short(node.device): node.device for node in graph.nodes}
-    named = sorted(
-        (int(short.split(":")[1]), device) for short, device in found.items() if short.startswith(f"{kind}:")
-    )
+    named = sorted((int(name.split(":")[1]), device) for name, device in found.items() if name.startswith(f"{kind}:"))
     return tuple(device for _, device in named)
 
 

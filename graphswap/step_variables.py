@@ -119,11 +119,11 @@ class StepVariables:
     def _keep(self) -> None:
         """Copies what lies on the device.
 
-        On the emulated accelerator always: the input pipeline shares its memory, so any step may run out.
-        On a GPU for the first steps of a plan, later while it costs little beside the step. Without it, an
-        out-of-memory error leaves some variables updated; but a compiled step takes its memory before it updates any.
+        For the first steps of a plan always. Later, on the emulated accelerator: the input pipeline shares its memory,
+        so any step may run out; but a compiled one takes its memory before it updates anything. On a GPU while it
+        costs little beside the step. Without it, an out-of-memory error leaves some variables updated.
         """
-        may_fail = not self._is_compiled and self._is_cheap(self._keeping_seconds)
+        may_fail = not self._updates_in_place() and self._is_cheap(self._keeping_seconds)
         if len(self._layout) and (self._trials > 0 or may_fail):
             start = time.perf_counter()
             self._layout.keep()
@@ -137,12 +137,16 @@ class StepVariables:
     def _settle(self) -> None:
         """Lets every step meet the same layout of memory; on a GPU unless that takes long beside the step.
 
-        A compiled step updates variables in place, and small ones that others assign come to lie in holes.
+        Small variables that others assign come to lie in the holes that `arrange` leaves on the emulated accelerator.
         """
         if self._is_cheap(self._settling_seconds):
             start = time.perf_counter()
-            self._layout.settle(allocator.HOLE_BYTES if self._is_compiled else 0)
+            self._layout.settle(allocator.HOLE_BYTES if self._updates_in_place() else 0)
             self._settling_seconds = time.perf_counter() - start
+
+    def _updates_in_place(self) -> bool:
+        """Whether steps leave variables where they are, and as they are if they fail. On a GPU that was not tried."""
+        return self._is_compiled and profiler.is_emulated()
 
     def _is_cheap(self, seconds: float) -> bool:
         return profiler.is_emulated() or seconds <= _CHEAP * self._step_seconds
