@@ -35,9 +35,25 @@ def test_a_row_shows_what_was_planned_predicted_and_compiled():
     row = targets._row("both", lambda: pjrt.Compiled(memory, copies, (1, 2), ""))
     assert row["copied_bytes"] == 2 * MIB
     row |= {"predicted_bytes": 5 * MIB, "compile_seconds": 7.2}
-    assert targets.cells(row) == (
-        *("both", "4.0MiB", "1.0MiB", "2.0MiB", "5.0MiB (+25.0%)", "1 of 1, 1 of 2", "1", "7 s"),
+    shown = ("both", "4.0MiB", "1.0MiB", "2.0MiB", "5.0MiB (+25.0%)", "1 of 1, 1 of 2")
+    assert targets.cells(row) == (*shown, "1", "7 s")
+    assert targets.cells(row | {"planned_beside": 2}) == (*shown, "1, planned 2", "7 s")
+
+
+def test_copies_that_are_planned_beside_nodes_are_counted():
+    steps = (
+        ("a", "run", 0.0, 1.0),
+        ("a", "swap_out", 1.0, 3.0),  # beside b
+        ("b", "run", 1.0, 2.0),
+        ("b", "swap_out", 3.0, 4.0),  # c waits for it
+        ("view", "run", 3.5, 3.5),
+        ("a", "swap_in", 4.5, 6.0),  # beside c, which has begun
+        ("c", "recompute", 4.0, 5.0),
     )
+    timeline = simulator.Timeline(
+        tuple(simulator.Step(*step, live_bytes=0) for step in steps), 0, 0, 6.0, 0, 1.0, simulator.Step(*steps[0], 0)
+    )
+    assert targets.copies_beside_nodes(timeline) == 2
 
 
 def test_what_fails_is_a_row_too():

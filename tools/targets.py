@@ -106,6 +106,7 @@ def rows(size: Size, target: str, device: DeviceSpec, share: float, seconds: flo
                 "predicted_seconds": judged.seconds,
                 "swaps": len(plan.swaps),
                 "repeated_nodes": sum(len(decision.nodes) for decision in plan.recomputes),
+                "planned_beside": copies_beside_nodes(judged),
             }
             found.append({**compile_(f"graphswap, {way}", fusion.expanded(plan, step.graph)), **planned})
             return found[-1].get("device_bytes", sys.maxsize)
@@ -117,6 +118,13 @@ def rows(size: Size, target: str, device: DeviceSpec, share: float, seconds: flo
         yield from found
     for way in jax_gpt.WAYS:
         yield _row(f"JAX, {way}", functools.partial(jax_step, size, target, way))
+
+
+def copies_beside_nodes(timeline: simulator.Timeline) -> int:
+    """How many copies of a planned step run while a node runs, at least for a part of their time."""
+    copies = [step for step in timeline.steps if step.kind in ("swap_out", "swap_in")]
+    nodes = [step for step in timeline.steps if step.kind in ("run", "recompute") and step.end > step.start]
+    return sum(any(node.start < copy.end and copy.start < node.end for node in nodes) for copy in copies)
 
 
 def _row(name: str, compile_: Callable[[], pjrt.Compiled]) -> dict[str, Any]:
@@ -168,7 +176,9 @@ def cells(row: dict[str, Any]) -> Sequence[str]:
         format_bytes(row["host_bytes"]),
         "" if predicted is None else f"{format_bytes(predicted)} ({predicted / row['device_bytes'] - 1:+.1%})",
         counts if any(row["planned_copies"]) else str(sum(row["copies"]) or ""),
-        str(row["beside_kernels"] or ""),
+        "{}{}".format(
+            row["beside_kernels"] or "", f", planned {planned}" if (planned := row.get("planned_beside")) else ""
+        ),
         f"{row['compile_seconds']:.0f} s",
     )
 
