@@ -119,15 +119,21 @@ class Variables:
         return self._readers[len(indices)]()
 
 
-def leave_holes(count: int, nbytes: int, device: str) -> Any:
+def leave_holes(count: int, nbytes: int, device: str, fence_bytes: int = 1) -> Any:
     """Leaves `count` holes of so many free bytes for small buffers, so that they cut no large chunks.
 
     Many small holes and not a large one, as buffers of middling size would come to lie there, too.
 
+    Args:
+        count: Of the holes.
+        nbytes: Of each hole.
+        device: Where.
+        fence_bytes: Of the buffer behind each. A small one lies elsewhere if there are smaller holes already.
+
     Returns:
-        What must be kept for as long as the holes are to stay: a small buffer behind each.
+        What must be kept for as long as the holes are to stay: the buffers behind them.
     """
-    buffers = [on_device(np.zeros(size, np.uint8), device) for _ in range(count) for size in (nbytes, 1)]
+    buffers = [on_device(np.zeros(size, np.uint8), device) for _ in range(count) for size in (nbytes, fence_bytes)]
     return buffers[1::2]
 
 

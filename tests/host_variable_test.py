@@ -292,6 +292,18 @@ def test_a_model_larger_than_the_device_is_built_and_used():
     assert min(norms) > 1
 
 
+def make_and_fill():
+    """On a device of 16 MiB: variables of 12 MiB leave it; then one buffer takes nearly all of it."""
+    with graphswap.host_variables():
+        variables = [tf.Variable(tf.zeros((1 << 20,))) for _ in range(3)]
+    filling = tf.raw_ops.Empty(shape=(15 << 20,), dtype=tf.uint8, init=False)
+    return int(tf.size(filling)) + sum(variable.tier == "host" for variable in variables)
+
+
+def test_what_leaves_does_not_cut_the_memory_in_two():
+    assert emulated.call(16 << 20, __file__, "make_and_fill") == (15 << 20) + 3
+
+
 # --- planned steps ----------------------------------------------------------------------------------------------
 
 
