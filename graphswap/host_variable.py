@@ -18,14 +18,13 @@ from typing import Any, cast
 import tensorflow as tf
 
 from graphswap import graphdef, ir, placement, profiler, tiers
+from graphswap.cost_model import MEMORY_VARIABLE
 from graphswap.variables import SMALL_BYTES
 
 _TIERS = tiers.Tiers()
 """Of variables that no step has moved."""
-
-
 _FRONT_BYTES = 1 << 20
-"""Room for what stays on the device of a thousand variables that leave it: handles and headers of strings."""
+"""Room for what stays on the device of a thousand variables that leave it: handles, and headers of strings."""
 
 _DO_NOT_CONVERT = tf.autograph.experimental.do_not_convert
 """For methods that a user's functions call: AutoGraph leaves only TensorFlow's own alone."""
@@ -268,12 +267,15 @@ def far_variables(tier_of: Callable[[int], str], far_tiers: tiers.Tiers | None =
                 adopt(variable).move(tier_of(nbytes), far_tiers)
         return variable
 
-    # What stays must not come to lie behind a value: it would cut the device's free memory in two.
-    front = _leave_front() if profiler.is_emulated() else ()
+    front = _leave_front()
     with tf.variable_creator_scope(make):
         yield
     del front
 
 
 def _leave_front() -> Any:
+    """Makes room for what stays: behind a value that leaves it would cut the device's free memory in two."""
+    limit, in_use = os.environ.get(MEMORY_VARIABLE), profiler.memory_in_use()
+    if limit is None or in_use is None or int(limit) - in_use < 4 * _FRONT_BYTES:
+        return ()
     return placement.leave_holes(1, _FRONT_BYTES, profiler.device_name(), _FRONT_BYTES)

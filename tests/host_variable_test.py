@@ -304,6 +304,18 @@ def test_what_leaves_does_not_cut_the_memory_in_two():
     assert emulated.call(16 << 20, __file__, "make_and_fill") == (15 << 20) + 3
 
 
+def make_on_a_full_device():
+    """On a device of 16 MiB, of which 12 are taken: a variable of 400 KiB leaves it."""
+    taken = [tf.raw_ops.Empty(shape=(2 << 20,), dtype=tf.uint8, init=False) for _ in range(6)]
+    with graphswap.host_variables():
+        variable = tf.Variable(tf.ones((100 << 10,)))
+    return [variable.tier, float(tf.reduce_sum(variable)), len(taken)]
+
+
+def test_variables_leave_a_device_that_is_nearly_full():
+    assert emulated.call(16 << 20, __file__, "make_on_a_full_device") == ["host", 100 << 10, 6]
+
+
 # --- planned steps ----------------------------------------------------------------------------------------------
 
 
