@@ -84,6 +84,9 @@ def test_a_trial_is_a_process_that_reports_its_steps(checkout_is_importable):
     assert planned.equals(plain)
     assert planned.steady_peak_bytes <= planned.peak_bytes <= 40 * MIB
     assert planned.report["status"]
+    certified = trial.run(Trial("mlp", 40 * MIB, "40MiB", steps=1, strategy="joint"), said.append)
+    assert certified.error == ""
+    assert certified.report["bound_seconds"] > 0
 
 
 def test_a_trial_waits_for_its_turn(checkout_is_importable):

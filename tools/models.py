@@ -52,13 +52,16 @@ def mlp() -> Training:
     return Training(model, keras.optimizers.SGD(0.1), loss, _batches(images[..., 0].reshape(-1, 64), digits, 1024))
 
 
-def wide_mlp(depth: int = 24, width: int = 1024, batch: int = 256) -> Training:
+def wide_mlp(
+    depth: int = 24, width: int = 1024, batch: int = 256, policy: str = "float32", **optimizer: Any
+) -> Training:
     """Square layers on parts of photographs: nearly all its memory is weights and optimizer state. Adam."""
-    model = keras.Sequential([keras.Input((width,)), *(layers.Dense(width, "relu") for _ in range(depth))])
+    hidden = (layers.Dense(width, "relu", dtype=policy) for _ in range(depth))
+    model = keras.Sequential([keras.Input((width,)), *hidden])
     side = int(width**0.5)
     noisy = _noisy_photographs(side, batch)
     flat = ((x[..., 0].reshape(len(x), -1), y[..., 0].reshape(len(y), -1)) for x, y in noisy)
-    return Training(model, keras.optimizers.Adam(1e-3), "mean_squared_error", flat)
+    return Training(model, keras.optimizers.Adam(1e-3, **optimizer), "mean_squared_error", flat)
 
 
 def resnet50(size: int = 96, batch: int = 32) -> Training:
@@ -153,6 +156,9 @@ JIT_MODELS: Mapping[str, Callable[[], Training]] = {
 LARGE_MODELS: Mapping[str, Callable[[], Training]] = {
     "mlp_24": wide_mlp,
     "mlp_24_64": functools.partial(wide_mlp, batch=64),
+    "mlp_24_clipped": functools.partial(wide_mlp, global_clipnorm=1.0),
+    "mlp_24_bfloat16": functools.partial(wide_mlp, policy="mixed_bfloat16"),
+    "mlp_24_accumulated": functools.partial(wide_mlp, gradient_accumulation_steps=4),
     "mlp_96": functools.partial(wide_mlp, depth=96, batch=64),
     "gpt_100m": functools.partial(gpt, blocks=14, width=768, heads=12, length=256, batch=8),
     "gpt_100m_64": functools.partial(gpt, blocks=14, width=768, heads=12, length=64, batch=2, rate=2e-5),
