@@ -165,7 +165,7 @@ def cells(row: dict[str, Any]) -> Sequence[str]:
     """A row of the table."""
     if "error" in row:
         return (row["name"], row["error"], *[""] * (len(COLUMNS) - 2))
-    predicted = row.get("predicted_bytes")
+    predicted, planned = row.get("predicted_bytes"), row.get("planned_beside")
     counts = "{} of {}, {} of {}".format(
         *(n for pair in zip(row["copies"], row["planned_copies"], strict=True) for n in pair)
     )
@@ -176,9 +176,7 @@ def cells(row: dict[str, Any]) -> Sequence[str]:
         format_bytes(row["host_bytes"]),
         "" if predicted is None else f"{format_bytes(predicted)} ({predicted / row['device_bytes'] - 1:+.1%})",
         counts if any(row["planned_copies"]) else str(sum(row["copies"]) or ""),
-        "{}{}".format(
-            row["beside_kernels"] or "", f", planned {planned}" if (planned := row.get("planned_beside")) else ""
-        ),
+        str(row["beside_kernels"] or "") + (f", planned {planned}" if planned else ""),
         f"{row['compile_seconds']:.0f} s",
     )
 

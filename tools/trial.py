@@ -315,7 +315,7 @@ def _fields(report: Any) -> dict[str, Any]:
     bound_seconds = None
     if certificate is not None and budget is not None:
         bound_seconds = certificate.seconds(budget) * step.time_scale  # as the prediction is
-    names = {field.name for field in dataclasses.fields(step)} - {"plan", "file"}
+    names = [field.name for field in dataclasses.fields(step) if field.name not in ("plan", "file")]
     fields = {name: getattr(step, name) for name in names}
     return {
         **fields,
