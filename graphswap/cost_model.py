@@ -217,9 +217,6 @@ class CostModel:
             measured = self.profile.workspace.get(node.like or node.name)
             if measured is not None:
                 return measured
-        if node.op == ir.FETCH:
-            pieces = ir.swap_pieces(node.outputs[0]) if _tier(node) in ("host", "disk") else 1
-            return Workspace(late=(node.outputs[0].nbytes // pieces,)) if pieces > 1 else Workspace()
         if node.op == ir.ALL_REDUCE:
             return Workspace(late=(node.outputs[0].nbytes,))  # what arrives of the other replicas
         nbytes: Any = dict(node.attrs).get("workspace_bytes", 0)

@@ -33,7 +33,7 @@ from tensorflow.python.grappler import tf_optimizer
 from tensorflow.python.ops import control_flow_v2_func_graphs, handle_data_util, resource_variable_ops
 from tensorflow.python.saved_model import fingerprinting_utils, save_context
 
-from graphswap import allocator, ir, placement, tiers
+from graphswap import allocator, far_memory, ir, placement, tiers
 
 FuncGraph: TypeAlias = func_graph_lib.FuncGraph
 Shape = tuple[int | None, ...] | None
@@ -1282,14 +1282,13 @@ class _Exporter:
 
     def _add_access(self, node: ir.Node) -> None:
         """Adds the ops that read or write a variable in a far tier."""
-        tier = str(dict(node.attrs)["tier"])
         inputs = [self.tensor(reference) for reference in node.inputs]
         with self._placed(node):
             if node.op == ir.STORE:
-                self.done[node.name] = self.tiers.store(inputs[0], inputs[1:], tier)
+                self.done[node.name] = far_memory.store(*inputs)
                 return
             value = node.outputs[0]
-            tensor = self.tiers.fetch(inputs, value.dtype, value.shape, tier)
+            tensor = far_memory.fetch(inputs[0], value.dtype, value.shape)
         self.tensors[node.name] = tensor
         self.done[node.name] = [tensor.op]
 

@@ -12,19 +12,21 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
+import numpy as np
 import tensorflow as tf
 
-from graphswap import graphdef, ir, placement, profiler, tiers
+from graphswap import far_memory, graphdef, ir, placement, profiler, tiers
 from graphswap.cost_model import MEMORY_VARIABLE
-from graphswap.variables import SMALL_BYTES
+from graphswap.variables import SMALL_BYTES, can_leave
 
 _TIERS = tiers.Tiers()
 """Of variables that no step has moved."""
 _FRONT_BYTES = 1 << 20
-"""Room for what stays on the device of a thousand variables that leave it: handles, and headers of strings."""
+"""Room for what stays on the device of a thousand variables that leave it: handles, 256 bytes each."""
 
 _DO_NOT_CONVERT = tf.autograph.experimental.do_not_convert
 """For methods that a user's functions call: AutoGraph leaves only TensorFlow's own alone."""
@@ -40,12 +42,145 @@ class _Veiled:
         return getattr(self._hidden, name)
 
 
+class _FarValue:
+    """What a variable has outside of the device: memory for its value, and for the next one if planned steps store it.
+
+    Each is a tensor held by a resource, with one dimension of length 1 in front. A planned step writes into the spare
+    memory and exchanges the two (`far_memory.store`); so the value of before is there until the next step. Any other
+    new value gets memory of its own.
+    """
+
+    def __init__(self, dtype: tf.DType, shape: tuple[int, ...]):
+        self.dtype = dtype
+        self.shape = (1, *shape)
+        self.nbytes = ir.Value(dtype.name, shape).nbytes
+        self.tier = "device"
+        self.tiers = _TIERS
+        self._files: dict[int, pathlib.Path] = {}  # by where their memory is
+        with tf.init_scope(), tf.device("CPU:0"):
+            nothing = self._nothing()
+            self.resources = [tf.Variable(nothing, trainable=False, shape=tf.TensorShape(None)) for _ in range(2)]
+
+    @property
+    def handles(self) -> list[tf.Tensor]:
+        """Resources: of the value, and of the spare memory."""
+        return [resource.handle for resource in self.resources]
+
+    def contents(self) -> list[tf.Tensor]:
+        """What the resources hold."""
+        return [tf.raw_ops.ReadVariableOp(resource=handle, dtype=self.dtype) for handle in self.handles]
+
+    def give(self, contents: Sequence[tf.Tensor]) -> None:
+        """Lets the resources hold what `contents` has returned, or less of it."""
+        for handle, memory in zip(self.handles, contents, strict=False):
+            tf.raw_ops.AssignVariableOp(resource=handle, value=memory)
+
+    def view(self) -> np.ndarray:
+        """The value's bytes, where they are."""
+        return far_memory.view(self.contents()[0])
+
+    def file(self) -> pathlib.Path | None:
+        """The file that the value's memory is of, if it is on disk."""
+        return self._files.get(self.view().ctypes.data)
+
+    def files(self) -> list[pathlib.Path]:
+        """All files that have memory of this one."""
+        return list(self._files.values())
+
+    def keep(self, value: np.ndarray) -> np.ndarray:
+        """Returns new memory of the tier, as an array that holds a copy of the value."""
+        self._forget_files()
+        memory = self._memory()
+        np.copyto(memory, np.ascontiguousarray(value).reshape(-1).view(np.uint8))
+        return memory.view(self.dtype.as_numpy_dtype).reshape(self.shape)
+
+    def assign(self, value: np.ndarray | tf.Tensor) -> None:
+        """Adds the ops that make a copy of `value` the value; in an eager call, does so.
+
+        Raises:
+            SwapSpaceError: If there is no room for it. The value stays what it was.
+        """
+        if isinstance(value, tf.Tensor) and not tf.executing_eagerly():
+            # TensorFlow takes over the memory of what a function of numpy's returns.
+            new = tf.numpy_function(self.keep, [value], self.dtype)
+        else:
+            contents = value if isinstance(value, np.ndarray) else far_memory.view(value)
+            new = far_memory.tensor(self.keep(contents).reshape(-1).view(np.uint8), self.dtype, self.shape)
+        tf.raw_ops.AssignVariableOp(resource=self.handles[0], value=new)
+        if tf.executing_eagerly():
+            self._forget_files()
+
+    def reserve(self, is_updated: bool = False) -> None:
+        """Sees to it that a step may store: spare memory is there if it ever was, and is not part of a saved state.
+
+        Args:
+            is_updated: Whether a step stores this one from now on.
+
+        Raises:
+            SwapSpaceError: If there is no room for it.
+        """
+        file = self._files.get(_address(self.contents()[1]))
+        if (is_updated and not self.has_spare) or (file is not None and tiers.is_committed(file)):
+            self._renew_spare()
+
+    @property
+    def has_spare(self) -> bool:
+        """Whether planned steps store this one."""
+        return self.contents()[1].shape != (0,)
+
+    def move(self, tier: str, far_tiers: tiers.Tiers) -> None:
+        """Moves the value and the spare memory to another far tier, or to another directory of the disk.
+
+        Raises:
+            SwapSpaceError: If there is no room for them. Then all stays as it was.
+        """
+        before = self.tier, self.tiers
+        self.tier, self.tiers = tier, far_tiers
+        try:
+            value = far_memory.tensor(self.keep(self.view()).reshape(-1).view(np.uint8), self.dtype, self.shape)
+            if self.has_spare:
+                self._renew_spare()
+        except BaseException:
+            self.tier, self.tiers = before
+            raise
+        self.give([value])
+        self._forget_files()
+
+    def clear(self) -> None:
+        """Lets go of all memory."""
+        self.tier = "device"
+        self.give([self._nothing()] * 2)
+        self._forget_files()
+
+    def _renew_spare(self) -> None:
+        spare = far_memory.tensor(self._memory(), self.dtype, self.shape)
+        tf.raw_ops.AssignVariableOp(resource=self.handles[1], value=spare)
+
+    def _memory(self) -> np.ndarray:
+        memory, file = self.tiers.memory(self.tier, self.nbytes)
+        if file is not None:
+            tiers.use(self)
+            self._files[memory.ctypes.data] = file
+        return memory
+
+    def _forget_files(self) -> None:
+        """Removes files whose memory neither resource holds."""
+        held = {_address(memory) for memory in self.contents()}
+        for address in self._files.keys() - held:
+            self.tiers.discard([self._files.pop(address)])
+
+    def _nothing(self) -> tf.Tensor:
+        return far_memory.tensor(far_memory.host(0), self.dtype, (0,))
+
+
+def _address(memory: tf.Tensor) -> int:
+    return far_memory.view(memory).ctypes.data
+
+
 class HostVariable(graphdef.ResourceVariable):
     """A variable that can live in a far tier. Made by `adopt` out of one that exists."""
 
-    _tier = "device"
-    _tiers = _TIERS
-    _pieces: list[tf.Variable]
+    _far: _FarValue
 
     @property
     def handle(self) -> Any:
@@ -53,7 +188,7 @@ class HostVariable(graphdef.ResourceVariable):
 
     @property
     def _handle(self) -> Any:
-        return self.handle if self._tier == "device" else _Veiled(self.handle)
+        return self.handle if self.tier == "device" else _Veiled(self.handle)
 
     @_handle.setter
     def _handle(self, handle: Any) -> None:
@@ -62,68 +197,85 @@ class HostVariable(graphdef.ResourceVariable):
     @property
     def tier(self) -> str:
         """Where the value is: "device", "host" or "disk"."""
-        return self._tier
+        return self._far.tier
 
     @property
     def store_handles(self) -> list[tf.Tensor]:
-        """Resources of the string variables that hold the pieces of the value while it is in a far tier."""
-        return [piece.handle for piece in self._pieces]
+        """Resources of the far value, and of spare memory for the next one."""
+        return self._far.handles
 
-    def pieces(self) -> list[tf.Tensor]:
-        """What the string variables hold: the bytes of the value's pieces, or the names of their files."""
-        return [tf.raw_ops.ReadVariableOp(resource=handle, dtype=tf.string) for handle in self.store_handles]
+    def reserve(self, is_updated: bool = False) -> None:
+        """Sees to it that a planned step may store the variable in its far tier.
 
-    def restore(self, pieces: Sequence[tf.Tensor]) -> None:
-        """Gives the variable the value that `pieces` were read of, in the tier that it was in then."""
-        for handle, piece in zip(self.store_handles, pieces, strict=True):
-            tf.raw_ops.AssignVariableOp(resource=handle, value=piece)
+        Args:
+            is_updated: Whether one does from now on.
 
-    def files(self) -> list[str]:
-        """The files that hold the value, if it is on disk."""
-        return [os.fsdecode(piece.numpy()) for piece in self.pieces()] if self._tier == "disk" else []
+        Raises:
+            SwapSpaceError: If there is no room for the memory that this takes.
+        """
+        if self.tier != "device":
+            self._far.reserve(is_updated)
+
+    def contents(self) -> list[tf.Tensor]:
+        """What lies in the far tier, for `restore`. Copies nothing."""
+        return self._far.contents()
+
+    def restore(self, contents: Sequence[tf.Tensor]) -> None:
+        """Gives the variable the far value of when `contents` was called, if at most one step has stored it since."""
+        self._far.give(contents)
+
+    def view(self) -> np.ndarray:
+        """The far value's bytes, which the next step but one writes over."""
+        return self._far.view()
+
+    def file(self) -> pathlib.Path | None:
+        """The file that holds the value, if it is on disk."""
+        return self._far.file() if self.tier == "disk" else None
+
+    @property
+    def far_bytes(self) -> int:
+        """What the variable takes of its far tier."""
+        return self._far.nbytes * (1 + self._far.has_spare) if self.tier != "device" else 0
 
     def move(self, tier: str, far_tiers: tiers.Tiers | None = None) -> None:
         """Brings the value to a tier.
 
         Args:
             tier: "device", "host" or "disk".
-            far_tiers: Where new files of the value will lie; None for where they do now, at first a private directory.
+            far_tiers: Where files of the value will lie; None for where they do now, at first a private directory.
 
         Raises:
-            SwapSpaceError: If files can't be written or read. The value is where it was.
+            SwapSpaceError: If there is no room. The value is where it was.
         """
-        if far_tiers is not None:
-            self._tiers = far_tiers
-        if tier == "disk":
-            tiers.use(self)
-        if tier == self._tier:
-            return
-        with tf.init_scope(), self._tiers.explaining():
-            files = self.files()
+        far = self._far
+        goal = far_tiers or far.tiers
+        with tf.init_scope():
             if tier == "device":
-                tf.raw_ops.AssignVariableOp(resource=self.handle, value=self.read_value())
-                for piece in self._pieces:
-                    piece.assign("")
-            elif self._tier == "host":
-                self.restore(self._tiers.write(self.pieces()))
-            elif self._tier == "disk":
-                self.restore([tf.io.read_file(name) for name in self.pieces()])
-            else:
-                self._tiers.store(self.read_value(), self.store_handles, tier)
+                if self.tier != "device":
+                    tf.raw_ops.AssignVariableOp(resource=self.handle, value=self.read_value())
+                    far.clear()
+            elif self.tier == "device":
+                value, before = self.read_value(), far.tiers
+                far.tier, far.tiers = tier, goal
+                try:
+                    far.assign(value)
+                except BaseException:
+                    far.tier, far.tiers = "device", before
+                    raise
                 empty = placement.outside_device(tf.zeros((0,), self.dtype).numpy())
                 tf.raw_ops.AssignVariableOp(resource=self.handle, value=empty)
-            self._tier = tier
-        self._tiers.discard(files)
+            elif tier != self.tier or (tier == "disk" and goal is not far.tiers):
+                far.move(tier, goal)
+            far.tiers = goal
 
     def _is_plain(self) -> bool:
-        return self._tier == "device" or (not tf.executing_eagerly() and graphdef.traces_variables())
+        return self.tier == "device" or (not tf.executing_eagerly() and graphdef.traces_variables())
 
     def _read_variable_op(self, no_copy: bool = False) -> tf.Tensor:
         if self._is_plain():
             return super()._read_variable_op(no_copy)
         graphdef.watch(self)
-        with self._tiers.explaining():
-            value = self._tiers.fetch(self.store_handles, self.dtype.name, tuple(self.shape), self._tier)
+        value = far_memory.fetch(self.store_handles[0], self.dtype.name, tuple(self.shape))
 
         @tf.custom_gradient
         def fetched(handle: tf.Tensor) -> Any:  # what asks for the variable's gradient asks for its handle's
@@ -148,17 +300,14 @@ class HostVariable(graphdef.ResourceVariable):
     def assign(self, value: Any, use_locking: Any = None, name: str | None = None, read_value: bool = True) -> Any:
         if self._is_plain():
             return super().assign(value, use_locking, name, read_value)
-        tensor = tf.convert_to_tensor(value, dtype=self.dtype)
-        if not self.shape.is_compatible_with(tensor.shape):
+        is_array = isinstance(value, np.ndarray) and value.dtype == self.dtype.as_numpy_dtype
+        new = value if is_array else tf.convert_to_tensor(value, dtype=self.dtype)
+        if not self.shape.is_compatible_with(new.shape):
             raise ValueError(
-                f"{self.name}: expected a value of shape {self.shape}, received one of {tensor.shape}. "
+                f"{self.name}: expected a value of shape {self.shape}, received one of {tf.TensorShape(new.shape)}. "
                 "Assign one of the variable's shape."
             )
-        tensor = tf.ensure_shape(tensor, self.shape)
-        files = self.files() if tf.executing_eagerly() else []
-        with self._tiers.explaining():
-            self._tiers.store(tensor, self.store_handles, self._tier)
-        self._tiers.discard(files)
+        self._far.assign(new if is_array else tf.ensure_shape(new, self.shape))
         return self
 
     @_DO_NOT_CONVERT
@@ -206,26 +355,31 @@ for _name in (
 
 
 def can_adopt(variable: object) -> bool:
-    """Whether the variable is an ordinary one of TensorFlow's: no part of a distributed or sharded one."""
-    return type(variable) in (graphdef.ResourceVariable, HostVariable)
+    """Whether it is an ordinary variable of TensorFlow's, of a fixed shape, and of numbers that far memory takes.
+
+    Parts of distributed or sharded variables are none.
+    """
+    if type(variable) not in (graphdef.ResourceVariable, HostVariable):
+        return False
+    found = cast(graphdef.ResourceVariable, variable)
+    return found.shape.is_fully_defined() and can_leave(found.dtype.name)
 
 
 def adopt(variable: Any) -> HostVariable:
     """Makes a variable one that can live in a far tier; it stays the same object.
 
     Raises:
-        TypeError: If it is no ordinary variable of TensorFlow's.
+        TypeError: If it can't; see `can_adopt`.
     """
     if not can_adopt(variable):
         raise TypeError(
-            f"expected a tf.Variable, received {variable!r}. Variables of tf.distribute stay where it puts them."
+            f"expected a tf.Variable of numbers and of a fixed shape, received {variable!r}. Variables of "
+            "tf.distribute stay where it puts them, and so do those of strings or of 8-bit floats."
         )
     if not isinstance(variable, HostVariable):
-        value = ir.Value(variable.dtype.name, tuple(variable.shape))
-        with tf.init_scope(), tf.device("CPU:0"):
-            pieces = [tf.Variable("", dtype=tf.string, trainable=False) for _ in range(ir.swap_pieces(value))]
+        far = _FarValue(variable.dtype, tuple(variable.shape))
         variable.__class__ = HostVariable
-        variable._pieces = pieces
+        variable._far = far
     return variable
 
 

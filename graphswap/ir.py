@@ -40,9 +40,10 @@ SWAP_IN = "SwapIn"
 """Brings the value behind a SwapOut's handle back to the device."""
 
 FETCH = "Fetch"
-"""Brings the value of a variable that lies in a far tier to the device. Reads the handles of its pieces there."""
+"""Brings the value of a variable that lies in a far tier to the device. Reads the handle of its value there."""
 STORE = "Store"
-"""Gives such a variable a new value: its first input. The others are the handles; without any, it is sent away."""
+"""Gives such a variable a new value: its first input. The others are the handles of the value of before and of memory
+for the new one; without any, it is sent away."""
 
 BARRIER = "XlaOptimizationBarrier"
 """Passes each input on as an output once all of them are there. XLA merges and moves nothing across it."""

@@ -11,14 +11,15 @@ import os
 import pathlib
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
-from graphswap import ir, profiler, state_directory, tiers
+from graphswap import far_memory, ir, profiler, state_directory, tiers
 from graphswap.host_variable import HostVariable, host_variables
-from graphswap.state_directory import Entry, Manifest, StateError
+from graphswap.state_directory import Entry, Manifest, StateDirectory, StateError
 from graphswap.variables import SMALL_BYTES
 
 _NUMBER = re.compile(r"_\d+(?=[_/:]|$)")
@@ -61,25 +62,27 @@ def commit(variables: Mapping[str, tf.Variable], far_tiers: tiers.Tiers) -> None
     with far_tiers.explaining():
         directory = far_tiers.state_directory()
         directory.claim(variables.values())
-        last = directory.manifest
         entries: dict[str, Entry] = {}
+        sums: dict[str, int] = {}
         small: list[tuple[str, tf.Variable]] = []
         for name, variable in variables.items():
-            files = variable.files() if isinstance(variable, HostVariable) else []
-            if files and all(os.path.dirname(file) == str(directory.path) for file in files):
-                entries[name] = _entry(variable, map(os.path.basename, files))
-            elif ir.Value(variable.dtype.name, tuple(variable.shape)).nbytes <= SMALL_BYTES:
+            file = _file(variable, directory.path)
+            if file is None and ir.Value(variable.dtype.name, tuple(variable.shape)).nbytes <= SMALL_BYTES:
                 small.append((name, variable))
-            else:
-                known = last.variables.get(name) if last is not None else None
-                entries[name] = _entry(variable, _written(_contents(variable), far_tiers, known))
+                continue
+            contents = _contents(variable)
+            checksum = state_directory.checksum(contents)
+            file = file or _known(directory, name, checksum) or far_tiers.write(contents)
+            sums[file], entries[name] = checksum, _entry(variable, file)
         if small:
             values = tf.stack([tf.io.serialize_tensor(variable.read_value()) for _, variable in small])
-            files = _written([tf.io.serialize_tensor(values)], far_tiers, None)
+            contents = tf.io.serialize_tensor(values).numpy()
+            file = far_tiers.write(contents)
+            sums[file] = state_directory.checksum(contents)
             for position, (name, variable) in enumerate(small):
-                entries[name] = _entry(variable, files, position)
-        steps = 1 + (last.steps if last is not None else 0)
-        directory.commit(Manifest(steps, entries, sys.modules["graphswap"].__version__))
+                entries[name] = _entry(variable, file, position)
+        steps = 1 + (directory.manifest.steps if directory.manifest is not None else 0)
+        directory.commit(Manifest(steps, entries, sums, sys.modules["graphswap"].__version__))
 
 
 def restore(model: Any, directory: str | os.PathLike[str]) -> int:
@@ -111,8 +114,8 @@ def restore(model: Any, directory: str | os.PathLike[str]) -> int:
                     f"one of {ir.Value(entry.dtype, entry.shape)} in '{path}'. Nothing was restored: make the model as "
                     "it was in that training."
                 )
-        for file in sorted(manifest.files):
-            _check_file(path / file)
+        for file, checksum in sorted(manifest.checksums.items()):
+            _check_file(path / file, checksum)
         for name, variable in variables.items():
             _assign(variable, manifest.variables[name], path)
     state_directory.trust(manifest)
@@ -150,13 +153,12 @@ def _listed(what: str, names: Iterable[str]) -> str:
     return f"; {what}: {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}" if names else ""
 
 
-def _check_file(file: pathlib.Path) -> None:
-    expected = state_directory.checksum(file.name)
+def _check_file(file: pathlib.Path, expected: int) -> None:
     try:
-        received = int(tiers.checksum(tf.io.read_file(str(file))))
-    except (tf.errors.OpError, OSError) as error:
+        received = state_directory.checksum(np.fromfile(file, np.uint8))
+    except OSError as error:
         raise StateError(
-            f"expected a file of values '{file}', received {str(error).splitlines()[0]}. Nothing was restored: "
+            f"expected a file of values '{file}', received {error.strerror or error}. Nothing was restored: "
             "the state is damaged; use a copy of the directory."
         ) from error
     if received != expected:
@@ -166,30 +168,36 @@ def _check_file(file: pathlib.Path) -> None:
         )
 
 
-def _entry(variable: tf.Variable, files: Iterable[str], position: int | None = None) -> Entry:
-    return Entry(variable.dtype.name, tuple(variable.shape), tuple(files), position)
+def _entry(variable: tf.Variable, file: str, position: int | None = None) -> Entry:
+    return Entry(variable.dtype.name, tuple(variable.shape), file, position)
 
 
-def _contents(variable: tf.Variable) -> list[tf.Tensor]:
-    if isinstance(variable, HostVariable) and variable.tier == "host":
-        return variable.pieces()
-    return tiers.strings(variable.read_value())
+def _file(variable: tf.Variable, directory: pathlib.Path) -> str | None:
+    """Name of the file in the directory that is the memory of the variable's value, if one is."""
+    file = variable.file() if isinstance(variable, HostVariable) else None
+    return file.name if file is not None and file.parent == directory and file.exists() else None
 
 
-def _written(contents: Sequence[tf.Tensor], far_tiers: tiers.Tiers, known: Entry | None) -> list[str]:
-    """Names of files with these contents, new ones unless those known have them."""
-    sums = [int(tiers.checksum(string)) for string in contents]
-    if known is not None and known.position is None and sums == [*map(state_directory.checksum, known.files)]:
-        return list(known.files)
-    return [os.path.basename(os.fsdecode(name.numpy())) for name in far_tiers.write(contents)]
+def _known(directory: StateDirectory, name: str, checksum: int) -> str | None:
+    """Name of the file that holds these bytes of a variable in the last state, if one does."""
+    last = directory.manifest
+    entry = last.variables.get(name) if last is not None else None
+    if last is None or entry is None or entry.position is not None or last.checksums[entry.file] != checksum:
+        return None
+    return entry.file if (directory.path / entry.file).exists() else None
+
+
+def _contents(variable: tf.Variable) -> np.ndarray:
+    if isinstance(variable, HostVariable) and variable.tier != "device":
+        return variable.view()
+    return far_memory.view(variable.read_value())
 
 
 def _assign(variable: tf.Variable, entry: Entry, path: pathlib.Path) -> None:
+    file = path / entry.file
     if entry.position is None:
-        names = [tf.constant(str(path / file)) for file in entry.files]
-        copy = tiers.FarCopy(names, [], is_file=True)
-        value = tiers.Tiers().swap_in(copy, entry.dtype, entry.shape)
+        value = np.fromfile(file, np.uint8).view(variable.dtype.as_numpy_dtype).reshape(entry.shape)
     else:
-        strings = tf.io.parse_tensor(tf.io.read_file(str(path / entry.files[0])), tf.string)
+        strings = tf.io.parse_tensor(tf.io.read_file(str(file)), tf.string)
         value = tf.io.parse_tensor(strings[entry.position], variable.dtype)
     variable.assign(value)

@@ -1,9 +1,8 @@
 """The files that variables on disk live in, and the manifest that says which of them are the state of a completed step.
 
-A file is written once, under a name of its own, and never again. A manifest is written beside the old one and takes its
-name; only then are files removed that it does not name. So a process may be killed at any moment, and what is left is
-the state of the last completed step. (A power cut may lose what the system had not yet written; the checksums in the
-files' names tell.)
+What a manifest names is not written to any more. The next one is written beside it and takes its name; only then may
+files that it does not name be written over or removed. So a process may be killed at any moment, and what is left is
+the state of the last completed step. (A power cut may lose what the system had not yet written; the checksums tell.)
 """
 
 from __future__ import annotations
@@ -21,11 +20,13 @@ import weakref
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
-FORMAT = 1
+import xxhash
+
+FORMAT = 2
 _MANIFEST = "manifest.json"
 _LOCK = "lock"
-_FILE = re.compile(r"\d+-\d+-(\d+)")
-"""Number, time, checksum."""
+_FILE = re.compile(r"\d+-\d+")
+"""Number, time."""
 _ours: set[str] = set()
 """Manifests that this process has written or read."""
 
@@ -41,13 +42,13 @@ class Entry:
     Attributes:
         dtype: Of its value.
         shape: Of its value.
-        files: Names of the files that hold its pieces; for a small variable the one file that holds all of them.
+        file: Name of the file of its bytes; for small variables one that holds all of them.
         position: Of a small variable: which of the values in that file is its own.
     """
 
     dtype: str
     shape: tuple[int, ...]
-    files: tuple[str, ...]
+    file: str
     position: int | None = None
 
 
@@ -58,24 +59,27 @@ class Manifest:
     Attributes:
         steps: How many steps were completed.
         variables: By their names.
+        checksums: Of the files, by their names.
         version: Of graphswap.
         identity: No other manifest has it.
     """
 
     steps: int
     variables: Mapping[str, Entry]
+    checksums: Mapping[str, int]
     version: str
     identity: str = dataclasses.field(default_factory=lambda: uuid.uuid4().hex)
 
-    @property
-    def files(self) -> set[str]:
-        """All files that hold values."""
-        return {name for entry in self.variables.values() for name in entry.files}
-
     def to_json(self) -> str:
-        variables = {name: dataclasses.asdict(entry) for name, entry in self.variables.items()}
-        fields = {"steps": self.steps, "graphswap": self.version, "identity": self.identity, "variables": variables}
-        return json.dumps({"format": FORMAT, **fields}, indent=1)
+        fields = {
+            "format": FORMAT,
+            "steps": self.steps,
+            "graphswap": self.version,
+            "identity": self.identity,
+            "variables": {name: dataclasses.asdict(entry) for name, entry in self.variables.items()},
+            "checksums": dict(self.checksums),
+        }
+        return json.dumps(fields, indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> Manifest:
@@ -89,16 +93,17 @@ class Manifest:
             if fields["format"] != FORMAT:
                 raise ValueError(f"format {fields['format']}, of graphswap {fields['graphswap']}")
             variables = {name: _entry(entry) for name, entry in fields["variables"].items()}
-            return cls(int(fields["steps"]), variables, str(fields["graphswap"]), str(fields["identity"]))
+            sums = {name: int(fields["checksums"][name]) for name in {entry.file for entry in variables.values()}}
+            return cls(int(fields["steps"]), variables, sums, str(fields["graphswap"]), str(fields["identity"]))
         except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
             raise ValueError(f"something else ({type(error).__name__}: {error})") from error
 
 
 def _entry(fields: dict[str, Any]) -> Entry:
-    files = tuple(map(str, fields["files"]))
-    if not all(map(_FILE.fullmatch, files)):
-        raise ValueError(f"files with other names: {', '.join(files)[:200]}")
-    return Entry(str(fields["dtype"]), tuple(map(int, fields["shape"])), files, fields["position"])
+    file = str(fields["file"])
+    if not _FILE.fullmatch(file):
+        raise ValueError(f"a file with another name: {file[:200]}")
+    return Entry(str(fields["dtype"]), tuple(map(int, fields["shape"])), file, fields["position"])
 
 
 class StateDirectory:
@@ -237,12 +242,9 @@ def trust(manifest: Manifest) -> None:
     _ours.add(manifest.identity)
 
 
-def checksum(file: str) -> int:
-    """Of a file's bytes, by its name."""
-    found = _FILE.fullmatch(file)
-    if found is None:
-        raise ValueError(f"expected the name of a file of values, received '{file}'.")
-    return int(found[1])
+def checksum(contents: Any) -> int:
+    """Of bytes: 64 bits of XXH3, which takes no longer than to read them."""
+    return xxhash.xxh3_64_intdigest(contents)
 
 
 def _owner(path: pathlib.Path) -> str:

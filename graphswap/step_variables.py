@@ -13,7 +13,7 @@ from graphswap.cost_model import DeviceSpec
 from graphswap.host_variable import HostVariable, adopt, value_bytes, value_tier
 from graphswap.plan import Place
 from graphswap.report import StepReport
-from graphswap.variables import far_bytes, values
+from graphswap.variables import far_bytes, updates, values
 
 _CHEAP = 0.05
 """Of a step: to keep values, or to settle them, takes no longer."""
@@ -46,7 +46,7 @@ class StepVariables:
         self._traced_tiers: list[tuple[tf.Variable, str]] = []  # where the variables were when the steps were traced
         self._layout = placement.Variables()  # of those on the device
         self._fences: list[Any] = []  # behind the holes for small buffers
-        self._pieces: list[tuple[HostVariable, str, list[tf.Tensor]]] = []  # what was in which tier before the step
+        self._far: list[tuple[HostVariable, str, list[tf.Tensor]]] = []  # what was in which tier before the step
         self._trials = _TRIALS  # that are left
         self._keeping_seconds = self._settling_seconds = self._step_seconds = 0.0
 
@@ -65,7 +65,7 @@ class StepVariables:
     def prepare(self) -> None:
         """Keeps the variables' values for the case that the step fails half way, and lets it meet the usual layout."""
         self._layout.forget()
-        self._keep_pieces()
+        self._keep_far()
         if profiler.memory_in_use() is not None:
             self._keep()
             self._settle()
@@ -82,10 +82,10 @@ class StepVariables:
 
     def restore(self) -> bool:
         """Gives variables the values of before the step, as far as they were kept. Whether those on the device were."""
-        for variable, tier, pieces in self._pieces:
+        for variable, tier, contents in self._far:
             if variable.tier == tier:
-                variable.restore(pieces)
-        self._pieces.clear()
+                variable.restore(contents)
+        self._far.clear()
         return self._layout.restore()
 
     def commit(self, step: StepReport | None) -> None:
@@ -101,7 +101,7 @@ class StepVariables:
             step = None
         if step is not None:
             step.measured_host_bytes = max(step.measured_host_bytes, self._host_bytes())
-        self._pieces.clear()
+        self._far.clear()
         if self._hosted:
             if self._tiers.keeps_state:
                 model_state.commit(self._state(), self._tiers)
@@ -129,10 +129,12 @@ class StepVariables:
             self._layout.keep()
             self._keeping_seconds = time.perf_counter() - start
 
-    def _keep_pieces(self) -> None:
-        """The same for variables in far tiers. Costs nothing until they get new values."""
+    def _keep_far(self) -> None:
+        """The same for variables in far tiers, at no cost: a step does not write over the values of before."""
         hosted = {id(variable): variable for variable in self._hosted}.values()
-        self._pieces = [(variable, variable.tier, variable.pieces()) for variable in hosted]
+        for variable in hosted:
+            variable.reserve()
+        self._far = [(variable, variable.tier, variable.contents()) for variable in hosted]
 
     def _settle(self) -> None:
         """Lets every step meet the same layout of memory; on a GPU unless that takes long beside the step.
@@ -152,13 +154,8 @@ class StepVariables:
         return profiler.is_emulated() or seconds <= _CHEAP * self._step_seconds
 
     def _host_bytes(self) -> int:
-        """Bytes of variables in host memory after a step: their values, and those of before where these are others."""
-        total = 0
-        for variable, tier, before in self._pieces:
-            if tier == variable.tier == "host":
-                for old, new in zip(before, variable.pieces(), strict=True):
-                    total += int(tf.strings.length(new)) + (int(tf.strings.length(old)) if bool(old != new) else 0)
-        return total
+        """Bytes of variables in host memory: their values, and those of before or room for the next ones."""
+        return sum(variable.far_bytes for variable, tier, _ in self._far if tier == variable.tier == "host")
 
     def _used_variables(self) -> Mapping[str, tf.Variable]:
         return model_state.named_variables(self._used.values())
@@ -257,11 +254,13 @@ class StepVariables:
         self._traced_tiers += [(variable, value_tier(variable)) for variable in captured.values()]
         if not places:
             return
-        used = values(graph)
-        placed = [adopt(captured[place.variable]) for place in places if place.variable in used]
-        self._hosted += placed
-        self._keep_pieces()
-        graphdef.capture(func_graph, [handle for variable in placed for handle in variable.store_handles])
+        used, updated = values(graph), updates(graph)
+        placed = {place.variable: adopt(captured[place.variable]) for place in places if place.variable in used}
+        for name, variable in placed.items():
+            variable.reserve(name in updated)
+        self._hosted += placed.values()
+        self._keep_far()
+        graphdef.capture(func_graph, [handle for variable in placed.values() for handle in variable.store_handles])
 
     def move(self, captured: Mapping[str, tf.Variable], places: Sequence[Place]) -> bool:
         """Brings variables to their tiers, those without a place to the device. Whether any has moved."""

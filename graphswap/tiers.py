@@ -4,9 +4,8 @@
   tensor per piece. Strings live outside the device allocator.
 * disk: a file per piece in a private directory, removed at exit, or by the next process after a crash.
 
-Variables that live in a far tier are string variables there, one per piece (`fetch`, `store`). On disk these hold the
-names of files, which are written once: a store writes new ones. If the user names a directory, they lie in a
-`state_directory` there, which stays.
+Variables that live in a far tier have memory there (`memory`), which on disk is a file's. If the user names a
+directory, such files lie in a `state_directory` there, which stays.
 
 On its way to a string or a file a value above 16 MiB travels in pieces of about 4 MiB: glibc then serves the strings
 from memory it already has, and neither protobuf's 2 GiB limit nor a second full copy gets in the way. The bits do not
@@ -25,22 +24,23 @@ import os
 import pathlib
 import shutil
 import tempfile
+import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
-from graphswap import ir, state_directory
+from graphswap import far_memory, ir, state_directory
 
 _PREFIX = "graphswap-"
 _STATE = "state"
-_CHECKSUMS = 2**62
 _NUMBERS = itertools.count()
 _STATES: weakref.WeakValueDictionary[str, state_directory.StateDirectory] = weakref.WeakValueDictionary()
 """All that this process keeps: steps of one training may be compiled anew, with tiers of their own."""
 _USERS: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
-"""Variables that have been on disk."""
+"""What may have memory on disk."""
 _AHEAD = 2
 """How many pieces of a value are read from files before they are needed."""
 
@@ -127,52 +127,43 @@ class Tiers:
             targets.append(target)
         return tf.reshape(target, shape)
 
-    def fetch(self, handles: Sequence[Any], dtype: str, shape: tuple[int | None, ...] | None, tier: str) -> tf.Tensor:
-        """Adds the ops that bring a variable's value from a far tier to the device.
+    def memory(self, tier: str, nbytes: int) -> tuple[np.ndarray, pathlib.Path | None]:
+        """New far memory for a variable's value, and the file that it is of on the disk.
 
         Args:
-            handles: Of the string variables that hold its pieces, or the names of their files.
-            dtype: Of the value.
-            shape: Of the value.
             tier: "host" or "disk".
+            nbytes: Of the value.
+
+        Raises:
+            SwapSpaceError: If there is no room for it.
+            StateError: If the user named a directory, and the state in it is that of another training.
         """
-        pieces = [tf.raw_ops.ReadVariableOp(resource=handle, dtype=tf.string) for handle in handles]
-        return self.swap_in(FarCopy(pieces, [], is_file=tier == "disk"), dtype, shape)
+        if tier == "host":
+            return far_memory.host(nbytes), None
+        with self.explaining():
+            path = self._new_file()
+            return far_memory.file(path, nbytes), path
 
-    def store(self, tensor: tf.Tensor, handles: Sequence[Any], tier: str) -> list[Any]:
-        """Adds the ops that give a variable in a far tier a new value. Whoever waits for these may rely on it.
+    def write(self, contents: Any) -> str:
+        """Writes bytes to a new file in `variables_directory`, and returns its name.
 
-        Args:
-            tensor: The value, of a static shape.
-            handles: As for `fetch`.
-            tier: "host" or "disk".
+        Raises:
+            OSError: If it can't be written. Then there is no file.
         """
-        contents = strings(tensor)
-        if tier == "disk":
-            contents = self.write(contents)
-        # All or none: if one can't be written, the variable keeps its value.
-        with tf.control_dependencies(contents):
-            return [
-                tf.raw_ops.AssignVariableOp(resource=handle, value=string)
-                for handle, string in zip(handles, contents, strict=True)
-            ]
+        path = self._new_file()
+        try:
+            path.write_bytes(contents)
+        except OSError as error:
+            path.unlink(missing_ok=True)
+            raise OSError(error.errno, error.strerror, str(path)) from error  # a full disk does not say where
+        return path.name
 
-    def write(self, contents: Sequence[Any]) -> list[tf.Tensor]:
-        """Adds the ops that write strings to new files in `variables_directory`. Returns the files' names.
-
-        A name says number, time and checksum, so that no two files ever have the same one, and it tells by itself
-        whether a file is whole.
-        """
-        names = []
-        for string in contents:
-            path = self.variables_directory() / str(next(_NUMBERS))
-            with tf.device("CPU:0"), tf.control_dependencies([string]):
-                now = tf.strings.as_string(tf.cast(tf.timestamp() * 1e6, tf.int64))
-                name = tf.strings.join([f"{path}-", now, "-", tf.strings.as_string(checksum(string))])
-                write = tf.raw_ops.WriteFile(filename=name, contents=string)
-                with tf.control_dependencies([write]):
-                    names.append(tf.identity(name))
-        return names
+    def _new_file(self) -> pathlib.Path:
+        """Where another variable's value can lie. No two files ever have the same name."""
+        directory = self.variables_directory()
+        if not self.keeps_state:
+            directory.mkdir(exist_ok=True)
+        return directory / f"{next(_NUMBERS)}-{time.time_ns()}"
 
     def variables_directory(self) -> pathlib.Path:
         """Where the files of variables lie, made on the first call.
@@ -202,15 +193,15 @@ class Tiers:
         return self._state
 
     def clean(self) -> None:
-        """Removes files of variables that are neither a variable's value now nor part of the last state."""
+        """Removes files of variables that are neither a variable's memory now nor part of the last state."""
         path = self._used_for_variables()
         if path is not None:
-            values = {os.path.basename(name) for variable in list(_USERS.values()) for name in variable.files()}
-            state_directory.clean(path, values | self._committed())
+            used = {file.name for user in list(_USERS.values()) for file in user.files()}
+            state_directory.clean(path, used.union(self._committed()))
 
-    def discard(self, files: Sequence[str]) -> None:
-        """Removes files of these tiers that a variable's value lay in, unless they are part of the last state."""
-        for path in map(pathlib.Path, files):
+    def discard(self, files: Iterable[pathlib.Path]) -> None:
+        """Removes files of these tiers that were a variable's memory, unless they are part of the last state."""
+        for path in files:
             if path.parent == self._used_for_variables() and path.name not in self._committed():
                 path.unlink(missing_ok=True)
 
@@ -227,8 +218,7 @@ class Tiers:
             StateError: If the user named a directory, and the state in it is that of another training.
         """
         with self.explaining():
-            path = self.variables_directory()
-            path.mkdir(exist_ok=True)
+            path = self._new_file().parent
             has = shutil.disk_usage(path).free + state_directory.files_bytes(path)
         if nbytes > has:
             raise self._space_error(path, f"expected room for {nbytes / 2**30:.1f}GiB, received {has / 2**30:.1f}GiB")
@@ -239,9 +229,10 @@ class Tiers:
             return None if self._state is None else self._state.path
         return None if self._files is None else self._files / _STATE
 
-    def _committed(self) -> set[str]:
+    def _committed(self) -> Collection[str]:
         """Names of the files that are part of the last state."""
-        return self._state.manifest.files if self._state is not None and self._state.manifest is not None else set()
+        manifest = self._state.manifest if self._state is not None else None
+        return manifest.checksums.keys() if manifest is not None else ()
 
     def explained(self, error: Exception) -> SwapSpaceError | None:
         """What an error means for a user, if it is about a directory of these tiers."""
@@ -299,19 +290,20 @@ class Tiers:
         return self._files
 
 
-def use(variable: Any) -> None:
-    """Notes that a variable may be on disk. It is to have a method `files`, which names its files."""
-    _USERS[id(variable)] = variable
+def use(user: Any) -> None:
+    """Notes that something may have memory on disk. It is to have a method `files`, which names its files."""
+    _USERS[id(user)] = user
+
+
+def is_committed(file: pathlib.Path) -> bool:
+    """Whether a file is part of the last state that this process has written to its directory."""
+    state = _STATES.get(str(file.parent))
+    return state is not None and state.manifest is not None and file.name in state.manifest.checksums
 
 
 def state_path(directory: str | os.PathLike[str]) -> pathlib.Path:
     """Where variables lie in a directory that the user named."""
     return pathlib.Path(directory) / _STATE
-
-
-def checksum(string: Any) -> tf.Tensor:
-    """Adds the op that works out what the name of a file says about its bytes."""
-    return tf.strings.to_hash_bucket_fast(string, _CHECKSUMS)
 
 
 def default_directory() -> pathlib.Path:

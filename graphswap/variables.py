@@ -9,6 +9,10 @@ from graphswap import ir, liveness
 SMALL_BYTES = 64 << 10
 """Variables and other storages up to this size stay on the device: moving them costs more than it frees."""
 
+_FAR_DTYPES = frozenset(
+    "bool int8 uint8 int16 uint16 int32 uint32 int64 uint64 "
+    "float16 bfloat16 float32 float64 complex64 complex128".split()
+)
 _WRITES = liveness.ASSIGNS | liveness.UPDATES
 _ACCESSES = {"ReadVariableOp", "ResourceGather"} | _WRITES
 
@@ -24,6 +28,16 @@ def values(graph: ir.Graph) -> dict[str, ir.Value]:
         elif variable in variables and node.op in _WRITES:
             found.setdefault(variable, graph.value(node.inputs[1]))
     return found
+
+
+def updates(graph: ir.Graph) -> set[str]:
+    """The variables that the graph gives new values."""
+    return {node.inputs[0] for node in graph.nodes if node.op in _WRITES}
+
+
+def can_leave(dtype: str) -> bool:
+    """Whether TensorFlow's ops read and write values of this type in far memory."""
+    return dtype in _FAR_DTYPES
 
 
 def unplaceable(graph: ir.Graph) -> dict[str, str]:
@@ -50,6 +64,8 @@ def unplaceable(graph: ir.Graph) -> dict[str, str]:
     for variable, value in known.items():
         if not value.is_resolved or not value.nbytes:
             reasons[variable] = f"its size is open: {value}"
+        elif not can_leave(value.dtype):
+            reasons[variable] = f"values of its type stay on the device: {value}"
     return reasons
 
 
@@ -74,7 +90,7 @@ def far_bytes(graph: ir.Graph) -> dict[str, int]:
 
     Twice its bytes if it is updated: its old value stays until the step's end, so that the step can be undone.
     """
-    updated = {node.inputs[0] for node in graph.nodes if node.op in _WRITES}
+    updated = updates(graph)
     return {name: value.nbytes * (1 + (name in updated)) for name, value in values(graph).items()}
 
 

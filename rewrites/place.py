@@ -15,10 +15,10 @@ _GATHER = "GatherV2"
 def place(graph: ir.Graph, plan: Plan) -> ir.Graph:
     """Returns the graph with the plan's `Place` decisions carried out, whatever else the plan says.
 
-    The variable's own node stays, and holds no bytes. If it is used, handles of the pieces of the far copy come behind
-    the other arguments, "v/store", "v/store_1" ... A `FETCH` stands before the first reader. What reads the variable
-    after its update reads the new value; a `STORE` stands where the last update did, after all that read the fetched
-    value: what is repeated later would fetch the new one.
+    The variable's own node stays, and holds no bytes. If it is used, handles of its far value and of memory for the
+    next one come behind the other arguments, "v/store" and "v/spare". A `FETCH` stands before the first reader. What
+    reads the variable after its update reads the new value; a `STORE` stands where the last update did, after all that
+    read the fetched value: what is repeated later would fetch the new one.
 
     Raises:
         PlanError: If a variable can't be placed; see `variables.unplaceable`.
@@ -56,8 +56,7 @@ class _Placer:
                 last[node.inputs[0]] = node.name
         arguments = []
         for variable in [variable for variable in self.tiers if variable in self.values]:
-            pieces = ir.swap_pieces(self.values[variable])
-            names = tuple(ir.fresh_name(f"{variable}/store", self.taken) for _ in range(pieces))
+            names = tuple(ir.fresh_name(f"{variable}/{what}", self.taken) for what in ("store", "spare"))
             self.handles[variable] = names
             arguments += names
         for name in arguments:
@@ -104,7 +103,7 @@ class _Placer:
         if variable not in self.current:
             name = ir.fresh_name(f"{variable}/fetch", self.taken)
             outputs, attrs = (self.values[variable],), self._attrs(variable)
-            self._add(ir.Node(name, ir.FETCH, self.handles[variable], outputs=outputs, attrs=attrs))
+            self._add(ir.Node(name, ir.FETCH, self.handles[variable][:1], outputs=outputs, attrs=attrs))
             self.current[variable] = name
             self.readers[name] = []
         return self.current[variable]

@@ -12,7 +12,17 @@ ROOT = pathlib.Path(__file__).parent.parent
 # exposes, which it imports on first use.
 FLOORS = (
     {"package"},
-    {"ir", "allocator", "bound", "host_memory", "new_directory", "progress", "replanning", "state_directory"},
+    {
+        "ir",
+        "allocator",
+        "bound",
+        "far_memory",
+        "host_memory",
+        "new_directory",
+        "progress",
+        "replanning",
+        "state_directory",
+    },
     {"tiers", "placement"},
     {"plan", "cost_model", "liveness", "graphdef", "parser"},
     {"collectives", "devices", "fusion", "replicas", "variables"},
@@ -59,7 +69,7 @@ STEPS = {
         {"graphswap_cli"},
     ),
 }
-TENSORFLOW_DOORS = {"graphdef", "tiers", "placement", "profiler", "host_variable"}
+TENSORFLOW_DOORS = {"graphdef", "far_memory", "tiers", "placement", "profiler", "host_variable"}
 PRIVATE_TENSORFLOW_DOORS = {"graphdef", "profiler"}
 PRIVATE_KERAS_DOORS = {"keras_compile"}
 JAX_DOORS = {"pjrt", "tools/jax_gpt"}

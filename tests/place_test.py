@@ -32,9 +32,12 @@ def test_variables_are_fetched_before_their_readers_and_stored_after_them():
     testing.assert_graph_text(
         ir.verify(place(STEP, BOTH)),
         """
-        graph step(%x, %w, %m, %w/store, %m/store) -> (%loss) after(%assign_m/store, %assign_w/store) {
+        graph step(%x, %w, %m, %w/store, %w/spare, %m/store, %m/spare) -> (%loss)
+          after(%assign_m/store, %assign_w/store) {
           %w/store = Placeholder() : (resource[])
+          %w/spare = Placeholder() : (resource[])
           %m/store = Placeholder() : (resource[])
+          %m/spare = Placeholder() : (resource[])
           %x = Placeholder() : (float32[8,8])
           %w = Placeholder() : (resource[])
           %m = Placeholder() : (resource[])
@@ -44,12 +47,13 @@ def test_variables_are_fetched_before_their_readers_and_stored_after_them():
           %grad = MatMul(%x, %y) : (float32[8,8])
           %m/fetch = Fetch(%m/store) {"tier": "disk", "variable": "m"} : (float32[8,8])
           %assign_m/value = AddV2(%m/fetch, %grad) {"is_inserted": true} : (float32[8,8])
-          %assign_m/store = Store!(%assign_m/value, %m/store) {"tier": "disk", "variable": "m"} : ()
+          %assign_m/store = Store!(%assign_m/value, %m/store, %m/spare) {"tier": "disk", "variable": "m"} : ()
           # What reads m after its update reads the new value, without waiting for the store.
           %grad_x = MatMul(%y, %w/fetch) : (float32[8,8])
           %assign_w/value = Sub(%w/fetch, %assign_m/value) {"is_inserted": true} : (float32[8,8])
           # After all that read the old value: they might be repeated.
-          %assign_w/store = Store!(%assign_w/value, %w/store) {"tier": "host", "variable": "w"} after(%y, %grad_x) : ()
+          %assign_w/store = Store!(%assign_w/value, %w/store, %w/spare) {"tier": "host", "variable": "w"}
+            after(%y, %grad_x) : ()
           %done = NoOp!() after(%assign_w/store, %grad_x) : ()
         }
         """,
@@ -70,7 +74,7 @@ def test_of_several_updates_the_last_one_is_stored():
     placed = place(graph, Plan(decisions=(Place("v"),)))
     assert [str(node) for node in placed.nodes if node.op in (ir.FETCH, ir.STORE, "AddV2")] == [
         '%second/value = AddV2(%d, %d) {"is_inserted": true} : (float32[8])',
-        '%second/store = Store!(%second/value, %v/store) {"tier": "host", "variable": "v"} : ()',
+        '%second/store = Store!(%second/value, %v/store, %v/spare) {"tier": "host", "variable": "v"} : ()',
     ]
 
 
@@ -89,7 +93,7 @@ def test_a_gather_reads_the_whole_variable():
     assert str(placed.by_name["out"]) == '%out = GatherV2(%table/fetch, %rows) {"is_inserted": true} : (float32[2,8])'
 
 
-def test_large_variables_have_several_pieces():
+def test_a_fetch_takes_no_more_than_its_value():
     graph = parser.parse(
         """
         graph large(%v) -> (%read) {
@@ -99,12 +103,11 @@ def test_large_variables_have_several_pieces():
         """
     )
     placed = place(graph, Plan(decisions=(Place("v"),)))
-    pieces = ir.swap_pieces(ir.Value("float32", (8388608,)))
-    assert placed.inputs == ("v", "v/store", *(f"v/store_{i}" for i in range(1, pieces)))
-    assert placed.by_name["v/fetch"].inputs == placed.inputs[1:]
+    assert placed.inputs == ("v", "v/store", "v/spare")
+    assert placed.by_name["v/fetch"].inputs == ("v/store",)
     model = CostModel(DeviceSpec(links={"host": Link(1e9, 2**30, 0.0)}))
     assert model.seconds(placed, placed.by_name["v/fetch"]) == 1 / 32
-    assert simulate(placed, Plan(), model).peak_bytes == (32 << 20) + (32 << 20) // pieces
+    assert simulate(placed, Plan(), model).peak_bytes == 32 << 20
 
 
 def test_without_places_it_is_the_same_object():
@@ -127,6 +130,19 @@ def test_a_variable_that_nothing_uses_only_leaves():
 def test_the_graph_says_what_is_placed():
     assert place(STEP, BOTH).placed == {"w": "host", "m": "disk"}
     assert STEP.placed == {}
+
+
+def test_what_far_memory_does_not_take_stays():
+    graph = parser.parse(
+        """
+        graph small(%v) -> (%read) {
+          %v = Placeholder() {"held_bytes": [256]} : (resource[])
+          %read = ReadVariableOp!(%v) : (float8_e5m2[256])
+        }
+        """
+    )
+    with pytest.raises(PlanError, match=r"values of its type stay on the device: float8_e5m2\[256\]"):
+        place(graph, Plan(decisions=(Place("v"),)))
 
 
 def test_what_is_no_variable_is_refused():

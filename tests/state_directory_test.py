@@ -11,9 +11,9 @@ import pytest
 from graphswap import state_directory
 from graphswap.state_directory import Entry, Manifest, StateDirectory, StateError
 
-FILE = "3-1700000000000000-42"
+FILE, SMALL = "3-1700000000000000", "4-1700000000000000"
 MANIFEST = Manifest(
-    7, {"w": Entry("float32", (2, 3), (FILE,)), "b": Entry("int64", (), ("4-1700000000000000-9",), 1)}, "0.1.0"
+    7, {"w": Entry("float32", (2, 3), FILE), "b": Entry("int64", (), SMALL, 1)}, {FILE: 42, SMALL: 9}, "0.1.0"
 )
 
 
@@ -32,7 +32,7 @@ COMMIT = """
 import pathlib, sys
 from graphswap.state_directory import Manifest, StateDirectory
 directory = StateDirectory(pathlib.Path(sys.argv[1]))
-directory.commit(Manifest(7, {}, "0.1.0"))
+directory.commit(Manifest(7, {}, {}, "0.1.0"))
 print("done", flush=True)
 sys.stdin.readline()
 """
@@ -41,8 +41,7 @@ sys.stdin.readline()
 def test_a_manifest_survives_json():
     again = Manifest.from_json(MANIFEST.to_json())
     assert again == MANIFEST
-    assert again.files == {FILE, "4-1700000000000000-9"}
-    assert Manifest(7, {}, "0.1.0").identity != Manifest(7, {}, "0.1.0").identity
+    assert Manifest(7, {}, {}, "0.1.0").identity != Manifest(7, {}, {}, "0.1.0").identity
 
 
 def test_what_is_committed_is_read(path):
@@ -58,7 +57,7 @@ def test_a_commit_that_fails_leaves_the_last_one(path):
     directory.commit(MANIFEST)
     (path / "manifest.json.new").symlink_to("/dev/full")
     with pytest.raises(OSError, match="No space left"):
-        directory.commit(Manifest(8, {}, "0.1.0"))
+        directory.commit(Manifest(8, {}, {}, "0.1.0"))
     assert directory.manifest is MANIFEST
     assert state_directory.read(path) == MANIFEST
 
@@ -66,17 +65,17 @@ def test_a_commit_that_fails_leaves_the_last_one(path):
 def test_only_files_of_values_that_nobody_needs_are_removed(path):
     directory = StateDirectory(path)
     directory.commit(MANIFEST)
-    for name in (FILE, "5-1700000000000000-42", "notes.txt"):
+    for name in (FILE, "5-1700000000000000", "notes.txt"):
         (path / name).write_text("")
-    state_directory.clean(path, MANIFEST.files)
+    state_directory.clean(path, MANIFEST.checksums.keys())
     assert sorted(file.name for file in path.iterdir()) == [FILE, "lock", "manifest.json", "notes.txt"]
     state_directory.clean(path / "gone", ())
 
 
-def test_a_checksum_is_part_of_the_name():
-    assert state_directory.checksum(FILE) == 42
-    with pytest.raises(ValueError, match=r"expected the name of a file of values, received 'notes\.txt'"):
-        state_directory.checksum("notes.txt")
+def test_a_checksum_tells_bytes_apart():
+    """Also from those in another order."""
+    assert state_directory.checksum(b"\1\0" * 4096) == state_directory.checksum(bytearray(b"\1\0" * 4096))
+    assert state_directory.checksum(b"\1\0" * 4096) != state_directory.checksum(b"\0\1" * 4096)
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------
@@ -145,14 +144,15 @@ def test_a_directory_without_a_state_is_refused(path):
         ("[1]", "something else (TypeError: "),
         ("{}", "something else (KeyError: 'format')"),
         (json.dumps({"format": 99, "graphswap": "9.0"}), "format 99, of graphswap 9.0"),
-        (MANIFEST.to_json().replace(FILE, "../../etc/passwd"), "files with other names: ../../etc/passwd"),
+        (MANIFEST.to_json().replace(FILE, "../../etc/passwd"), "a file with another name: ../../etc/passwd"),
+        (MANIFEST.to_json().replace(f'"{SMALL}": 9', '"5-1": 9'), f"something else (KeyError: '{SMALL}')"),
         (MANIFEST.to_json()[:-20], "something else (JSONDecodeError: "),
     ],
 )
 def test_a_manifest_that_is_not_understood_is_refused(path, text, received):
     path.mkdir()
     (path / "manifest.json").write_text(text)
-    expected = re.escape(f"expected a manifest of format 1 in '{path}/manifest.json', received {received}")
+    expected = re.escape(f"expected a manifest of format 2 in '{path}/manifest.json', received {received}")
     for read in (state_directory.read, StateDirectory):
         with pytest.raises(StateError, match=f"{expected}.*Read it with the version of graphswap that wrote it"):
             read(path)

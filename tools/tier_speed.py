@@ -23,8 +23,9 @@ from typing import Any
 import numpy as np
 from absl import app, flags
 
-from graphswap import emulate, state_directory, tiers
+from graphswap import emulate, far_memory, state_directory, tiers
 from graphswap.cost_model import MEMORY_VARIABLE
+from graphswap.host_variable import HostVariable, adopt
 from graphswap.tools.benchmark import machine, markdown_table
 
 _MIB = 1 << 20
@@ -34,13 +35,13 @@ REFERENCES: Mapping[str, str] = {
     "host in": "memcpy",
     "disk out": "dd write",
     "disk in": "dd read",
-    "disk out, no checksum": "dd write",
+    "disk out, checksum": "dd write",
 }
 """What each way is held against."""
 
 
-def ways(directory: pathlib.Path, count: int) -> tuple[dict[str, Callable[[], Any]], Callable[[], None]]:
-    """What is timed, by its name: each moves `count` values of 64 MiB. And what removes files of before.
+def ways(directory: pathlib.Path, count: int) -> dict[str, Callable[[], Any]]:
+    """What is timed, by its name: each moves `count` values of 64 MiB, as planned steps store and fetch them.
 
     Args:
         directory: Where files are made.
@@ -53,7 +54,6 @@ def ways(directory: pathlib.Path, count: int) -> tuple[dict[str, Callable[[], An
     values = [tf.random.stateless_uniform(shape, (0, seed)) for seed in range(count)]
     source = np.ones(count * _VALUE_BYTES, np.uint8)
     target = np.ones_like(source)
-    pieces = len(tiers.strings(values[0]))
     found: dict[str, Callable[[], Any]] = {"memcpy": lambda: np.copyto(target, source)}
 
     def dd(source: str, target: str) -> None:
@@ -61,59 +61,53 @@ def ways(directory: pathlib.Path, count: int) -> tuple[dict[str, Callable[[], An
         subprocess.run([*command, "status=none"], check=True)
 
     def dd_write() -> None:
-        (directory / "dd").unlink(missing_ok=True)  # a new file, as a store writes
+        (directory / "dd").unlink(missing_ok=True)
         dd("/dev/zero", str(directory / "dd"))
 
     found["dd write"] = dd_write
     found["dd read"] = lambda: dd(str(directory / "dd"), "/dev/null")
+    variables: list[HostVariable] = []
     for tier in ("host", "disk"):
-        with tf.device("CPU:0"):
-            variables = [[tf.Variable("", dtype=tf.string) for _ in range(pieces)] for _ in values]
-        handles = [[piece.handle for piece in variable] for variable in variables]
+        variables = [adopt(tf.Variable(tf.zeros(shape))) for _ in values]
+        for variable in variables:
+            variable.move(tier, far)
+            variable.reserve(is_updated=True)
 
         @tf.function(autograph=False)
-        def out(handles=handles, tier=tier):
+        def out(variables=tuple(variables)):
             done: list = []
-            for value, of_value in zip(values, handles, strict=True):
+            for value, variable in zip(values, variables, strict=True):
                 with tf.control_dependencies(done):
-                    done = far.store(tf.identity(value), of_value, tier)
+                    done = far_memory.store(tf.identity(value), *variable.store_handles)
 
         @tf.function(autograph=False)
-        def back(handles=handles, tier=tier):
+        def back(variables=tuple(variables)):
             ends: list = []
-            for of_value in handles:
+            for variable in variables:
                 with tf.control_dependencies(ends[-1:]):
-                    ends.append(far.fetch(of_value, "float32", shape, tier)[-1, -1])
+                    ends.append(far_memory.fetch(variable.store_handles[0], "float32", shape)[-1, -1])
             return ends
 
         found[f"{tier} out"], found[f"{tier} in"] = out, back
 
-    @tf.function(autograph=False)
-    def plain_files() -> None:
-        done: list = []
-        for value in values:
-            with tf.control_dependencies(done):
-                done = far.swap_out(tf.identity(value), "disk").operations
+    def out_with_checksums(store: Callable[[], Any] = found["disk out"]) -> None:
+        store()
+        for variable in variables:
+            state_directory.checksum(variable.view())
 
-    found["disk out, no checksum"] = plain_files
-
-    def clean() -> None:
-        on_disk = [tf.raw_ops.ReadVariableOp(resource=h, dtype=tf.string).numpy() for of in handles for h in of]
-        state_directory.clean(tiers.state_path(directory), {os.path.basename(os.fsdecode(name)) for name in on_disk})
-
-    return found, clean
+    found["disk out, checksum"] = out_with_checksums
+    return found
 
 
 def measure(directory: pathlib.Path, count: int, rounds: int, say: Callable[[str], None]) -> dict[str, list[float]]:
     """Seconds of each way, in turns; a first round, in which memory is touched for the first time, is left out."""
-    timed, clean = ways(directory, count)
+    timed = ways(directory, count)
     seconds: dict[str, list[float]] = {name: [] for name in timed}
     for number in range(rounds + 1):
         for name, run in timed.items():
             start = time.perf_counter()
             run()
             seconds[name] += [time.perf_counter() - start] if number else []
-            clean()
         say(f"round {number} of {rounds}")
     return seconds
 
@@ -147,7 +141,7 @@ def main(argv: Sequence[str]) -> None:
     except (flags.Error, app.UsageError) as error:
         sys.exit(f"tier_speed: {error}")
     if MEMORY_VARIABLE not in os.environ:
-        memory_bytes = (2 * count.value + 4) * _VALUE_BYTES
+        memory_bytes = (3 * count.value + 4) * _VALUE_BYTES
         sys.exit(emulate.run_script(memory_bytes, [__file__, *argv[1:]]))
     described = machine()
     print(", ".join(f"{name} {value}" for name, value in described.items()), flush=True)

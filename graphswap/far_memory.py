@@ -1,0 +1,130 @@
+"""Memory outside of the device, of the host or of a file, that TensorFlow's ops read and write as a tensor's buffer.
+
+Tensors share it through DLPack, so the device's allocator does not count it. A file's memory is shared with the file:
+what is written there is in it at once, whatever becomes of the process.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import pathlib
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+_ALIGNMENT = 64  # TensorFlow aborts on tensors that are not aligned
+_KINDS = "biufc"
+"""Kinds of types that numpy passes on through DLPack."""
+_LIBC = ctypes.CDLL(None, use_errno=True)
+_LIBC.mmap.restype = ctypes.c_void_p
+_LIBC.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long)
+_LIBC.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+_FAILED = ctypes.c_void_p(-1).value
+
+
+def host(nbytes: int) -> np.ndarray:
+    """Bytes of the host's memory, not set to anything."""
+    memory = np.empty(nbytes + _ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % _ALIGNMENT
+    return memory[start : start + nbytes]
+
+
+def file(path: pathlib.Path, nbytes: int) -> np.ndarray:
+    """Bytes of a new file, not set to anything. The disk's room for all of them is taken at once.
+
+    The file may be removed: its memory stays for as long as it is used.
+
+    Args:
+        path: Of the file, which must not exist.
+        nbytes: Of the file.
+
+    Raises:
+        OSError: If it can't be made, or there is no room for it. Then there is no file.
+    """
+    if not nbytes:
+        path.touch(exist_ok=False)
+        return host(0)
+    # Python's own mmap would keep a descriptor for each file, of which a process may have a thousand.
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        os.posix_fallocate(descriptor, 0, nbytes)
+        address = _LIBC.mmap(None, nbytes, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED, descriptor, 0)
+        if address == _FAILED:
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        os.close(descriptor)
+    memory = (ctypes.c_uint8 * nbytes).from_address(address)
+    weakref.finalize(memory, _LIBC.munmap, address, nbytes).atexit = False  # threads of TensorFlow's may still run then
+    return np.ctypeslib.as_array(memory)
+
+
+def tensor(memory: np.ndarray, dtype: tf.DType, shape: Sequence[int]) -> tf.Tensor:
+    """A tensor in the memory, which it keeps alive.
+
+    Args:
+        memory: Bytes, as from `host` or `file`.
+        dtype: Of fixed size.
+        shape: Of the tensor.
+    """
+    numpy_dtype = np.dtype(dtype.as_numpy_dtype)
+    is_known = numpy_dtype.kind in _KINDS
+    array = memory.view(numpy_dtype if is_known else f"u{numpy_dtype.itemsize}").reshape(shape)
+    shared = tf.experimental.dlpack.from_dlpack(array.__dlpack__())
+    return shared if is_known else tf.bitcast(shared, dtype)
+
+
+def view(value: tf.Tensor) -> np.ndarray:
+    """The bytes of a tensor in the CPU's memory, which stays alive: its own buffer where numpy can, else a copy."""
+    numpy_dtype = np.dtype(value.dtype.as_numpy_dtype)
+    try:
+        if numpy_dtype.kind not in _KINDS:
+            value = tf.bitcast(value, f"uint{8 * numpy_dtype.itemsize}")
+        array = np.from_dlpack(value)
+    except (BufferError, TypeError, ValueError, RuntimeError, tf.errors.OpError):
+        array = value.numpy()
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+
+
+def fetch(handle: tf.Tensor, dtype: str, shape: tuple[int | None, ...] | None) -> tf.Tensor:
+    """Adds the ops that copy a far value to the device.
+
+    Args:
+        handle: Resource that holds the value, with one dimension of length 1 in front.
+        dtype: Of the value.
+        shape: Of the value.
+    """
+    with tf.device("CPU:0"):
+        value = tf.raw_ops.DeepCopy(x=tf.raw_ops.ReadVariableOp(resource=handle, dtype=tf.dtypes.as_dtype(dtype)))
+        return tf.reshape(value, shape)
+
+
+def store(value: tf.Tensor, handle: tf.Tensor, spare: tf.Tensor) -> list[Any]:
+    """Adds the ops that copy a value to spare far memory, which then takes the place of the value of before.
+
+    Nothing may read that any more when it is next stored to: two stores later, it is written over.
+
+    Args:
+        value: Of a static shape.
+        handle: Resource that holds the value of before, with one dimension of length 1 in front.
+        spare: Resource that holds memory for another one.
+
+    Returns:
+        Operations. Whoever waits for these may rely on the new value.
+    """
+    with tf.device("CPU:0"):
+        old = tf.raw_ops.ReadVariableOp(resource=handle, dtype=value.dtype)
+        memory = tf.raw_ops.ReadVariableOp(resource=spare, dtype=value.dtype)
+        new = tf.raw_ops.InplaceUpdate(x=memory, i=[0], v=tf.expand_dims(value, 0))
+        with tf.control_dependencies([old, new]):
+            taken = tf.raw_ops.AssignVariableOp(resource=handle, value=new)
+        with tf.control_dependencies([taken]):
+            left = tf.raw_ops.AssignVariableOp(resource=spare, value=old)
+    return [taken, left]
