@@ -18,7 +18,7 @@ import numpy as np
 import tensorflow as tf
 
 _ALIGNMENT = 64  # TensorFlow aborts on tensors that are not aligned
-_KINDS = "biufc"
+KINDS = "biufc"
 """Kinds of types that numpy passes on through DLPack."""
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _LIBC.mmap.restype = ctypes.c_void_p
@@ -75,7 +75,7 @@ def tensor(memory: np.ndarray, dtype: tf.DType, shape: Sequence[int]) -> tf.Tens
         shape: Of the tensor.
     """
     numpy_dtype = np.dtype(dtype.as_numpy_dtype)
-    is_known = numpy_dtype.kind in _KINDS
+    is_known = numpy_dtype.kind in KINDS
     array = memory.view(numpy_dtype if is_known else f"u{numpy_dtype.itemsize}").reshape(shape)
     shared = tf.experimental.dlpack.from_dlpack(array.__dlpack__())
     return shared if is_known else tf.bitcast(shared, dtype)
@@ -85,7 +85,7 @@ def view(value: tf.Tensor) -> np.ndarray:
     """The bytes of a tensor in the CPU's memory, which stays alive: its own buffer where numpy can, else a copy."""
     numpy_dtype = np.dtype(value.dtype.as_numpy_dtype)
     try:
-        if numpy_dtype.kind not in _KINDS:
+        if numpy_dtype.kind not in KINDS:
             value = tf.bitcast(value, f"uint{8 * numpy_dtype.itemsize}")
         array = np.from_dlpack(value)
     except (BufferError, TypeError, ValueError, RuntimeError, tf.errors.OpError):

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-_ALIGNMENT = 64  # TensorFlow aborts on tensors that are not aligned
+from graphswap import far_memory
+
 _SMALL_BYTES = 64 << 10
 _PIECES, _CHUNK = 128, 256
 
@@ -160,13 +161,11 @@ def outside_device(value: Any) -> Any:
 
     Arrays of dtypes that numpy does not know are returned unchanged, and so is what is no array.
     """
-    if not isinstance(value, np.ndarray) or value.dtype.kind not in "biufc":
+    if not isinstance(value, np.ndarray) or value.dtype.kind not in far_memory.KINDS:
         return value
-    memory = np.empty(value.nbytes + _ALIGNMENT, np.uint8)
-    start = -memory.ctypes.data % _ALIGNMENT
-    aligned = memory[start : start + value.nbytes].view(value.dtype).reshape(value.shape)
-    aligned[...] = value
-    return tf.experimental.dlpack.from_dlpack(aligned.__dlpack__())
+    memory = far_memory.host(value.nbytes)
+    memory.view(value.dtype).reshape(value.shape)[...] = value
+    return far_memory.tensor(memory, tf.dtypes.as_dtype(value.dtype), value.shape)
 
 
 def result_outside_device(result: Any) -> Any:
