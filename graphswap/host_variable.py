@@ -56,7 +56,7 @@ class _FarValue:
         self.nbytes = ir.Value(dtype.name, shape).nbytes
         self.tier = "device"
         self.tiers = _TIERS
-        self._files: dict[int, pathlib.Path] = {}  # by where their memory is
+        self._files: dict[int, tuple[pathlib.Path, tiers.Tiers]] = {}  # and whose they are, by their memory
         with tf.init_scope(), tf.device("CPU:0"):
             nothing = self._nothing()
             self.resources = [tf.Variable(nothing, trainable=False, shape=tf.TensorShape(None)) for _ in range(2)]
@@ -81,14 +81,19 @@ class _FarValue:
 
     def file(self) -> pathlib.Path | None:
         """The file that the value's memory is of, if it is on disk."""
-        return self._files.get(self.view().ctypes.data)
+        return self._file(self.contents()[0])
 
     def files(self) -> list[pathlib.Path]:
         """All files that have memory of this one."""
-        return list(self._files.values())
+        return [file for file, _ in self._files.values()]
 
     def keep(self, value: np.ndarray) -> np.ndarray:
         """Returns new memory of the tier, as an array that holds a copy of the value."""
+        if self.tier == "device":
+            raise RuntimeError(
+                "graphswap: expected a variable outside of the device, as when the function that assigns it was traced; "
+                "received one that has moved there since. Trace the function anew."
+            )
         self._forget_files()
         memory = self._memory()
         np.copyto(memory, np.ascontiguousarray(value).reshape(-1).view(np.uint8))
@@ -119,7 +124,7 @@ class _FarValue:
         Raises:
             SwapSpaceError: If there is no room for it.
         """
-        file = self._files.get(_address(self.contents()[1]))
+        file = self._file(self.contents()[1])
         if (is_updated and not self.has_spare) or (file is not None and tiers.is_committed(file)):
             self._renew_spare()
 
@@ -160,14 +165,19 @@ class _FarValue:
         memory, file = self.tiers.memory(self.tier, self.nbytes)
         if file is not None:
             tiers.use(self)
-            self._files[memory.ctypes.data] = file
+            self._files[memory.ctypes.data] = file, self.tiers
         return memory
+
+    def _file(self, memory: tf.Tensor) -> pathlib.Path | None:
+        file, _ = self._files.get(_address(memory), (None, None))
+        return file
 
     def _forget_files(self) -> None:
         """Removes files whose memory neither resource holds."""
         held = {_address(memory) for memory in self.contents()}
         for address in self._files.keys() - held:
-            self.tiers.discard([self._files.pop(address)])
+            file, owner = self._files.pop(address)
+            owner.discard([file])
 
     def _nothing(self) -> tf.Tensor:
         return far_memory.tensor(far_memory.host(0), self.dtype, (0,))

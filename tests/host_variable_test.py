@@ -138,6 +138,41 @@ def test_a_value_of_another_shape_is_refused(tier):
     np.testing.assert_array_equal(variable.numpy(), [[1, 2]])
 
 
+def test_a_function_traced_before_a_variable_came_back_is_refused():
+    variable = moved([1.0, 2.0], "host")
+    doubled = tf.function(lambda: variable.assign(variable * 2.0))
+    doubled()
+    variable.move("device")
+    with pytest.raises(tf.errors.OpError):
+        doubled()
+    with pytest.raises(tf.errors.OpError, match="one that has moved there since. Trace the function anew"):
+        assigned = tf.function(lambda: variable.assign(tf.ones((2,))))
+        variable.move("host")
+        assigned.get_concrete_function()
+        variable.move("device")
+        assigned()
+    np.testing.assert_array_equal(variable.numpy(), [2, 4])
+
+
+def test_files_go_when_a_variable_moves_to_another_directory(tmp_path):
+    (tmp_path / "one").mkdir()
+    (tmp_path / "other").mkdir()
+    one, other = tiers.Tiers(tmp_path / "one"), tiers.Tiers(tmp_path / "other")
+    variable = moved([1.0, 2.0], "disk")
+    variable.reserve(is_updated=True)
+    private = variable.file()
+    assert private is not None
+    for far, directory in ((one, "one"), (other, "other")):
+        variable.move("disk", far)
+        file = variable.file()
+        assert file is not None
+        assert file.parent == tmp_path / directory / "state"
+        assert len(list(file.parent.iterdir())) == 3  # the lock, the value, and memory for the next one
+        np.testing.assert_array_equal(variable.numpy(), [1, 2])
+    assert not private.exists()
+    assert [file.name for file in (tmp_path / "one" / "state").iterdir()] == ["lock"]
+
+
 @TIERS
 def test_what_was_read_stays_as_it_was(tier):
     variable = moved([1.0, 2.0], tier)
