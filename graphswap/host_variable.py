@@ -91,8 +91,8 @@ class _FarValue:
         """Returns new memory of the tier, as an array that holds a copy of the value."""
         if self.tier == "device":
             raise RuntimeError(
-                "graphswap: expected a variable outside of the device, as when the function that assigns it was traced; "
-                "received one that has moved there since. Trace the function anew."
+                "graphswap: expected a variable outside of the device, as when the function that assigns it was "
+                "traced; received one that has moved there since. Trace the function anew."
             )
         self._forget_files()
         memory = self._memory()
