@@ -2,8 +2,9 @@
 
     python -m graphswap.tools.workers --model=resnet50 --workers=2 --budget=160MiB --memory=166MiB --out=workers.json
 
-Four trainings of a few steps on the same global batches, each worker with an emulated accelerator of its own: one
-process alone and plain workers, both with ample memory; plain workers with little; and workers with a budget. BatchNorm
+Trainings of a few steps on the same global batches, each worker with an emulated accelerator of its own: workers with a
+budget; and with ample memory plain ones, plain ones that sum gradients in packs of a mebibyte, and one process alone.
+Plain workers with little memory, too. What the packs change is rounding: more than two add in another order. BatchNorm
 takes its statistics of all workers' examples, as one process would. The last step of those with blocks and of plain
 workers with ample memory is recorded: when collectives started and how many bytes of gradients, of their packs and of
 sums were on the device.
@@ -39,12 +40,15 @@ _RESULT = "result: "
 _GRADIENTS = "gradients.json"
 _AMPLE_BYTES = 2 << 30
 _TRAINING_SECONDS = 900
+_PACK_BYTES = 1 << 20
+PAIRS = (("blocks", "plain"), ("blocks", "alone"), ("plain in packs", "plain"))
+"""Trainings whose losses and variables are held against each other."""
 
 
 # --- in a worker ------------------------------------------------------------------------------------------------
 
 
-def train(model: str, budget: str, steps: int, folder: str, is_recorded: bool) -> dict[str, Any]:
+def train(model: str, budget: str, steps: int, folder: str, is_recorded: bool, pack_bytes: int = 0) -> dict[str, Any]:
     """Takes the steps and writes all variables to a file.
 
     Args:
@@ -53,6 +57,7 @@ def train(model: str, budget: str, steps: int, folder: str, is_recorded: bool) -
         steps: How many.
         folder: For the file, which is called after the worker's index.
         is_recorded: Whether one more step is taken, under the profiler.
+        pack_bytes: Of the packs in which gradients are summed; 0 for all in one.
 
     Returns:
         Losses, peak, and of a recorded step what `seen` tells.
@@ -61,7 +66,13 @@ def train(model: str, budget: str, steps: int, folder: str, is_recorded: bool) -
     tf.config.optimizer.set_experimental_options({"arithmetic_optimization": False})
     keras.utils.set_random_seed(1)
     is_alone = not distribute.in_cluster()
-    distribution = tf.distribute.get_strategy() if is_alone else tf.distribute.MultiWorkerMirroredStrategy()
+    distribution = (
+        tf.distribute.get_strategy()
+        if is_alone
+        else tf.distribute.MultiWorkerMirroredStrategy(
+            communication_options=tf.distribute.experimental.CommunicationOptions(bytes_per_pack=pack_bytes)
+        )
+    )
     count = distribution.num_replicas_in_sync
     index = 0 if is_alone else distribution.cluster_resolver.task_id  # pyright: ignore[reportOptionalMemberAccess]
     with distribution.scope():
@@ -157,8 +168,13 @@ def _most(changes: Sequence[tuple[int, int]]) -> int:
 # --- around them ------------------------------------------------------------------------------------------------
 
 
-def run(workers: int, memory_bytes: int, model: str, budget: str, steps: int, folder: str, is_recorded: bool) -> Any:
+def run(workers: int, memory_bytes: int, *arguments: Any) -> Any:
     """Trains in so many processes.
+
+    Args:
+        workers: How many.
+        memory_bytes: Of each accelerator.
+        *arguments: Of `train`.
 
     Returns:
         What `train` returned, by worker; the last line of its errors in the place of one that failed.
@@ -168,8 +184,7 @@ def run(workers: int, memory_bytes: int, model: str, budget: str, steps: int, fo
         started = []
         for config in configs:
             variables = {**os.environ, "TF_CONFIG": config, **emulate.environment(memory_bytes)}
-            arguments = json.dumps([model, budget, steps, folder, is_recorded])
-            command = [sys.executable, "-m", "graphswap.emulate", __file__, "train", arguments]
+            command = [sys.executable, "-m", "graphswap.emulate", __file__, "train", json.dumps(arguments)]
             out, err = (stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(2))
             process = subprocess.Popen(command, env=variables, stdout=out, stderr=err)
             stack.callback(process.kill)
@@ -188,44 +203,44 @@ def _ended(process: subprocess.Popen[bytes], out: IO[str], err: IO[str]) -> Any:
 
 
 def compare(model: str, workers: int, budget: str, memory_bytes: int, steps: int) -> dict[str, Any]:
-    """The four trainings, and how far they agree.
+    """The trainings, and how far they agree.
 
     Returns:
-        By name of the training what `run` returned, and what losses and variables differ by at most between blocks and
-        the others, on worker 0.
+        By name of the training what `run` returned, and what losses and variables differ by at most, on worker 0.
     """
     with tempfile.TemporaryDirectory() as top:
         found: dict[str, Any] = {"model": model, "workers": workers, "budget": budget, "memory_bytes": memory_bytes}
         ways = {
-            "blocks": (workers, memory_bytes, budget, True),
-            "plain": (workers, _AMPLE_BYTES, "", True),
-            "plain, little memory": (workers, memory_bytes, "", False),
-            "alone": (1, _AMPLE_BYTES, "", False),
+            "blocks": (workers, memory_bytes, budget, True, 0),
+            "plain": (workers, _AMPLE_BYTES, "", True, 0),
+            "plain in packs": (workers, _AMPLE_BYTES, "", False, _PACK_BYTES),
+            "plain, little memory": (workers, memory_bytes, "", False, 0),
+            "alone": (1, _AMPLE_BYTES, "", False, 0),
         }
         files = {}
-        for name, (count, nbytes, given, is_recorded) in ways.items():
+        for name, (count, nbytes, given, is_recorded, pack_bytes) in ways.items():
             folder = pathlib.Path(top, name)
             folder.mkdir()
             gradients = pathlib.Path(top, "blocks", _GRADIENTS)
             if gradients.exists():
                 (folder / _GRADIENTS).write_bytes(gradients.read_bytes())
-            taken = steps if is_recorded or name != "alone" else steps + 1  # as many as those with a recorded one
-            found[name] = run(count, nbytes, model, given, taken, str(folder), is_recorded)
+            taken = steps if is_recorded else steps + 1  # as many as those with a recorded one
+            found[name] = run(count, nbytes, model, given, taken, str(folder), is_recorded, pack_bytes)
             files[name] = folder / "0.npz"
             print(f"{name}: {json.dumps(found[name])}", flush=True)
-        for other in ("plain", "alone"):
-            if isinstance(found["blocks"][0], dict) and isinstance(found[other][0], dict):
-                found[f"differs from {other}"] = _difference(found, files, other)
+        for one, other in PAIRS:
+            if isinstance(found[one][0], dict) and isinstance(found[other][0], dict):
+                found[f"{one} differs from {other}"] = _difference(found, files, one, other)
         return found
 
 
-def _difference(found: Mapping[str, Any], files: Mapping[str, pathlib.Path], other: str) -> dict[str, Any]:
-    ours, theirs = np.load(files["blocks"]), np.load(files[other])
-    losses = zip(found["blocks"][0]["losses"], found[other][0]["losses"], strict=True)
+def _difference(found: Mapping[str, Any], files: Mapping[str, pathlib.Path], one: str, other: str) -> dict[str, Any]:
+    ours, theirs = np.load(files[one]), np.load(files[other])
+    losses = zip(found[one][0]["losses"], found[other][0]["losses"], strict=True)
     return {
-        "losses": max(abs(one - two) for one, two in losses),
+        "losses": [abs(mine - its) for mine, its in losses],
         "variables": max(float(np.abs(ours[name].astype("f8") - theirs[name]).max()) for name in ours.files),
-        "is_bitwise": {_digest(one) for one in found["blocks"]} == {_digest(one) for one in found[other]},
+        "is_bitwise": {_digest(worker) for worker in found[one]} == {_digest(worker) for worker in found[other]},
     }
 
 
@@ -255,8 +270,9 @@ def main(argv: Sequence[str]) -> None:
     found = compare(model.value, workers.value, budget.value, memory_bytes, steps.value)
     if out.value is not None:
         pathlib.Path(out.value).write_text(json.dumps(found, indent=1))
-    for other in ("plain", "alone"):
-        print(f"differs from {other}: {found.get(f'differs from {other}')}")
+    for one, other in PAIRS:
+        what = f"{one} differs from {other}"
+        print(f"{what}: {found.get(what)}")
 
 
 if __name__ == "__main__":
