@@ -122,7 +122,9 @@ def store(value: tf.Tensor, handle: tf.Tensor, spare: tf.Tensor) -> list[Any]:
     with tf.device("CPU:0"):
         old = tf.raw_ops.ReadVariableOp(resource=handle, dtype=value.dtype)
         memory = tf.raw_ops.ReadVariableOp(resource=spare, dtype=value.dtype)
-        new = tf.raw_ops.InplaceUpdate(x=memory, i=[0], v=tf.expand_dims(value, 0))
+        # A shape that is known only then: Grappler would make a second constant of a constant value, on the device.
+        row = tf.reshape(value, tf.shape(memory))
+        new = tf.raw_ops.InplaceUpdate(x=memory, i=[0], v=row)
         with tf.control_dependencies([old, new]):
             taken = tf.raw_ops.AssignVariableOp(resource=handle, value=new)
         with tf.control_dependencies([taken]):

@@ -84,6 +84,26 @@ def test_only_what_is_fetched_is_on_the_device(tmp_path):
     assert 8 << 20 <= peak < (8 << 20) + (3 << 20)  # beside the value, what it is compared with and the comparison
 
 
+def zeros_stored():
+    """Bytes of the device at most, while zeros are stored in four far values of 4 MiB."""
+    resources = [held(far_memory.host(4 << 20), "float32", (1, 1 << 20)) for _ in range(8)]
+
+    @tf.function(autograph=False)
+    def store():
+        zeros, done = tf.zeros((1 << 20,)), []
+        for value, spare in zip(resources[::2], resources[1::2], strict=True):
+            with tf.control_dependencies(done):
+                done = far_memory.store(zeros, value.handle, spare.handle)
+
+    store()
+    assert not far_memory.fetch(resources[0].handle, "float32", (1 << 20,)).numpy().any()
+    return tf.config.experimental.get_memory_info("CPU:0")["peak"]
+
+
+def test_constants_that_are_stored_are_on_the_device_once():
+    assert emulated.call(32 << 20, __file__, "zeros_stored") < 9 << 20
+
+
 def test_a_files_memory_needs_no_descriptor_and_no_name(tmp_path):
     before = len(os.listdir("/proc/self/fd"))
     memories = [far_memory.file(tmp_path / str(number), 4096) for number in range(64)]
