@@ -76,21 +76,32 @@ def tensor(memory: np.ndarray, dtype: tf.DType, shape: Sequence[int]) -> tf.Tens
     """
     numpy_dtype = np.dtype(dtype.as_numpy_dtype)
     is_known = numpy_dtype.kind in KINDS
-    array = memory.view(numpy_dtype if is_known else f"u{numpy_dtype.itemsize}").reshape(shape)
-    shared = tf.experimental.dlpack.from_dlpack(array.__dlpack__())
+    values = memory.view(numpy_dtype if is_known else f"u{numpy_dtype.itemsize}").reshape(shape)
+    shared = tf.experimental.dlpack.from_dlpack(values.__dlpack__())
     return shared if is_known else tf.bitcast(shared, dtype)
 
 
-def view(value: tf.Tensor) -> np.ndarray:
-    """The bytes of a tensor in the CPU's memory, which stays alive: its own buffer where numpy can, else a copy."""
-    numpy_dtype = np.dtype(value.dtype.as_numpy_dtype)
+def array(value: tf.Tensor) -> np.ndarray:
+    """The tensor's own buffer where numpy can, else a copy."""
     try:
-        if numpy_dtype.kind not in KINDS:
-            value = tf.bitcast(value, f"uint{8 * numpy_dtype.itemsize}")
-        array = np.from_dlpack(value)
-    except (BufferError, TypeError, ValueError, RuntimeError, tf.errors.OpError):
-        array = value.numpy()
-    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        return np.from_dlpack(value)
+    except NO_VIEW:
+        return value.numpy()
+
+
+NO_VIEW = (BufferError, TypeError, ValueError, RuntimeError, tf.errors.OpError)
+"""What comes of asking numpy for a buffer that it can't read: on a GPU, or of a type that it does not know."""
+
+
+def view(value: tf.Tensor) -> np.ndarray:
+    """The bytes of a tensor that lies in the CPU's memory: its own buffer, which stays alive and can't be written.
+
+    Args:
+        value: Of a type of numbers, out of `variables.FAR_DTYPES`.
+    """
+    dtype = np.dtype(value.dtype.as_numpy_dtype)
+    known = value if dtype.kind in KINDS else tf.bitcast(value, f"uint{8 * dtype.itemsize}")
+    return np.from_dlpack(known).reshape(-1).view(np.uint8)
 
 
 def fetch(handle: tf.Tensor, dtype: str, shape: tuple[int | None, ...] | None) -> tf.Tensor:

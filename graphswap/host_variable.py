@@ -21,7 +21,8 @@ import tensorflow as tf
 
 from graphswap import far_memory, graphdef, ir, placement, profiler, tiers
 from graphswap.cost_model import MEMORY_VARIABLE
-from graphswap.variables import SMALL_BYTES, can_leave
+from graphswap.far_value import FarValue
+from graphswap.variables import FAR_DTYPES, SMALL_BYTES
 
 _TIERS = tiers.Tiers()
 """Of variables that no step has moved."""
@@ -42,155 +43,10 @@ class _Veiled:
         return getattr(self._hidden, name)
 
 
-class _FarValue:
-    """What a variable has outside of the device: memory for its value, and for the next one if planned steps store it.
-
-    Each is a tensor held by a resource, with one dimension of length 1 in front. A planned step writes into the spare
-    memory and exchanges the two (`far_memory.store`); so the value of before is there until the next step. Any other
-    new value gets memory of its own.
-    """
-
-    def __init__(self, dtype: tf.DType, shape: tuple[int, ...]):
-        self.dtype = dtype
-        self.shape = (1, *shape)
-        self.nbytes = ir.Value(dtype.name, shape).nbytes
-        self.tier = "device"
-        self.tiers = _TIERS
-        self._files: dict[int, tuple[pathlib.Path, tiers.Tiers]] = {}  # and whose they are, by their memory
-        with tf.init_scope(), tf.device("CPU:0"):
-            nothing = self._nothing()
-            self.resources = [tf.Variable(nothing, trainable=False, shape=tf.TensorShape(None)) for _ in range(2)]
-
-    @property
-    def handles(self) -> list[tf.Tensor]:
-        """Resources: of the value, and of the spare memory."""
-        return [resource.handle for resource in self.resources]
-
-    def contents(self) -> list[tf.Tensor]:
-        """What the resources hold."""
-        return [tf.raw_ops.ReadVariableOp(resource=handle, dtype=self.dtype) for handle in self.handles]
-
-    def give(self, contents: Sequence[tf.Tensor]) -> None:
-        """Lets the resources hold what `contents` has returned, or less of it."""
-        for handle, memory in zip(self.handles, contents, strict=False):
-            tf.raw_ops.AssignVariableOp(resource=handle, value=memory)
-
-    def view(self) -> np.ndarray:
-        """The value's bytes, where they are."""
-        return far_memory.view(self.contents()[0])
-
-    def file(self) -> pathlib.Path | None:
-        """The file that the value's memory is of, if it is on disk."""
-        return self._file(self.contents()[0])
-
-    def files(self) -> list[pathlib.Path]:
-        """All files that have memory of this one."""
-        return [file for file, _ in self._files.values()]
-
-    def keep(self, value: np.ndarray) -> np.ndarray:
-        """Returns new memory of the tier, as an array that holds a copy of the value."""
-        if self.tier == "device":
-            raise RuntimeError(
-                "graphswap: expected a variable outside of the device, as when the function that assigns it was "
-                "traced; received one that has moved there since. Trace the function anew."
-            )
-        self._forget_files()
-        memory = self._memory()
-        np.copyto(memory, np.ascontiguousarray(value).reshape(-1).view(np.uint8))
-        return memory.view(self.dtype.as_numpy_dtype).reshape(self.shape)
-
-    def assign(self, value: np.ndarray | tf.Tensor) -> None:
-        """Adds the ops that make a copy of `value` the value; in an eager call, does so.
-
-        Raises:
-            SwapSpaceError: If there is no room for it. The value stays what it was.
-        """
-        if isinstance(value, tf.Tensor) and not tf.executing_eagerly():
-            # TensorFlow takes over the memory of what a function of numpy's returns.
-            new = tf.numpy_function(self.keep, [value], self.dtype)
-        else:
-            contents = value if isinstance(value, np.ndarray) else far_memory.view(value)
-            new = far_memory.tensor(self.keep(contents).reshape(-1).view(np.uint8), self.dtype, self.shape)
-        tf.raw_ops.AssignVariableOp(resource=self.handles[0], value=new)
-        if tf.executing_eagerly():
-            self._forget_files()
-
-    def reserve(self, is_updated: bool = False) -> None:
-        """Sees to it that a step may store: spare memory is there if it ever was, and is not part of a saved state.
-
-        Args:
-            is_updated: Whether a step stores this one from now on.
-
-        Raises:
-            SwapSpaceError: If there is no room for it.
-        """
-        file = self._file(self.contents()[1])
-        if (is_updated and not self.has_spare) or (file is not None and tiers.is_committed(file)):
-            self._renew_spare()
-
-    @property
-    def has_spare(self) -> bool:
-        """Whether planned steps store this one."""
-        return self.contents()[1].shape != (0,)
-
-    def move(self, tier: str, far_tiers: tiers.Tiers) -> None:
-        """Moves the value and the spare memory to another far tier, or to another directory of the disk.
-
-        Raises:
-            SwapSpaceError: If there is no room for them. Then all stays as it was.
-        """
-        before = self.tier, self.tiers
-        self.tier, self.tiers = tier, far_tiers
-        try:
-            value = far_memory.tensor(self.keep(self.view()).reshape(-1).view(np.uint8), self.dtype, self.shape)
-            if self.has_spare:
-                self._renew_spare()
-        except BaseException:
-            self.tier, self.tiers = before
-            raise
-        self.give([value])
-        self._forget_files()
-
-    def clear(self) -> None:
-        """Lets go of all memory."""
-        self.tier = "device"
-        self.give([self._nothing()] * 2)
-        self._forget_files()
-
-    def _renew_spare(self) -> None:
-        spare = far_memory.tensor(self._memory(), self.dtype, self.shape)
-        tf.raw_ops.AssignVariableOp(resource=self.handles[1], value=spare)
-
-    def _memory(self) -> np.ndarray:
-        memory, file = self.tiers.memory(self.tier, self.nbytes)
-        if file is not None:
-            tiers.use(self)
-            self._files[memory.ctypes.data] = file, self.tiers
-        return memory
-
-    def _file(self, memory: tf.Tensor) -> pathlib.Path | None:
-        file, _ = self._files.get(_address(memory), (None, None))
-        return file
-
-    def _forget_files(self) -> None:
-        """Removes files whose memory neither resource holds."""
-        held = {_address(memory) for memory in self.contents()}
-        for address in self._files.keys() - held:
-            file, owner = self._files.pop(address)
-            owner.discard([file])
-
-    def _nothing(self) -> tf.Tensor:
-        return far_memory.tensor(far_memory.host(0), self.dtype, (0,))
-
-
-def _address(memory: tf.Tensor) -> int:
-    return far_memory.view(memory).ctypes.data
-
-
 class HostVariable(graphdef.ResourceVariable):
     """A variable that can live in a far tier. Made by `adopt` out of one that exists."""
 
-    _far: _FarValue
+    _far: FarValue
 
     @property
     def handle(self) -> Any:
@@ -372,7 +228,7 @@ def can_adopt(variable: object) -> bool:
     if type(variable) not in (graphdef.ResourceVariable, HostVariable):
         return False
     found = cast(graphdef.ResourceVariable, variable)
-    return found.shape.is_fully_defined() and can_leave(found.dtype.name)
+    return found.shape.is_fully_defined() and found.dtype.name in FAR_DTYPES
 
 
 def adopt(variable: Any) -> HostVariable:
@@ -387,7 +243,7 @@ def adopt(variable: Any) -> HostVariable:
             "tf.distribute stay where it puts them, and so do those of strings or of 8-bit floats."
         )
     if not isinstance(variable, HostVariable):
-        far = _FarValue(variable.dtype, tuple(variable.shape))
+        far = FarValue(variable.dtype, tuple(variable.shape), _TIERS)
         variable.__class__ = HostVariable
         variable._far = far
     return variable

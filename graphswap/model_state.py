@@ -190,7 +190,7 @@ def _known(directory: StateDirectory, name: str, checksum: int) -> str | None:
 def _contents(variable: tf.Variable) -> np.ndarray:
     if isinstance(variable, HostVariable) and variable.tier != "device":
         return variable.view()
-    return far_memory.view(variable.read_value())
+    return np.ascontiguousarray(far_memory.array(variable.read_value())).reshape(-1).view(np.uint8)
 
 
 def _assign(variable: tf.Variable, entry: Entry, path: pathlib.Path) -> None:

@@ -56,7 +56,7 @@ class Variables:
 
     def keep(self) -> None:
         """Copies the values to numpy's memory, for `restore`."""
-        values = [_view(value) for value in self._read_all()]
+        values = [far_memory.array(value) for value in self._read_all()]
         self._copies = self._copies or [np.empty_like(value) for value in values]
         for copy, value in zip(self._copies, values, strict=True):
             np.copyto(copy, value)
@@ -76,7 +76,7 @@ class Variables:
 
     def pack(self) -> None:
         """Puts all variables together, so that no holes are left between them. What was kept stays kept."""
-        values = self._kept or [np.array(_view(value)) for value in self._read_all()]
+        values = self._kept or [np.array(far_memory.array(value)) for value in self._read_all()]
         _write(self._variables, values)
         self._sizes = [value.nbytes for value in values]
         self._homes = [_address(value) for value in self._read_all()]
@@ -90,7 +90,7 @@ class Variables:
         indices = [index for index, nbytes in enumerate(self._sizes) if nbytes >= least_bytes]
         values = self._read(indices)
         moved = [
-            (self._variables[index], np.array(_view(value)))
+            (self._variables[index], np.array(far_memory.array(value)))
             for index, value in zip(indices, values, strict=True)
             if (
                 self._variables[index].is_assigned
@@ -187,23 +187,12 @@ def on_device(value: Any, device: str) -> Any:
         return tf.raw_ops.DeepCopy(x=outside) if "CPU" in device else tf.identity(outside)
 
 
-def _view(value: tf.Tensor) -> np.ndarray:
-    """The tensor's own buffer where numpy can, else a copy."""
-    try:
-        return np.from_dlpack(value)
-    except _NO_VIEW:
-        return value.numpy()
-
-
 def _address(value: tf.Tensor) -> int | None:
     """Where the tensor's buffer is; None if numpy can't tell: on a GPU, or of dtypes that it does not know."""
     try:
         return np.from_dlpack(value).ctypes.data
-    except _NO_VIEW:
+    except far_memory.NO_VIEW:
         return None
-
-
-_NO_VIEW = (BufferError, TypeError, ValueError, RuntimeError, tf.errors.OpError)
 
 
 def _write(variables: Sequence[Variable], values: Sequence[np.ndarray]) -> None:

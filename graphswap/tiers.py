@@ -26,7 +26,7 @@ import shutil
 import tempfile
 import time
 import weakref
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import numpy as np
@@ -160,10 +160,7 @@ class Tiers:
 
     def _new_file(self) -> pathlib.Path:
         """Where another variable's value can lie. No two files ever have the same name."""
-        directory = self.variables_directory()
-        if not self.keeps_state:
-            directory.mkdir(exist_ok=True)
-        return directory / f"{next(_NUMBERS)}-{time.time_ns()}"
+        return self.variables_directory() / f"{next(_NUMBERS)}-{time.time_ns()}"
 
     def variables_directory(self) -> pathlib.Path:
         """Where the files of variables lie, made on the first call.
@@ -172,9 +169,11 @@ class Tiers:
             SwapSpaceError: If it can't be made.
             StateError: If the user named a directory, and the state in it is that of another training.
         """
-        if not self.keeps_state:
-            return self.directory() / _STATE
-        return self.state_directory().path
+        if self.keeps_state:
+            return self.state_directory().path
+        path = self.directory() / _STATE
+        path.mkdir(exist_ok=True)
+        return path
 
     def state_directory(self) -> state_directory.StateDirectory:
         """The directory of state in the one that the user named, made on the first call.
@@ -199,11 +198,10 @@ class Tiers:
             used = {file.name for user in list(_USERS.values()) for file in user.files()}
             state_directory.clean(path, used.union(self._committed()))
 
-    def discard(self, files: Iterable[pathlib.Path]) -> None:
-        """Removes files of these tiers that were a variable's memory, unless they are part of the last state."""
-        for path in files:
-            if path.parent == self._used_for_variables() and path.name not in self._committed():
-                path.unlink(missing_ok=True)
+    def discard(self, file: pathlib.Path) -> None:
+        """Removes a file of these tiers that was a variable's memory, unless it is part of the last state."""
+        if file.parent == self._used_for_variables() and file.name not in self._committed():
+            file.unlink(missing_ok=True)
 
     def files_bytes(self) -> int:
         """Bytes of all files of variables, kept or not."""
@@ -218,7 +216,7 @@ class Tiers:
             StateError: If the user named a directory, and the state in it is that of another training.
         """
         with self.explaining():
-            path = self._new_file().parent
+            path = self.variables_directory()
             has = shutil.disk_usage(path).free + state_directory.files_bytes(path)
         if nbytes > has:
             raise self._space_error(path, f"expected room for {nbytes / 2**30:.1f}GiB, received {has / 2**30:.1f}GiB")

@@ -9,10 +9,11 @@ from graphswap import ir, liveness
 SMALL_BYTES = 64 << 10
 """Variables and other storages up to this size stay on the device: moving them costs more than it frees."""
 
-_FAR_DTYPES = frozenset(
+FAR_DTYPES = frozenset(
     "bool int8 uint8 int16 uint16 int32 uint32 int64 uint64 "
     "float16 bfloat16 float32 float64 complex64 complex128".split()
 )
+"""Types of values that TensorFlow's ops read and write in far memory."""
 _WRITES = liveness.ASSIGNS | liveness.UPDATES
 _ACCESSES = {"ReadVariableOp", "ResourceGather"} | _WRITES
 
@@ -33,11 +34,6 @@ def values(graph: ir.Graph) -> dict[str, ir.Value]:
 def updates(graph: ir.Graph) -> set[str]:
     """The variables that the graph gives new values."""
     return {node.inputs[0] for node in graph.nodes if node.op in _WRITES}
-
-
-def can_leave(dtype: str) -> bool:
-    """Whether TensorFlow's ops read and write values of this type in far memory."""
-    return dtype in _FAR_DTYPES
 
 
 def unplaceable(graph: ir.Graph) -> dict[str, str]:
@@ -64,7 +60,7 @@ def unplaceable(graph: ir.Graph) -> dict[str, str]:
     for variable, value in known.items():
         if not value.is_resolved or not value.nbytes:
             reasons[variable] = f"its size is open: {value}"
-        elif not can_leave(value.dtype):
+        elif value.dtype not in FAR_DTYPES:
             reasons[variable] = f"values of its type stay on the device: {value}"
     return reasons
 

@@ -12,7 +12,7 @@ import tensorflow as tf
 
 from graphswap import far_memory, variables
 
-DTYPES = sorted(variables._FAR_DTYPES)
+DTYPES = sorted(variables.FAR_DTYPES)
 
 
 def address(tensor):
@@ -53,7 +53,8 @@ def test_a_store_leaves_the_value_of_before_as_spare_memory():
         for resource, memory in ((variable, value), (spare, before)):
             assert address(tf.raw_ops.ReadVariableOp(resource=resource.handle, dtype=tf.float32)) == memory.ctypes.data
         np.testing.assert_array_equal(value.view("float32"), [number] * 2)
-        np.testing.assert_array_equal(before.view("float32"), [number - 1] * 2) if number else None
+        if number:
+            np.testing.assert_array_equal(before.view("float32"), [number - 1] * 2)
 
 
 def test_what_was_fetched_stays():

@@ -24,7 +24,7 @@ FLOORS = (
         "state_directory",
     },
     {"tiers", "placement"},
-    {"plan", "cost_model", "liveness", "graphdef", "parser"},
+    {"far_value", "plan", "cost_model", "liveness", "graphdef", "parser"},
     {"collectives", "devices", "fusion", "replicas", "variables"},
     {"actions", "profiler", "footprint"},
     {"host_variable", "simulator", "walk"},
@@ -69,7 +69,7 @@ STEPS = {
         {"graphswap_cli"},
     ),
 }
-TENSORFLOW_DOORS = {"graphdef", "far_memory", "tiers", "placement", "profiler", "host_variable"}
+TENSORFLOW_DOORS = {"graphdef", "far_memory", "far_value", "tiers", "placement", "profiler", "host_variable"}
 PRIVATE_TENSORFLOW_DOORS = {"graphdef", "profiler"}
 PRIVATE_KERAS_DOORS = {"keras_compile"}
 JAX_DOORS = {"pjrt", "tools/jax_gpt"}

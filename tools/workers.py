@@ -48,7 +48,7 @@ PAIRS = (("blocks", "plain"), ("blocks", "alone"), ("plain in packs", "plain"))
 # --- in a worker ------------------------------------------------------------------------------------------------
 
 
-def train(model: str, budget: str, steps: int, folder: str, is_recorded: bool, pack_bytes: int = 0) -> dict[str, Any]:
+def train(model: str, budget: str, steps: int, folder: str, is_recorded: bool, pack_bytes: int) -> dict[str, Any]:
     """Takes the steps and writes all variables to a file.
 
     Args:
