@@ -27,11 +27,14 @@ OLDEST, NEWEST = (0, 10, 2), (0, 11)
 """Of JAX: what it is tried with, and the first one that it is not."""
 
 _HOST = "pinned_host"
-_PASSES = {
+_OPTIONS = {
     # XLA repeats nodes by itself where it takes memory to be short; what is to be repeated is planned already.
     "xla_disable_hlo_passes": "rematerialization",
+    # Its scheduler takes a copy for work on a second stream, and has one under way at a time, so that the next one
+    # starts where the last one is awaited, with no kernel beside it. Here barriers say what may be under way.
+    "xla_gpu_experimental_parallel_async_compute_limit": "64",
 }
-_PASSES_OF_A_CPU = {
+_OPTIONS_OF_A_CPU = {
     # There barriers are dropped before nodes that compute the same are merged, which undoes every repetition.
     "xla_disable_hlo_passes": "rematerialization,cse_barrier_expander",
 }
@@ -93,8 +96,8 @@ class Step:
         self.manifest = step.manifest
         self._device = local_device(device)
         _check_swaps(self._device, step.manifest)
-        passes = _PASSES_OF_A_CPU if self._device.platform == "cpu" else _PASSES
-        self._executable: Any = _compile(step, self._device, self._device.client.compile_and_load, passes)
+        options = _OPTIONS_OF_A_CPU if self._device.platform == "cpu" else _OPTIONS
+        self._executable: Any = _compile(step, self._device, self._device.client.compile_and_load, options)
         self.memory = _memory(self._executable)
         self._jax = jax
         self._state = self._put(step.state)
@@ -299,7 +302,7 @@ def compile_for(step: Artefact, target: str, options: Mapping[str, str] = Mappin
     budget = (step.manifest.plan or {}).get("memory_budget")
     device = target_device(with_memory(target, budget) if budget else target)
     try:
-        executable = _compile(step, device, device.client.compile, {**TARGET_OPTIONS, **_PASSES, **options})
+        executable = _compile(step, device, device.client.compile, {**TARGET_OPTIONS, **_OPTIONS, **options})
     except _jax().errors.JaxRuntimeError as error:
         raise DeviceError(f"'{step.manifest.name}': XLA can't compile it for this target: {_line(error)}.") from error
     return inspected(executable, step.manifest.swapped)
