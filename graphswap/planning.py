@@ -128,7 +128,9 @@ class Planner:
         directory = self._options.swap_directory()
         if directory is None and can_swap and (self._options.names_disk or self._far_tier() == "disk"):
             directory = tiers.default_directory()
-        return profiler.device_spec(int(emulated) if emulated else None, directory, can_swap)
+        asked = self._options.memory_budget
+        budget = asked if isinstance(asked, int) else None
+        return profiler.device_spec(int(emulated) if emulated else None, directory, can_swap, budget)
 
     def far(self, device: DeviceSpec, graph: ir.Graph, hosted_bytes: Mapping[str, int], replica_count: int = 1) -> Far:
         """Where the step's swaps and variables go.

@@ -90,7 +90,10 @@ def is_emulated() -> bool:
 
 
 def device_spec(
-    emulated_bytes: int | None, swap_directory: str | os.PathLike[str] | None = None, can_swap: bool = True
+    emulated_bytes: int | None,
+    swap_directory: str | os.PathLike[str] | None = None,
+    can_swap: bool = True,
+    memory_budget: int | None = None,
 ) -> DeviceSpec:
     """Describes this machine's device: memory, and links as measured.
 
@@ -98,6 +101,7 @@ def device_spec(
         emulated_bytes: Memory of the emulated accelerator; None if there is none.
         swap_directory: Where the disk tier would go.
         can_swap: If not, no link is measured, and there is none.
+        memory_budget: Bytes that measuring must not pass, if that is less than the device has.
     """
     if device_name() != "CPU:0":
         return _gpu_spec(swap_directory, can_swap)
@@ -111,7 +115,9 @@ def device_spec(
         memory = None
     if not can_swap:
         return DeviceSpec(f"{device_name()}/{os.cpu_count()}", memory, links={"host": NO_LINK, "disk": NO_LINK})
-    room = _LINK_BYTES if memory is None else max(0, memory - (memory_in_use() or 0)) // 8
+    room = _LINK_BYTES
+    if memory is not None:
+        room = max(0, min(memory, memory_budget or memory) - (memory_in_use() or 0)) // 8
     nbytes = max(_LEAST_LINK_BYTES, min(_LINK_BYTES, 1 << (room.bit_length() - 1) if room else 0))
     links = {"host": measure_link("host", None, nbytes)}
     if swap_directory is not None:

@@ -2,6 +2,7 @@
 
 import types
 
+import emulated
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -53,6 +54,17 @@ def test_links_are_as_fast_as_a_machine_may_be(tier, tmp_path):
     link = profiler.measure_link(tier, str(tmp_path) if tier == "disk" else None)
     assert 1e7 < link.out_bytes_per_second < 1e12
     assert 1e7 < link.in_bytes_per_second < 1e12
+
+
+def peak_of_measuring_links(memory_bytes, budget):
+    """What the device's allocator counts at most while its links are measured."""
+    profiler.device_spec(memory_bytes, memory_budget=budget)
+    return profiler.memory_in_use("peak")
+
+
+def test_measuring_links_keeps_a_budget_below_the_devices_memory():
+    memory_bytes, budget = 64 << 20, 6 << 20
+    assert emulated.call(memory_bytes, __file__, "peak_of_measuring_links", memory_bytes, budget) < budget
 
 
 # --- without side effects ---------------------------------------------------------------------------------------
@@ -334,3 +346,7 @@ def test_a_cache_that_can_not_be_written_is_no_error(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     profiler.store_profile(Profile("abc", {}, {}), "CPU:0/2")
     assert profiler.cached_profile("abc", "CPU:0/2") is None
+
+
+if __name__ == "__main__":
+    emulated.main(globals())
