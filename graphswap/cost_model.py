@@ -219,6 +219,8 @@ class CostModel:
                 return measured
         if node.op == ir.ALL_REDUCE:
             return Workspace(late=(node.outputs[0].nbytes,))  # what arrives of the other replicas
+        if node.op == ir.ALL_GATHER:
+            return Workspace(late=(node.outputs[0].nbytes - node.outputs[0].nbytes // _workers(node),))  # likewise
         nbytes: Any = dict(node.attrs).get("workspace_bytes", 0)
         if not nbytes and self.device.has_cpu_kernels:
             if node.op == "MaxPoolGrad":
@@ -228,22 +230,19 @@ class CostModel:
         return Workspace(late=(nbytes,)) if nbytes else Workspace()
 
     def network_seconds(self, graph: ir.Graph, node: ir.Node) -> float:
-        """Seconds that a sum over all replicas is on the network, by itself; 0 for other nodes.
+        """Seconds that a sum over all replicas is on the network, by itself, or what gathers parts; 0 for other nodes.
 
-        All pass parts around a ring, n - 1 times to sum them and n - 1 times to spread the sums, each time an n-th of
+        All pass parts around a ring, n - 1 times to sum them and n - 1 times to spread them, each time an n-th of
         the bytes (Patarasuk and Yuan, "Bandwidth optimal all-reduce algorithms for clusters of workstations", Journal
         of Parallel and Distributed Computing 2009; TensorFlow's ring_alg.cc and NCCL do so).
         """
         workers = _workers(node)
-        return (
-            2 * (workers - 1) * self.device.network.out_seconds(node.outputs[0].nbytes / workers)
-            if workers > 1
-            else 0.0
-        )
+        times = _rounds(node)
+        return times * self.device.network.out_seconds(node.outputs[0].nbytes / workers) if times else 0.0
 
     def network_latency_seconds(self, node: ir.Node) -> float:
         """What `network_seconds` is for no bytes."""
-        return 2 * (_workers(node) - 1) * self.device.network.latency_seconds
+        return _rounds(node) * self.device.network.latency_seconds
 
     def link(self, tier: str) -> Link:
         """The way to a far tier, as the profile has it, else the device spec."""
@@ -252,10 +251,19 @@ class CostModel:
         return self.device.links[tier]
 
 
+_COLLECTIVES = {ir.ALL_REDUCE: 2, ir.EXCHANGE: 2, ir.ALL_GATHER: 1}
+"""How often parts go once around the ring."""
+
+
 def _workers(node: ir.Node) -> int:
-    """How many replicas' values the node sums."""
-    workers: Any = dict(node.attrs).get("workers", 1) if node.op in (ir.ALL_REDUCE, ir.EXCHANGE) else 1
+    """How many replicas' values the node sums or joins."""
+    workers: Any = dict(node.attrs).get("workers", 1) if node.op in _COLLECTIVES else 1
     return workers
+
+
+def _rounds(node: ir.Node) -> int:
+    """How often a replica passes a part on."""
+    return _COLLECTIVES.get(node.op, 0) * (_workers(node) - 1)
 
 
 def _tier(node: ir.Node) -> str:

@@ -25,6 +25,7 @@ from graphswap import ir, profiler, replicas
 from graphswap.cost_model import Link
 from graphswap.graphdef import UnsupportedGraphError
 from graphswap.options import format_bytes
+from graphswap.sharded_value import Sharding
 
 PATIENCE_SECONDS = 900.0
 """How long a worker waits for the others, which may still be building their model or measuring its step."""
@@ -108,6 +109,25 @@ class Workers:
             raise WorkerError(difference)
         return next(iter(answers)) == own_name()
 
+    def sharding(self) -> Sharding:
+        """How values are divided among the workers. All have to call it at the same time.
+
+        Raises:
+            WorkerError: If one did not join in time.
+        """
+        with self._answering("divide variables"), tf.init_scope(), tf.device("CPU:0"):
+            mark = int.from_bytes(os.urandom(8)) >> 1
+            marks = self._gathered(np.array([mark], np.int64))
+        return Sharding(self.count, int(np.flatnonzero(marks == mark)[0]), self._joined)
+
+    def _joined(self, part: np.ndarray) -> np.ndarray:
+        """The flat arrays of all workers, equally long, one behind the other."""
+        words = np.zeros(-(-part.nbytes // 4), np.int32)
+        words.view(np.uint8)[: part.nbytes] = part.view(np.uint8)
+        with self._answering("read a divided variable together"), tf.init_scope(), tf.device("CPU:0"):
+            rows = self._gathered(words).reshape(self.count, -1).view(np.uint8)
+        return np.ascontiguousarray(rows[:, : part.nbytes]).reshape(-1).view(part.dtype)
+
     def network(self) -> Link:
         """Measures the way to the next worker of a ring, as `CostModel.network_seconds` takes it to be.
 
@@ -185,10 +205,10 @@ def first_difference(facts: Mapping[str, Mapping[str, str]]) -> str:
     leader, expected = next(iter(facts.items()))
     for fact, value in expected.items():
         for name, other in facts.items():
-            if other[fact] != value:
+            if other.get(fact) != value:
                 return (
                     f"graphswap: expected the same {fact} in every worker, received {value} in {leader} and "
-                    f"{other[fact]} in {name}. Run the same script with the same graphswap everywhere."
+                    f"{other.get(fact, 'none')} in {name}. Run the same script with the same graphswap everywhere."
                 )
     return ""
 

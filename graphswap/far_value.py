@@ -44,6 +44,10 @@ class FarValue:
         """Resources: of the value, and of the spare memory."""
         return [resource.handle for resource in self._resources]
 
+    def fetch(self) -> tf.Tensor:
+        """Adds the ops that copy the value to the device; in an eager call, does so."""
+        return far_memory.fetch(self.handles[0], self._dtype.name, self._shape[1:])
+
     def contents(self) -> list[tf.Tensor]:
         """What the resources hold."""
         return [tf.raw_ops.ReadVariableOp(resource=handle, dtype=self._dtype) for handle in self.handles]

@@ -376,6 +376,7 @@ def _with_hidden_bytes(graph: ir.Graph, func_graph: FuncGraph, folding: Folding 
     """Writes down the bytes that types don't show: of variables, and of the lists that loops pile up."""
     inputs = dict(zip(graph.inputs, func_graph.inputs, strict=True))
     handles = {name: _variable_bytes(internal) for name, internal in inputs.items() if internal.dtype == tf.resource}
+    late = {id(tensor) for tensor in func_graph.deferred_internal_captures}
     names = {internal.op.name: name for name, internal in inputs.items()}
     nodes = []
     constants: set[str] = set()
@@ -387,6 +388,8 @@ def _with_hidden_bytes(graph: ir.Graph, func_graph: FuncGraph, folding: Folding 
                 nbytes = _variable_bytes(func_graph.get_operation_by_name(node.name).outputs[0])
             if nbytes:
                 facts = [("held_bytes", (allocator.rounded(nbytes),))]
+        elif node.name in inputs:
+            facts = [(ir.IS_DEFERRED, True)] if id(inputs[node.name]) in late else []
         elif node.op in _LOOPS:
             facts = _loop_bytes(node, func_graph)
         elif node.op == ir.ALL_REDUCE:
@@ -904,18 +907,20 @@ def _replace_group(func_graph: FuncGraph, inputs: Mapping[str, Sequence[str]]) -
 # --- export -----------------------------------------------------------------------------------------------------
 
 
-def export_function(func_graph: FuncGraph, graph: ir.Graph, far_tiers: tiers.Tiers) -> None:
+def export_function(func_graph: FuncGraph, graph: ir.Graph, far_tiers: tiers.Tiers, rank: int = 0) -> None:
     """Makes a traced function compute `graph`, in place: adds the new nodes, rewires and orders the old ones.
 
     Args:
         func_graph: The function that the graph was imported from.
         graph: The rewritten graph.
         far_tiers: Where swapped values go.
+        rank: Which part of what is divided among workers is this one's.
     """
-    exporter = _Exporter(func_graph, func_graph, graph.inputs, far_tiers)
+    exporter = _Exporter(func_graph, func_graph, graph.inputs, far_tiers, rank)
     for node in graph.nodes:
         exporter.add(node)
-    accesses = [exporter.inputs[variable].outputs[0].consumers() for variable in graph.placed]
+    elsewhere = [*graph.placed, *graph.shards]
+    accesses = [exporter.inputs[variable].outputs[0].consumers() for variable in elsewhere]
     sums = {str(dict(node.attrs)["sum"]) for node in graph.nodes if node.op == ir.EXCHANGE}
     removed = [*itertools.chain.from_iterable(accesses), *map(func_graph.get_operation_by_name, sorted(sums))]
     if removed:
@@ -925,8 +930,14 @@ def export_function(func_graph: FuncGraph, graph: ir.Graph, far_tiers: tiers.Tie
             tensor if tensor.op in kept else exporter.tensor(reference)
             for tensor, reference in zip(func_graph.outputs, graph.outputs, strict=True)
         ]
-        ends = [op for node in graph.nodes if node.op in (ir.STORE, ir.AWAIT) for op in exporter.done[node.name]]
+        ends = [op for node in graph.nodes if _replaces_updates(node) for op in exporter.done[node.name]]
         func_graph.control_outputs = [*func_graph.control_outputs, *ends]
+
+
+def _replaces_updates(node: ir.Node) -> bool:
+    """Whether the node, or what waits for it, does what a function was to have done when it ends."""
+    is_update = node.stateful and not node.outputs and bool(dict(node.attrs).get("is_divided"))
+    return is_update or node.op in (ir.STORE, ir.AWAIT)
 
 
 def _remove_with_readers(func_graph: FuncGraph, operations: Sequence[Any]) -> None:
@@ -1143,8 +1154,11 @@ def write_fingerprint(directory: str) -> None:
 class _Exporter:
     """Adds nodes of a Graph to `target`, in execution order."""
 
-    def __init__(self, source: FuncGraph, target: FuncGraph, inputs: Sequence[str], far_tiers: tiers.Tiers):
+    def __init__(
+        self, source: FuncGraph, target: FuncGraph, inputs: Sequence[str], far_tiers: tiers.Tiers, rank: int = 0
+    ):
         self.source = source
+        self.rank = rank
         self.inputs = {name: tensor.op for name, tensor in zip(inputs, source.inputs, strict=True)}
         self.target = target
         self.remote = [source.get_operation_by_name(name) for name in _homes(source)]
@@ -1168,6 +1182,10 @@ class _Exporter:
             self._add_access(node)
         elif node.op in (ir.EXCHANGE, ir.AWAIT):
             self._add_exchange(node)
+        elif node.op == ir.SHARD:
+            self._add_shard(node)
+        elif node.op == ir.ALL_GATHER:
+            self._add_gather(node)
         elif dict(node.attrs).get("is_inserted"):
             self._add_inserted(node)
         elif node.op in (ir.BARRIER, ir.PLACE):
@@ -1176,7 +1194,7 @@ class _Exporter:
             self._add_anchor(node)
         elif dict(node.attrs).get("is_enclosed"):
             self._add_enclosed(node)
-        elif node.like or self.target is not self.source:
+        elif node.like or self.target is not self.source or dict(node.attrs).get("is_divided"):
             self._add_copy(node)
         else:
             self._rewire(node)
@@ -1257,8 +1275,8 @@ class _Exporter:
                 op_def=original.op_def,
                 compute_device=False,
             )
-        for tensor, counterpart in zip(operation.outputs, original.outputs, strict=True):
-            tensor.set_shape(counterpart.shape)
+        for tensor, counterpart, value in zip(operation.outputs, original.outputs, node.outputs, strict=True):
+            tensor.set_shape(value.shape if dict(node.attrs).get("is_divided") else counterpart.shape)
             if tensor.dtype == tf.resource:
                 handle_data_util.copy_handle_data(counterpart, tensor)
         if node.device:
@@ -1319,6 +1337,41 @@ class _Exporter:
         operation.outputs[0].set_shape(value.shape)
         self.tensors[node.name] = operation.outputs[0]
         self.done[node.name] = [operation]
+
+    def _add_shard(self, node: ir.Node) -> None:
+        """Adds what copies this worker's part of a value."""
+        attrs: Any = dict(node.attrs)
+        length = -(-attrs["length"] // attrs["workers"])
+        begin = min(self.rank * length, attrs["length"])
+        size = min(length, attrs["length"] - begin)
+        with self._placed(node):
+            whole = tf.reshape(self.tensor(node.inputs[0]), (-1,))
+            part = tf.raw_ops.Slice(input=whole, begin=[begin], size=[size])
+            # Copied: a slice may be a view, which would keep the whole value.
+            tensor = tf.pad(part, [[0, length - size]]) if size < length else tf.raw_ops.DeepCopy(x=part)
+        self.tensors[node.name] = tensor
+        self.done[node.name] = [tensor.op]
+
+    def _add_gather(self, node: ir.Node) -> None:
+        """Adds what makes a value whole of all workers' parts, by a collective of the kind that sums gradients."""
+        attrs = dict(node.attrs)
+        original = self.source.get_operation_by_name(str(attrs["sum"]))
+        part, size, group, *tokens = map(self.tensor, node.inputs)
+        value = node.outputs[0]
+        with self._placed(node):
+            gathered = tf.raw_ops.CollectiveGatherV2(
+                input=part,
+                group_size=size,
+                group_key=group,
+                instance_key=tf.constant(attrs["instance_key"], tf.int32),
+                ordering_token=tokens,
+                communication_hint=original.get_attr("communication_hint").decode(),
+                timeout_seconds=original.get_attr("timeout_seconds"),
+            )
+            own = tf.raw_ops.Slice(input=gathered, begin=[0], size=[math.prod(d or 0 for d in value.shape or ())])
+            tensor = tf.reshape(own, value.shape)
+        self.tensors[node.name] = tensor
+        self.done[node.name] = [tensor.op]
 
     def _add_remote(self, node: ir.Node) -> None:
         """Adds what moves a value between this worker and a parameter server, and what waits for it on either side.
@@ -1512,10 +1565,12 @@ def captured_variables(func_graph: FuncGraph) -> dict[str, ResourceVariable]:
 
 
 def capture(func_graph: FuncGraph, handles: Sequence[tf.Tensor]) -> None:
-    """Lets a function that is traced completely capture more resources, behind its other inputs."""
+    """Lets a function that is traced completely capture more resources, behind what else it captures when traced."""
     with func_graph.as_default():
         for handle in handles:
             func_graph.capture(handle)
+    late = {id(tensor) for tensor in func_graph.deferred_internal_captures}  # which come last when it is called
+    func_graph.inputs = sorted(func_graph.inputs, key=lambda tensor: id(tensor) in late)
 
 
 def _variable_type(handle: Any) -> Any:

@@ -19,9 +19,10 @@ from typing import Any, cast
 import numpy as np
 import tensorflow as tf
 
-from graphswap import far_memory, graphdef, ir, placement, profiler, tiers
+from graphswap import graphdef, ir, placement, profiler, tiers
 from graphswap.cost_model import MEMORY_VARIABLE
 from graphswap.far_value import FarValue
+from graphswap.sharded_value import ShardedValue, Sharding
 from graphswap.variables import FAR_DTYPES, SMALL_BYTES
 
 _TIERS = tiers.Tiers()
@@ -44,9 +45,10 @@ class _Veiled:
 
 
 class HostVariable(graphdef.ResourceVariable):
-    """A variable that can live in a far tier. Made by `adopt` out of one that exists."""
+    """A variable that can live in a far tier, or divided among workers. Made by `adopt` out of one that exists."""
 
     _far: FarValue
+    _sharded: ShardedValue | None = None
 
     @property
     def handle(self) -> Any:
@@ -62,13 +64,30 @@ class HostVariable(graphdef.ResourceVariable):
 
     @property
     def tier(self) -> str:
-        """Where the value is: "device", "host" or "disk"."""
-        return self._far.tier
+        """Where the value is: "device", "host", "disk", or on all "workers"."""
+        return self._far.tier if self._sharded is None else self._sharded.tier
 
     @property
     def store_handles(self) -> list[tf.Tensor]:
-        """Resources of the far value, and of spare memory for the next one."""
-        return self._far.handles
+        """Resources of the far value, and of spare memory for the next one; or of this worker's part."""
+        return self._value.handles
+
+    @property
+    def _value(self) -> FarValue | ShardedValue:
+        return self._far if self._sharded is None else self._sharded
+
+    @property
+    def sharded(self) -> ShardedValue | None:
+        """This worker's part of the value, if it is divided."""
+        return self._sharded
+
+    def shard(self, sharding: Sharding) -> None:
+        """Divides the value, which is on the device, among workers. Each does so by itself; no value is exchanged."""
+        value = ShardedValue(self.dtype, tuple(self.shape), sharding)
+        with tf.init_scope():
+            value.assign(self.read_value())
+            self._sharded = value
+            self._empty()
 
     def reserve(self, is_updated: bool = False) -> None:
         """Sees to it that a planned step may store the variable in its far tier.
@@ -119,7 +138,8 @@ class HostVariable(graphdef.ResourceVariable):
             if tier == "device":
                 if self.tier != "device":
                     tf.raw_ops.AssignVariableOp(resource=self.handle, value=self.read_value())
-                    far.clear()
+                    self._value.clear()
+                    self._sharded = None
             elif self.tier == "device":
                 value, before = self.read_value(), far.tiers
                 far.tier, far.tiers = tier, goal
@@ -128,11 +148,15 @@ class HostVariable(graphdef.ResourceVariable):
                 except BaseException:
                     far.tier, far.tiers = "device", before
                     raise
-                empty = placement.outside_device(tf.zeros((0,), self.dtype).numpy())
-                tf.raw_ops.AssignVariableOp(resource=self.handle, value=empty)
+                self._empty()
             elif tier != self.tier or (tier == "disk" and goal is not far.tiers):
                 far.move(tier, goal)
             far.tiers = goal
+
+    def _empty(self) -> None:
+        """Lets go of the buffer on the device."""
+        empty = placement.outside_device(tf.zeros((0,), self.dtype).numpy())
+        tf.raw_ops.AssignVariableOp(resource=self.handle, value=empty)
 
     def _is_plain(self) -> bool:
         return self.tier == "device" or (not tf.executing_eagerly() and graphdef.traces_variables())
@@ -141,7 +165,7 @@ class HostVariable(graphdef.ResourceVariable):
         if self._is_plain():
             return super()._read_variable_op(no_copy)
         graphdef.watch(self)
-        value = far_memory.fetch(self.store_handles[0], self.dtype.name, tuple(self.shape))
+        value = self._value.fetch()
 
         @tf.custom_gradient
         def fetched(handle: tf.Tensor) -> Any:  # what asks for the variable's gradient asks for its handle's
@@ -173,7 +197,7 @@ class HostVariable(graphdef.ResourceVariable):
                 f"{self.name}: expected a value of shape {self.shape}, received one of {tf.TensorShape(new.shape)}. "
                 "Assign one of the variable's shape."
             )
-        self._far.assign(new if is_array else tf.ensure_shape(new, self.shape))
+        self._value.assign(new if is_array else tf.ensure_shape(new, self.shape))
         return self
 
     @_DO_NOT_CONVERT
@@ -255,7 +279,7 @@ def value_bytes(variable: tf.Variable) -> int:
 
 
 def value_tier(variable: tf.Variable) -> str:
-    """Where a variable's value is: "device", "host" or "disk"."""
+    """Where a variable's value is: "device", "host", "disk", or on all "workers"."""
     return variable.tier if isinstance(variable, HostVariable) else "device"
 
 
@@ -291,6 +315,25 @@ def far_variables(tier_of: Callable[[int], str], far_tiers: tiers.Tiers | None =
     with tf.variable_creator_scope(make):
         yield
     del front
+
+
+@contextlib.contextmanager
+def sharded_variables(sharding: Sharding) -> Iterator[None]:
+    """Variables of more than 64 KiB that are made inside are divided among workers as soon as each is made.
+
+    Args:
+        sharding: How.
+    """
+
+    def make(next_creator: Any, **kwargs: Any) -> Any:
+        made = next_creator(**kwargs)
+        for variable in getattr(made, "values", (made,)):  # a distribution's has one on each device
+            if can_adopt(variable) and value_bytes(variable) > SMALL_BYTES:
+                adopt(variable).shard(sharding)
+        return made
+
+    with tf.variable_creator_scope(make):
+        yield
 
 
 def _leave_front() -> Any:

@@ -65,8 +65,20 @@ Its second output is what arrives of the other replicas, which is on the device 
 AWAIT = "Await"
 """The sum that an EXCHANGE makes, once it is there. The other inputs are let go of then."""
 
+SHARD = "Shard"
+"""This worker's part of its input, flat. Parts are equally long: the last ones may be padded with zeros.
+
+How many workers there are is in the attribute `workers`, as it is of an `ALL_GATHER`.
+"""
+ALL_GATHER = "AllGather"
+"""The value whose parts all workers have, of which its first input is this one's."""
+
 RECEIVE = "Receive"
 """The value that another replica has for its input, in a graph of one of them (`replicas`)."""
+
+IS_DEFERRED = "is_deferred"
+"""Attribute of an argument that a function captures anew with each call, such as the key of a collective. They come
+last."""
 
 RESIDENT_OPS = frozenset({"Placeholder", "Const", "VarHandleOp"})
 """Ops whose outputs are in memory before the step starts and stay there."""
@@ -203,6 +215,12 @@ class Graph:
         """Variables that live in far tiers, each with its tier."""
         accesses = [dict(node.attrs) for node in self.nodes if node.op in (FETCH, STORE)]
         return {str(attrs["variable"]): str(attrs["tier"]) for attrs in accesses if "variable" in attrs}
+
+    @functools.cached_property
+    def shards(self) -> Mapping[str, str]:
+        """Variables of which every worker keeps a part, each with what stands for this one's part."""
+        parts = {node.name: dict(node.attrs).get("shard_of") for node in self.nodes if node.op == "Placeholder"}
+        return {str(variable): name for name, variable in parts.items() if variable is not None}
 
     @functools.cached_property
     def blocks(self) -> Mapping[str, tuple[str, ...]]:

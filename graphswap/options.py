@@ -52,6 +52,8 @@ class Options:
             counts twice: its old value stays until the step's end. Bytes as an int, 0 for none; a size such as "12GiB",
             which is turned into bytes; "auto": most of what is free. Variables that find no room go to the disk if
             `swap_to` names it, those that are used least for their bytes first.
+        shard_optimizer: Whether each of several workers keeps and updates an equal part of the optimizer's state; what
+            the weights change by is gathered in each step. A single worker keeps all.
 
     Raises:
         ValueError: If a value is out of range or unknown.
@@ -67,6 +69,7 @@ class Options:
     jit_compile: bool | str | None = None
     asynchronous: bool = False
     host_memory: int | str = "auto"
+    shard_optimizer: bool = False
 
     def __post_init__(self) -> None:
         for name, checked in (
@@ -79,6 +82,7 @@ class Options:
             ("jit_compile", _jit_compile(self.jit_compile)),
             ("asynchronous", _flag("asynchronous", self.asynchronous)),
             ("host_memory", _host_memory(self.host_memory)),
+            ("shard_optimizer", _flag("shard_optimizer", self.shard_optimizer)),
         ):
             object.__setattr__(self, name, checked)
 

@@ -29,6 +29,7 @@ from graphswap import (
     replanning,
     replicas,
     rewrites,
+    shards,
     step_variables,
     tiers,
     xla,
@@ -36,11 +37,12 @@ from graphswap import (
 from graphswap.argument_shapes import Shapes
 from graphswap.cost_model import MEMORY_VARIABLE, CostModel, DeviceSpec, Link, Profile
 from graphswap.graphdef import UnsupportedGraphError
-from graphswap.host_variable import can_adopt, host_variables
+from graphswap.host_variable import can_adopt, host_variables, sharded_variables
 from graphswap.options import Options, format_bytes
-from graphswap.plan import Exchange, Place, Plan
+from graphswap.plan import Exchange, Place, Plan, Shard
 from graphswap.plan_file import PlanFile
 from graphswap.report import Report, StepReport
+from graphswap.sharded_value import Sharding
 from graphswap.step_variables import StepVariables
 from graphswap.strategies.base import InfeasibleBudgetError
 
@@ -133,6 +135,7 @@ class Session:
         self._parts: replicas.Parts | None = None  # of the step that is planned, if it runs on several devices
         self._has_agreed = False  # whether they have planned together
         self._network: Link | None = None  # as measured with the other workers
+        self._sharding = Sharding()  # of what is divided among them
         self._exchanged: tuple[tuple[Exchange, ...], ir.Graph] | None = None  # what they exchange, of which trace
         self._watched: dict[Shapes, _Watched] = {}
         self._replanned: dict[Shapes, tuple[planning.Planned, list[replanning.Round]]] = {}
@@ -415,7 +418,8 @@ class Session:
                 )
             there = graph if parts is None or replicas_here == 1 else parts.whole
             away, fence_bytes = step_variables.away(captured), self._variables.fence_bytes
-            cost_model = self._planner.cost_model(device, there, fence_bytes, away, far.tier)
+            laid_bytes = fence_bytes + step_variables.shard_bytes(captured)
+            cost_model = self._planner.cost_model(device, there, laid_bytes, away, far.tier)
             cost_model = dataclasses.replace(cost_model, resident_bytes=cost_model.resident_bytes // replicas_here)
             if leads is not None:
                 resident = self._workers.together("weigh their devices", lambda: str(cost_model.resident_bytes))
@@ -423,9 +427,13 @@ class Session:
             budget, share = self._planner.budget(device, self._scale)
             with clock("place"):
                 places = self._places(graph, captured, cost_model, budget, far.room)
-                self._variables.place(func_graph, graph, captured, places, device, self._arguments)
+                divided = self._divided(graph)
+                self._variables.place(
+                    func_graph, graph, captured, places, device, self._arguments, divided, self._sharding
+                )
                 if places:
                     graph = rewrites.place(graph, Plan(decisions=places))
+                graph = rewrites.shard(graph, Plan(decisions=tuple(map(Shard, divided))))
                 graph = self._exchange(graph, leads, cost_model, budget)
             replanned, rounds = self._replanned.pop(shapes, (None, []))
 
@@ -449,7 +457,7 @@ class Session:
                 with clock("rewrite"):
                     rewritten = rewrites.rewrite(graph, planned.plan)
                     whole = rewritten if parts is None else parts.merged(rewritten)
-                    graphdef.export_function(func_graph, whole, self._tiers)
+                    graphdef.export_function(func_graph, whole, self._tiers, self._sharding.rank)
             step = step_report(planned, share / self._scale, clock.seconds, rounds, self.options.memory_budget)
             if parts is not None:
                 step.notes.append(_on_devices(parts, replicas_here))
@@ -499,9 +507,9 @@ class Session:
             nbytes, _ = self._planner.budget(device, self._scale)
             step = f"step ({len(graphs[0].nodes)} nodes, fingerprint {graphs[0].fingerprint[:12]})"
             return {
+                "options": str(self.options),
                 "version of graphswap": distribute.version(),
                 "version of TensorFlow": tf.__version__,
-                "options": str(self.options),
                 "budget": format_bytes(nbytes) if nbytes else str(self.options.memory_budget),
                 "step": step,
             }
@@ -528,6 +536,34 @@ class Session:
         movable = [name for name, variable in captured.items() if can_adopt(variable)]
         fixed = self._variables.fixed(graph, captured)
         return self._planner.place(graph, cost_model, budget, movable, fixed, room)
+
+    def _divided(self, graph: ir.Graph) -> tuple[str, ...]:
+        """The variables of which each worker will keep a part."""
+        if not self.options.shard_optimizer:
+            return ()
+        if self._parts is not None:
+            raise ValueError(
+                f"graphswap: expected shard_optimizer=False with {len(self._parts.devices)} devices in one process, "
+                "received True. Start a process for each device, or leave shard_optimizer out."
+            )
+        return shards.divisible(graph) if self.divide_among(self._workers.count) else ()
+
+    def divide_among(self, count: int) -> Sharding | None:
+        """How optimizer state is divided; None if it is not. All workers call this together the first time.
+
+        Args:
+            count: How many workers there are.
+
+        Raises:
+            WorkerError: If other workers have other options, or one did not join in time.
+        """
+        if count == 1 or not self.options.shard_optimizer:
+            return None
+        if self._sharding.workers != count:
+            workers = distribute.Workers(count)
+            workers.agree(lambda: {"options": str(self.options)})
+            self._sharding = workers.sharding()
+        return self._sharding
 
     def _exchange(self, graph: ir.Graph, leads: bool | None, cost_model: CostModel, budget: int) -> ir.Graph:
         """The step with its gradients summed block by block, if several workers or replicas do so.
@@ -667,8 +703,12 @@ def making_optimizer(
         weights: What is trained: an optimizer of TensorFlow's or Keras's has up to two variables for each.
     """
     limit, in_use = os.environ.get(MEMORY_VARIABLE), profiler.memory_in_use()
-    if tf.distribute.get_strategy().num_replicas_in_sync > 1:  # then all variables stay on their devices
-        return contextlib.nullcontext()
+    distribution = tf.distribute.get_strategy()
+    if distribution.num_replicas_in_sync > 1:  # then no variables are in far tiers
+        if not (weights and isinstance(session, Session) and distribute.in_cluster()):
+            return contextlib.nullcontext()
+        sharding = session.divide_among(distribution.num_replicas_in_sync)
+        return contextlib.nullcontext() if sharding is None else sharded_variables(sharding)
     if limit is None or in_use is None or getattr(session, "jit_compile", False):
         return contextlib.nullcontext()
     nbytes = sum(math.prod(weight.shape) * tf.as_dtype(weight.dtype).size for weight in weights)

@@ -12,6 +12,7 @@ what the user's nodes made:
   graph that `rewrites.place` makes, and the plan's fingerprint is that graph's.
 * `Exchange`: values that the replicas sum together, as one block; carried out first, too. `rewrites.exchange` makes
   these blocks of what TensorFlow would sum at once.
+* `Shard`: every worker keeps a part of a variable, and updates that; carried out first by `rewrites.shard`.
 * `SideBySide`: `second`, which stands right after `first`, does not wait for it. Both ask for memory before either
   lets go of any.
 
@@ -122,7 +123,20 @@ class Exchange:
     reason: str = ""
 
 
-Decision = Swap | Recompute | SideBySide | Place | Exchange
+@dataclasses.dataclass(frozen=True, slots=True)
+class Shard:
+    """Divides a variable among the workers.
+
+    Attributes:
+        variable: Name of the node that stands for it.
+        reason: Why, for people.
+    """
+
+    variable: str
+    reason: str = ""
+
+
+Decision = Swap | Recompute | SideBySide | Place | Exchange | Shard
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -178,6 +192,10 @@ class Plan:
         return tuple(d for d in self.decisions if isinstance(d, Exchange))
 
     @property
+    def shards(self) -> tuple[Shard, ...]:
+        return tuple(d for d in self.decisions if isinstance(d, Shard))
+
+    @property
     def pairs(self) -> tuple[SideBySide, ...]:
         return tuple(d for d in self.decisions if isinstance(d, SideBySide))
 
@@ -203,7 +221,7 @@ class Plan:
         Raises:
             PlanError: If the text is no plan.
         """
-        kinds = {"Swap": Swap, "Recompute": Recompute, "SideBySide": SideBySide, "Place": Place, "Exchange": Exchange}
+        kinds = {kind.__name__: kind for kind in (Swap, Recompute, SideBySide, Place, Exchange, Shard)}
         try:
             fields = json.loads(text)
             decisions = []
@@ -251,6 +269,9 @@ class Plan:
                 elif isinstance(decision, Exchange):
                     if decision.values not in graph.blocks.values():
                         raise _Misfit("it has no such block, which `rewrites.exchange` would have made.")
+                elif isinstance(decision, Shard):
+                    if decision.variable not in graph.shards:
+                        raise _Misfit("it has the variable whole, which `rewrites.shard` would have divided.")
                 else:
                     _check_pair(decision, graph, position)
                     if not paired.isdisjoint((decision.first, decision.second)):

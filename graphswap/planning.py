@@ -34,7 +34,7 @@ from graphswap import (
 from graphswap.cost_model import MEMORY_VARIABLE, CostModel, DeviceSpec, Profile
 from graphswap.host_variable import far_variables, value_bytes, value_tier
 from graphswap.options import Options, format_bytes
-from graphswap.plan import Exchange, Place, Plan, PlanError
+from graphswap.plan import Exchange, Place, Plan, PlanError, Shard
 from graphswap.strategies import budgets, gaps
 from graphswap.strategies.base import InfeasibleBudgetError, Strategy
 
@@ -547,10 +547,10 @@ def _most_swapped_bytes(graph: ir.Graph, device: DeviceSpec) -> int:
     return int(np.cumsum(change).max())
 
 
-def _carried_out(graph: ir.Graph) -> tuple[Place | Exchange, ...]:
+def _carried_out(graph: ir.Graph) -> tuple[Place | Shard | Exchange, ...]:
     """The decisions that have made the graph what it is."""
     places = (Place(variable, tier) for variable, tier in graph.placed.items())
-    return (*places, *collectives.exchanges(graph))
+    return (*places, *map(Shard, graph.shards), *collectives.exchanges(graph))
 
 
 def _judged(graph: ir.Graph, plan: Plan, cost_model: CostModel, budget: int) -> Planned:

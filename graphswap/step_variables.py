@@ -13,6 +13,7 @@ from graphswap.cost_model import DeviceSpec
 from graphswap.host_variable import HostVariable, adopt, value_bytes, value_tier
 from graphswap.plan import Place
 from graphswap.report import StepReport
+from graphswap.sharded_value import Sharding
 from graphswap.variables import far_bytes, updates, values
 
 _CHEAP = 0.05
@@ -184,7 +185,13 @@ class StepVariables:
             arguments: Of the step; arrays among them are put on the emulated device, behind the variables.
         """
         far = {id(captured[name].handle) for name in away(captured)}
-        self._layout = placement.Variables([v for v in graphdef.variables(func_graph) if id(v.handle) not in far])
+        there = [variable for variable in graphdef.variables(func_graph) if id(variable.handle) not in far]
+        parts = [
+            placement.Variable(variable.store_handles[0], variable.dtype, True)
+            for variable in captured.values()
+            if isinstance(variable, HostVariable) and variable.sharded
+        ]
+        self._layout = placement.Variables([*there, *parts])
         if profiler.memory_in_use() is None:
             return
         with tf.init_scope():
@@ -231,6 +238,8 @@ class StepVariables:
         places: Sequence[Place],
         device: DeviceSpec,
         arguments: list[Any],
+        shards: Sequence[str] = (),
+        sharding: Sharding | None = None,
     ) -> None:
         """Moves variables to where they will live between steps, and lets the traced step reach them there.
 
@@ -241,6 +250,8 @@ class StepVariables:
             places: Of those that will not live on the device.
             device: As for `arrange`.
             arguments: Likewise.
+            shards: Variables of which each worker will keep a part.
+            sharding: Which part that is.
 
         Raises:
             SwapSpaceError: If the disk has no room for them, or they can't be written or read.
@@ -249,9 +260,10 @@ class StepVariables:
         disk_bytes = sum(taken.get(place.variable, 0) for place in places if place.tier == "disk")
         if disk_bytes:
             self._tiers.expect_room(disk_bytes + self.state_bytes(captured, places))
-        if self.move(captured, places):
+        if self.move(captured, places, shards, sharding):
             self.arrange(func_graph, captured, device, arguments)
         self._traced_tiers += [(variable, value_tier(variable)) for variable in captured.values()]
+        graphdef.capture(func_graph, [adopt(captured[name]).store_handles[0] for name in shards])
         if not places:
             return
         used, updated = values(graph), updates(graph)
@@ -262,10 +274,27 @@ class StepVariables:
         self._keep_far()
         graphdef.capture(func_graph, [handle for variable in placed.values() for handle in variable.store_handles])
 
-    def move(self, captured: Mapping[str, tf.Variable], places: Sequence[Place]) -> bool:
-        """Brings variables to their tiers, those without a place to the device. Whether any has moved."""
-        tier_of = {place.variable: place.tier for place in places}
+    def move(
+        self,
+        captured: Mapping[str, tf.Variable],
+        places: Sequence[Place],
+        shards: Sequence[str] = (),
+        sharding: Sharding | None = None,
+    ) -> bool:
+        """Brings variables to their tiers, those without a place to the device. Whether any has moved.
+
+        Args:
+            captured: From `captured`.
+            places: As for `place`.
+            shards: Likewise.
+            sharding: Likewise.
+        """
+        tier_of = {**{place.variable: place.tier for place in places}, **dict.fromkeys(shards, "workers")}
         has_moved = False
+        for name in shards:
+            if (variable := adopt(captured[name])).sharded is None and sharding is not None:
+                variable.shard(sharding)
+                has_moved = True
         # What leaves goes first, to make room for what comes.
         for name in sorted(captured, key=lambda name: name not in tier_of):
             tier, variable = tier_of.get(name, "device"), captured[name]
@@ -299,6 +328,12 @@ class StepVariables:
 def away(captured: Mapping[str, tf.Variable]) -> list[str]:
     """Which variables are in far tiers now."""
     return [name for name, variable in captured.items() if value_tier(variable) != "device"]
+
+
+def shard_bytes(captured: Mapping[str, tf.Variable]) -> int:
+    """What this worker's parts of divided variables take."""
+    parts = [variable.sharded for variable in captured.values() if isinstance(variable, HostVariable)]
+    return sum(allocator.rounded(part.nbytes) for part in parts if part is not None)
 
 
 def hosted_bytes(captured: Mapping[str, tf.Variable]) -> dict[str, int]:

@@ -15,6 +15,7 @@ from graphswap.rewrites.place import place as place
 from graphswap.rewrites.prune import prune
 from graphswap.rewrites.recompute import recompute
 from graphswap.rewrites.schedule import schedule
+from graphswap.rewrites.shard import shard as shard
 from graphswap.rewrites.swap import swap
 
 PASSES: tuple[pass_manager.RewritePass, ...] = (

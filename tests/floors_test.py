@@ -25,8 +25,8 @@ FLOORS = (
     },
     {"tiers", "placement"},
     {"far_value", "plan", "cost_model", "liveness", "graphdef", "parser"},
-    {"collectives", "devices", "fusion", "replicas", "variables"},
-    {"actions", "profiler", "footprint"},
+    {"collectives", "devices", "fusion", "replicas", "sharded_value", "variables"},
+    {"actions", "profiler", "footprint", "shards"},
     {"host_variable", "simulator", "walk"},
     {"incremental", "picture"},
     {"strategies", "rewrites"},
@@ -69,7 +69,16 @@ STEPS = {
         {"graphswap_cli"},
     ),
 }
-TENSORFLOW_DOORS = {"graphdef", "far_memory", "far_value", "tiers", "placement", "profiler", "host_variable"}
+TENSORFLOW_DOORS = {
+    "graphdef",
+    "far_memory",
+    "far_value",
+    "tiers",
+    "placement",
+    "profiler",
+    "host_variable",
+    "sharded_value",
+}
 PRIVATE_TENSORFLOW_DOORS = {"graphdef", "profiler"}
 PRIVATE_KERAS_DOORS = {"keras_compile"}
 JAX_DOORS = {"pjrt", "tools/jax_gpt"}
