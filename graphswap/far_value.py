@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import tensorflow as tf
 
-from graphswap import far_memory, ir, tiers
+from graphswap import far_memory, graphdef, ir, tiers
 
 
 class FarValue:
@@ -37,7 +37,9 @@ class FarValue:
         self._files: dict[int, tuple[pathlib.Path, tiers.Tiers]] = {}  # and whose they are, by their memory
         with tf.init_scope(), tf.device("CPU:0"):
             nothing = self._nothing()
-            self._resources = [tf.Variable(nothing, trainable=False, shape=tf.TensorShape(None)) for _ in range(2)]
+            # Not `tf.Variable`, which makes others in the scope of a distribution.
+            make = graphdef.ResourceVariable
+            self._resources = [make(nothing, trainable=False, shape=tf.TensorShape(None)) for _ in range(2)]
 
     @property
     def handles(self) -> list[tf.Tensor]:

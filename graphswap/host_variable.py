@@ -336,6 +336,24 @@ def sharded_variables(sharding: Sharding) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def read_alone(variables: Sequence[Any]) -> Iterator[None]:
+    """Lets one worker read inside what is divided among all. All have to call it together.
+
+    Args:
+        variables: TensorFlow's, or those of a distribution, in the same order on all workers.
+    """
+    there = [one for variable in variables for one in getattr(variable, "values", (variable,))]
+    parts = [one.sharded for one in there if isinstance(one, HostVariable) and one.sharded is not None]
+    for part in parts:
+        part.keep_whole()
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.drop_whole()
+
+
 def _leave_front() -> Any:
     """Makes room for what stays: behind a value that leaves it would cut the device's free memory in two."""
     limit, in_use = os.environ.get(MEMORY_VARIABLE), profiler.memory_in_use()

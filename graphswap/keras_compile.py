@@ -31,6 +31,7 @@ from keras.src.callbacks.backup_and_restore import BackupAndRestore
 from keras.src.trainers.trainer import Trainer
 
 from graphswap import distribute, graphdef, keras_training, model_state, pipeline
+from graphswap.host_variable import read_alone
 from graphswap.options import Options
 
 _PACKAGE = "graphswap"
@@ -147,6 +148,12 @@ def _refuse(model: Any, options: Options, args: tuple[Any, ...], kwargs: dict[st
             "graphswap: expected asynchronous=False without parameter servers, received True. Make the model in the "
             "scope of a ParameterServerStrategy, or leave asynchronous out."
         )
+    if options.shard_optimizer and (has_servers or not _is_alone_or_multi_worker(model.distribute_strategy)):
+        raise ValueError(
+            f"graphswap: expected shard_optimizer=False under {type(model.distribute_strategy).__name__}, received "
+            "True. Optimizer state is divided among the workers of a MultiWorkerMirroredStrategy. Leave "
+            "shard_optimizer out."
+        )
     asked = options.jit_compile or given.get("jit_compile") is True
     if asked and (has_servers or model.distribute_strategy.num_replicas_in_sync > 1):
         raise ValueError(
@@ -199,8 +206,7 @@ def _make_train_function(self: Any, force: bool = False) -> Any:
                 batch = distribute.local_batch(distribution, next(iterator))
             except StopIteration:
                 break
-            weights = [] if self.optimizer.built else self.trainable_variables
-            with distribution.scope(), pipeline.making_optimizer(session, weights):
+            with distribution.scope(), _making_optimizer(self):
                 _build(self, distribute.local_value(distribution, batch))
             outputs = session.run(make, batch)
         if outputs is None:
@@ -286,7 +292,11 @@ def _maybe_build(self: Any, iterator: Any = None, data_batch: Any = None) -> Non
         for _, _, batches in iterator:
             iterator, data_batch = None, distribute.local_value(distribution, next(batches))
             break
-    _originals["_maybe_symbolic_build"](self, iterator, data_batch)
+    with contextlib.ExitStack() as stack:
+        if _is_multi_worker(distribution):  # others build when the step is traced
+            stack.enter_context(distribution.scope())
+            stack.enter_context(_making_optimizer(self))
+        _originals["_maybe_symbolic_build"](self, iterator, data_batch)
 
 
 def _reduce_per_replica(values: Any, distribution: Any, reduction: str) -> Any:
@@ -302,8 +312,13 @@ def _reduce_per_replica(values: Any, distribution: Any, reduction: str) -> Any:
 def _save_backup(self: BackupAndRestore) -> None:
     """Keras's method, on one of several workers: all of them restore what it has saved."""
     distribution = self.model.distribute_strategy
-    if not _is_multi_worker(distribution) or distribution.extended.should_checkpoint:
+    if not _is_multi_worker(distribution):
         _originals["_save_model"](self)
+        return
+    optimizer = getattr(self.model, "optimizer", None)
+    with read_alone([variable.value for variable in (optimizer.variables if optimizer is not None else ())]):
+        if distribution.extended.should_checkpoint:
+            _originals["_save_model"](self)
 
 
 def _drop_backup(self: BackupAndRestore, logs: Any = None) -> None:
@@ -320,6 +335,18 @@ def _drop_backup(self: BackupAndRestore, logs: Any = None) -> None:
 def _is_multi_worker(distribution: Any) -> bool:
     is_mirrored = isinstance(distribution, tf.distribute.MultiWorkerMirroredStrategy)
     return is_mirrored and bool(distribution.cluster_resolver.cluster_spec())
+
+
+def _is_alone_or_multi_worker(distribution: Any) -> bool:
+    return distribution.num_replicas_in_sync == 1 or _is_multi_worker(distribution)
+
+
+def _making_optimizer(model: Any) -> contextlib.AbstractContextManager[None]:
+    """For a model's optimizer, whose variables are made inside if they have not been yet."""
+    session, optimizer = getattr(model, "_graphswap_session", None), getattr(model, "optimizer", None)
+    if session is None or optimizer is None or optimizer.built:
+        return contextlib.nullcontext()
+    return pipeline.making_optimizer(session, model.trainable_variables if model.built else [])
 
 
 def _build(model: Any, batch: Any) -> None:

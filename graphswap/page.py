@@ -18,7 +18,7 @@ import numpy as np
 from graphswap import ir, liveness
 from graphswap.options import format_bytes
 from graphswap.picture import Picture, decided, moments
-from graphswap.plan import Exchange, Place, Recompute, SideBySide, Swap
+from graphswap.plan import Exchange, Place, Recompute, Shard, SideBySide, Swap
 from graphswap.simulator import Timeline
 
 _BUCKETS = 2000
@@ -134,7 +134,7 @@ def _acts(picture: Picture) -> list[_Act]:
     acts = [
         _Act(decision, *_described(graph, decision), tuple((lane, *span) for lane, span in spans[id(decision)].items()))
         for decision in plan.decisions
-        if not isinstance(decision, Place | Exchange)  # which are nodes
+        if not isinstance(decision, Place | Exchange | Shard)  # which are nodes
     ]
     return sorted(acts, key=lambda act: act.nbytes, reverse=True)
 

@@ -221,7 +221,8 @@ class Plan:
         Raises:
             PlanError: If the text is no plan.
         """
-        kinds = {kind.__name__: kind for kind in (Swap, Recompute, SideBySide, Place, Exchange, Shard)}
+        known: tuple[Any, ...] = (Swap, Recompute, SideBySide, Place, Exchange, Shard)
+        kinds = {kind.__name__: kind for kind in known}
         try:
             fields = json.loads(text)
             decisions = []
@@ -299,6 +300,8 @@ class Plan:
                 lines.append(f"  exchange   {values}  {decision.ahead} ahead{_because(decision.reason)}")
             elif isinstance(decision, Place):
                 lines.append(f"  place      {decision.variable}  {decision.tier}{_because(decision.reason)}")
+            elif isinstance(decision, Shard):
+                lines.append(f"  shard      {decision.variable}{_because(decision.reason)}")
             else:
                 lines.append(f"  together   {decision.first}, {decision.second}{_because(decision.reason)}")
         lines += [f"  keep       {d.value}  {d.reason}" for d in self.declined]

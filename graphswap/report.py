@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-from graphswap import ir, page, perfetto, plan_file
+from graphswap import ir, liveness, page, perfetto, plan_file
 from graphswap.options import format_bytes
 from graphswap.picture import CurvePoint, Picture
 from graphswap.plan import TIERS, Plan
@@ -171,6 +171,7 @@ class StepReport:
             ),
             ("away", self._away()),
             ("far", self._far()),
+            ("shards", self._shards()),
             ("bound", _bound(plan, self.predicted_seconds, self.time_scale)),
             ("least", _least(self.memory_bound_bytes)),
             ("took", ", ".join(f"{what} {seconds:.1f} s" for what, seconds in self.breakdown.items())),
@@ -204,6 +205,18 @@ class StepReport:
             if nbytes:
                 parts.append(f"{'host memory' if tier == 'host' else tier}: {format_bytes(nbytes)} planned{measured}")
         return f"{'; '.join(parts)}, old values and new ones" if parts else ""
+
+    def _shards(self) -> str:
+        """What of the step's variables is divided among workers."""
+        if self.file is None or not self.plan.shards:
+            return ""
+        graph = self.file.graph
+        kept = sum(sum(liveness.output_bytes(graph.by_name[part])) for part in graph.shards.values())
+        gathered = sum(node.outputs[0].nbytes for node in graph.nodes if node.op == ir.ALL_GATHER)
+        return (
+            f"{len(graph.shards)} variables divided among the workers: {format_bytes(kept)} kept here, "
+            f"{format_bytes(gathered)} gathered per step"
+        )
 
     def _choice(self) -> str:
         """What the budget is, where the user left it open."""

@@ -3,7 +3,8 @@
     python -m graphswap.tools.workers --model=resnet50 --workers=2 --budget=160MiB --memory=166MiB --out=workers.json
 
 Trainings of a few steps on the same global batches, each worker with an emulated accelerator of its own: workers with a
-budget; and with ample memory plain ones, plain ones that sum gradients in packs of a mebibyte, and one process alone.
+budget, and such that divide the optimizer's state among them; and with ample memory plain ones, plain ones that sum
+gradients in packs of a mebibyte, and one process alone.
 Plain workers with little memory, too. What the packs change is rounding: more than two add in another order. BatchNorm
 takes its statistics of all workers' examples, as one process would. The last step of those with blocks and of plain
 workers with ample memory is recorded: when collectives started and how many bytes of gradients, of their packs and of
@@ -30,7 +31,7 @@ import tensorflow as tf
 from absl import app, flags
 
 import graphswap
-from graphswap import distribute, emulate, ir, liveness, options, profiler
+from graphswap import distribute, emulate, host_variable, ir, liveness, options, profiler
 from graphswap.tools import launch, models
 
 MODELS = {"resnet50": lambda: models.resnet50(64, 16), "gpt": lambda: models.gpt(4, 128, 4, 64, 16)}
@@ -41,14 +42,16 @@ _GRADIENTS = "gradients.json"
 _AMPLE_BYTES = 2 << 30
 _TRAINING_SECONDS = 900
 _PACK_BYTES = 1 << 20
-PAIRS = (("blocks", "plain"), ("blocks", "alone"), ("plain in packs", "plain"))
+PAIRS = (("blocks", "plain"), ("blocks", "alone"), ("sharded", "blocks"), ("plain in packs", "plain"))
 """Trainings whose losses and variables are held against each other."""
 
 
 # --- in a worker ------------------------------------------------------------------------------------------------
 
 
-def train(model: str, budget: str, steps: int, folder: str, is_recorded: bool, pack_bytes: int) -> dict[str, Any]:
+def train(
+    model: str, budget: str, steps: int, folder: str, is_recorded: bool, pack_bytes: int, is_sharded: bool
+) -> dict[str, Any]:
     """Takes the steps and writes all variables to a file.
 
     Args:
@@ -58,6 +61,7 @@ def train(model: str, budget: str, steps: int, folder: str, is_recorded: bool, p
         folder: For the file, which is called after the worker's index.
         is_recorded: Whether one more step is taken, under the profiler.
         pack_bytes: Of the packs in which gradients are summed; 0 for all in one.
+        is_sharded: Whether the optimizer's state is divided among the workers.
 
     Returns:
         Losses, peak, and of a recorded step what `seen` tells.
@@ -80,7 +84,8 @@ def train(model: str, budget: str, steps: int, folder: str, is_recorded: bool, p
         for layer in training.model.layers:
             if isinstance(layer, keras.layers.BatchNormalization):
                 layer.synchronized = True
-        option = {"graphswap": graphswap.Options(budget, swap_to="host", planning_seconds=5.0)} if budget else {}
+        asked = {"swap_to": "host", "planning_seconds": 5.0, "shard_optimizer": is_sharded}
+        option = {"graphswap": graphswap.Options(budget, **asked)} if budget else {}
         training.model.compile(training.optimizer, training.loss, **option)  # pyright: ignore[reportCallIssue]
 
     def step() -> float:
@@ -91,6 +96,7 @@ def train(model: str, budget: str, steps: int, folder: str, is_recorded: bool, p
 
     losses = [step() for _ in range(steps)]
     found: dict[str, Any] = {"losses": losses, "peak_bytes": profiler.memory_in_use("peak")}
+    found |= {"held_bytes": profiler.memory_in_use(), "optimizer_bytes": _bytes_here(training.optimizer.variables)}
     file = pathlib.Path(folder, _GRADIENTS)
     if budget:
         report = graphswap.report(training.model).steps[0]
@@ -108,6 +114,15 @@ def train(model: str, budget: str, steps: int, folder: str, is_recorded: bool, p
     distribute.Workers(count).together("end", str)  # a worker whose leader has ended is ended by TensorFlow
     digest = hashlib.sha256(b"".join(array.tobytes() for array in variables)).hexdigest()
     return {**found, "digest": digest}
+
+
+def _bytes_here(variables: Sequence[Any]) -> int:
+    """What variables take of this worker's device."""
+    parts = [part for variable in variables for part in getattr(variable.value, "values", (variable.value,))]
+    sharded = [getattr(part, "sharded", None) for part in parts]
+    return sum(
+        host_variable.value_bytes(part) if own is None else own.nbytes for part, own in zip(parts, sharded, strict=True)
+    )
 
 
 def _gradients(graph: ir.Graph) -> dict[str, Any]:
@@ -212,6 +227,7 @@ def compare(model: str, workers: int, budget: str, memory_bytes: int, steps: int
         found: dict[str, Any] = {"model": model, "workers": workers, "budget": budget, "memory_bytes": memory_bytes}
         ways = {
             "blocks": (workers, memory_bytes, budget, True, 0),
+            "sharded": (workers, memory_bytes, budget, False, 0),
             "plain": (workers, _AMPLE_BYTES, "", True, 0),
             "plain in packs": (workers, _AMPLE_BYTES, "", False, _PACK_BYTES),
             "plain, little memory": (workers, memory_bytes, "", False, 0),
@@ -225,7 +241,8 @@ def compare(model: str, workers: int, budget: str, memory_bytes: int, steps: int
             if gradients.exists():
                 (folder / _GRADIENTS).write_bytes(gradients.read_bytes())
             taken = steps if is_recorded else steps + 1  # as many as those with a recorded one
-            found[name] = run(count, nbytes, model, given, taken, str(folder), is_recorded, pack_bytes)
+            arguments = (model, given, taken, str(folder), is_recorded, pack_bytes, name == "sharded")
+            found[name] = run(count, nbytes, *arguments)
             files[name] = folder / "0.npz"
             print(f"{name}: {json.dumps(found[name])}", flush=True)
         for one, other in PAIRS:
