@@ -81,13 +81,19 @@ class HostVariable(graphdef.ResourceVariable):
         """This worker's part of the value, if it is divided."""
         return self._sharded
 
-    def shard(self, sharding: Sharding) -> None:
-        """Divides the value, which is on the device, among workers. Each does so by itself; no value is exchanged."""
-        value = ShardedValue(self.dtype, tuple(self.shape), sharding)
+    def shard(self, sharding: Sharding, part: np.ndarray | None = None) -> None:
+        """Divides the value among workers. Each does so by itself; no value is exchanged.
+
+        Args:
+            sharding: How.
+            part: This worker's part; None for that of the value, which is on the device.
+        """
         with tf.init_scope():
-            value.assign(self.read_value())
-            self._sharded = value
+            if part is None:
+                part = sharding.part(self.read_value().numpy())
             self._empty()
+            self._sharded = ShardedValue(self.dtype, tuple(self.shape), sharding)
+            self._sharded.give(part)
 
     def reserve(self, is_updated: bool = False) -> None:
         """Sees to it that a planned step may store the variable in its far tier.
@@ -319,21 +325,29 @@ def far_variables(tier_of: Callable[[int], str], far_tiers: tiers.Tiers | None =
 
 @contextlib.contextmanager
 def sharded_variables(sharding: Sharding) -> Iterator[None]:
-    """Variables of more than 64 KiB that are made inside are divided among workers as soon as each is made.
+    """Variables of more than 64 KiB that are made inside are divided among workers, as soon as they are made.
+
+    Their parts come to the device at the end: each would lie behind a whole value that leaves.
 
     Args:
         sharding: How.
     """
+    parts: list[tuple[HostVariable, np.ndarray]] = []
 
     def make(next_creator: Any, **kwargs: Any) -> Any:
         made = next_creator(**kwargs)
         for variable in getattr(made, "values", (made,)):  # a distribution's has one on each device
             if can_adopt(variable) and value_bytes(variable) > SMALL_BYTES:
-                adopt(variable).shard(sharding)
+                parts.append((adopt(variable), sharding.part(variable.numpy())))
+                variable._empty()
         return made
 
-    with tf.variable_creator_scope(make):
-        yield
+    try:
+        with tf.variable_creator_scope(make):
+            yield
+    finally:
+        for variable, part in parts:
+            variable.shard(sharding, part)
 
 
 @contextlib.contextmanager

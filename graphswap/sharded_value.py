@@ -26,6 +26,14 @@ class Sharding:
     rank: int = 0
     gather: Callable[[np.ndarray], np.ndarray] = np.array
 
+    def part(self, value: np.ndarray) -> np.ndarray:
+        """A copy of this worker's part of a value, flat, padded with zeros."""
+        length = -(-value.size // self.workers)
+        part = np.zeros(length, value.dtype)
+        own = value.reshape(-1)[self.rank * length :][:length]
+        part[: len(own)] = own
+        return part
+
 
 class ShardedValue:
     """This worker's part of a value, held by a resource as a flat tensor; the last parts are padded with zeros.
@@ -67,10 +75,10 @@ class ShardedValue:
             RuntimeError: In a function that graphswap does not plan.
         """
         self._expect_eager("assigned")
-        flat = np.asarray(value).reshape(-1)
-        part = np.zeros(self._length, flat.dtype)
-        own = flat[self._sharding.rank * self._length :][: self._length]
-        part[: len(own)] = own
+        self.give(self._sharding.part(np.asarray(value)))
+
+    def give(self, part: np.ndarray) -> None:
+        """Keeps a part that `Sharding.part` has made."""
         on_device = placement.on_device(part, self._resource.device)
         tf.raw_ops.AssignVariableOp(resource=self._resource.handle, value=on_device)
 
