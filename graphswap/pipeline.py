@@ -406,6 +406,8 @@ class Session:
                     StepReport(func_graph.name, 0, 0, Plan(), f"runs unchanged: {error}", 0, 0, 0.0, 0.0),
                 )
                 return
+            divided = self._divided(graph)
+            self._variables.shard(func_graph, captured, divided, self._sharding, device, self._arguments)
             parts, replicas_here = self._parts, self._replicas_in_memory()
             replica_count = 1 if parts is None else len(parts.devices)
             far = self._planner.far(device, graph, step_variables.hosted_bytes(captured), replica_count)
@@ -427,10 +429,7 @@ class Session:
             budget, share = self._planner.budget(device, self._scale)
             with clock("place"):
                 places = self._places(graph, captured, cost_model, budget, far.room)
-                divided = self._divided(graph)
-                self._variables.place(
-                    func_graph, graph, captured, places, device, self._arguments, divided, self._sharding
-                )
+                self._variables.place(func_graph, graph, captured, places, device, self._arguments, divided)
                 if places:
                     graph = rewrites.place(graph, Plan(decisions=places))
                 graph = rewrites.shard(graph, Plan(decisions=tuple(map(Shard, divided))))
@@ -551,19 +550,21 @@ class Session:
     def divide_among(self, count: int) -> Sharding | None:
         """How optimizer state is divided; None if it is not. All workers call this together the first time.
 
+        Those that do not divide it call this, too: a worker that waits here is none to make variables with.
+
         Args:
             count: How many workers there are.
 
         Raises:
             WorkerError: If other workers have other options, or one did not join in time.
         """
-        if count == 1 or not self.options.shard_optimizer:
+        if count == 1:
             return None
         if self._sharding.workers != count:
             workers = distribute.Workers(count)
             workers.agree(lambda: {"options": str(self.options)})
             self._sharding = workers.sharding()
-        return self._sharding
+        return self._sharding if self.options.shard_optimizer else None
 
     def _exchange(self, graph: ir.Graph, leads: bool | None, cost_model: CostModel, budget: int) -> ir.Graph:
         """The step with its gradients summed block by block, if several workers or replicas do so.

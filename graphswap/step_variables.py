@@ -239,7 +239,6 @@ class StepVariables:
         device: DeviceSpec,
         arguments: list[Any],
         shards: Sequence[str] = (),
-        sharding: Sharding | None = None,
     ) -> None:
         """Moves variables to where they will live between steps, and lets the traced step reach them there.
 
@@ -250,8 +249,7 @@ class StepVariables:
             places: Of those that will not live on the device.
             device: As for `arrange`.
             arguments: Likewise.
-            shards: Variables of which each worker will keep a part.
-            sharding: Which part that is.
+            shards: Variables of which each worker keeps a part.
 
         Raises:
             SwapSpaceError: If the disk has no room for them, or they can't be written or read.
@@ -260,7 +258,7 @@ class StepVariables:
         disk_bytes = sum(taken.get(place.variable, 0) for place in places if place.tier == "disk")
         if disk_bytes:
             self._tiers.expect_room(disk_bytes + self.state_bytes(captured, places))
-        if self.move(captured, places, shards, sharding):
+        if self.move(captured, places, shards):
             self.arrange(func_graph, captured, device, arguments)
         self._traced_tiers += [(variable, value_tier(variable)) for variable in captured.values()]
         graphdef.capture(func_graph, [adopt(captured[name]).store_handles[0] for name in shards])
@@ -274,27 +272,41 @@ class StepVariables:
         self._keep_far()
         graphdef.capture(func_graph, [handle for variable in placed.values() for handle in variable.store_handles])
 
-    def move(
+    def shard(
         self,
+        func_graph: graphdef.FuncGraph,
         captured: Mapping[str, tf.Variable],
-        places: Sequence[Place],
-        shards: Sequence[str] = (),
-        sharding: Sharding | None = None,
-    ) -> bool:
+        names: Sequence[str],
+        sharding: Sharding,
+        device: DeviceSpec,
+        arguments: list[Any],
+    ) -> None:
+        """Divides variables among workers, as far as they are not divided yet.
+
+        Args:
+            func_graph: The traced step.
+            captured: From `captured`.
+            names: Of the variables.
+            sharding: How.
+            device: As for `arrange`.
+            arguments: Likewise.
+        """
+        whole = [variable for name in names if (variable := adopt(captured[name])).sharded is None]
+        for variable in whole:
+            variable.shard(sharding)
+        if whole:
+            self.arrange(func_graph, captured, device, arguments)
+
+    def move(self, captured: Mapping[str, tf.Variable], places: Sequence[Place], shards: Sequence[str] = ()) -> bool:
         """Brings variables to their tiers, those without a place to the device. Whether any has moved.
 
         Args:
             captured: From `captured`.
             places: As for `place`.
-            shards: Likewise.
-            sharding: Likewise.
+            shards: What is divided among workers, and stays so.
         """
         tier_of = {**{place.variable: place.tier for place in places}, **dict.fromkeys(shards, "workers")}
         has_moved = False
-        for name in shards:
-            if (variable := adopt(captured[name])).sharded is None and sharding is not None:
-                variable.shard(sharding)
-                has_moved = True
         # What leaves goes first, to make room for what comes.
         for name in sorted(captured, key=lambda name: name not in tier_of):
             tier, variable = tier_of.get(name, "device"), captured[name]

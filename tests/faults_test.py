@@ -34,20 +34,24 @@ def distribution():
     return tf.distribute.ParameterServerStrategy(tf.distribute.cluster_resolver.TFConfigClusterResolver())
 
 
-def fit(directory, killed="", pause=0.0):
+def fit(directory, killed="", pause=0.0, is_sharded=False):
     """Fits with a backup after each epoch.
 
     Args:
         directory: For the backup.
         killed: A task that ends itself in the middle of the third epoch.
         pause: Seconds after each batch.
+        is_sharded: Whether the workers divide the optimizer's state, which is larger then.
     """
     keras.utils.set_random_seed(3)
     with distribution().scope():
-        hidden = [layer for _ in range(4) for layer in (layers.Dense(64), layers.LayerNormalization(), layers.ReLU())]
+        width = 160 if is_sharded else 64
+        hidden = [
+            layer for _ in range(4) for layer in (layers.Dense(width), layers.LayerNormalization(), layers.ReLU())
+        ]
         model = keras.Sequential([keras.Input((4,)), *hidden, layers.Dense(4)])
         loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-        option = graphswap.Options("3MiB", planning_seconds=1.0)
+        option = graphswap.Options(width * MIB // 20, planning_seconds=1.0, shard_optimizer=is_sharded)
         model.compile(keras.optimizers.Adam(1e-2), loss, graphswap=option)
     log, last = [], time.perf_counter()
 
@@ -106,13 +110,14 @@ def check_error(result):
     assert result["seconds"] < STATED_SECONDS
 
 
-def test_workers_go_on_from_the_last_backup(tmp_path):
-    whole = cluster.call(2, None, __file__, "fit", str(tmp_path / "whole"))
+@pytest.mark.parametrize("is_sharded", [False, True], ids=["whole", "sharded"])
+def test_workers_go_on_from_the_last_backup(tmp_path, is_sharded):
+    whole = cluster.call(2, None, __file__, "fit", str(tmp_path / "whole"), "", 0.0, is_sharded)
     assert not (tmp_path / "whole").exists()
-    left, killed = cluster.run(2, None, __file__, "fit", str(tmp_path / "cut"), "worker 1")
+    left, killed = cluster.run(2, None, __file__, "fit", str(tmp_path / "cut"), "worker 1", 0.0, is_sharded)
     assert killed.status == -signal.SIGKILL
     check_error(left.result)
-    resumed = cluster.call(2, None, __file__, "fit", str(tmp_path / "cut"))
+    resumed = cluster.call(2, None, __file__, "fit", str(tmp_path / "cut"), "", 0.0, is_sharded)
     for one, other in zip(resumed, whole, strict=True):
         assert one["log"] == other["log"][2 * BATCHES :]
         assert one["weights"] == other["weights"]

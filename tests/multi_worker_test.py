@@ -105,6 +105,26 @@ def blocks(budget):
     return result
 
 
+def divided(budget, is_sharded):
+    """Trains a model that is all weights, with an optimizer that has two slots for each."""
+    keras.utils.set_random_seed(3)
+    option = graphswap.Options(budget, swap_to="host", planning_seconds=1.0, shard_optimizer=is_sharded)
+    with trainings.reproducible():
+        with distribution().scope():
+            model = keras.Sequential(
+                [keras.Input((4,)), *(layers.Dense(256, "tanh") for _ in range(7)), layers.Dense(4)]
+            )
+            model.compile(keras.optimizers.Adam(0.01, global_clipnorm=1.0), "mse", graphswap=option)
+        x, _ = parts(64)
+        logs = [float(model.train_on_batch(x, x)) for _ in range(3)]
+    result = {"logs": logs, "peak": profiler.memory_in_use("peak"), "held": profiler.memory_in_use()}
+    variables = (*model.variables, *model.optimizer.variables)
+    result["weights"] = [np.asarray(variable.numpy()).tobytes().hex() for variable in variables]  # all together
+    result["report"] = str(graphswap.report(model).steps[0])
+    distribute.Workers(2).together("end", str)
+    return result
+
+
 def fit(budget):
     """Fits on arrays with a smaller last batch, and with validation."""
     log = []
@@ -141,7 +161,8 @@ def disagree(what):
         distribute.PATIENCE_SECONDS = 5.0
     with distribution.scope():
         model = keras.Sequential([keras.Input((4,)), *(layers.Dense(8, activation) for _ in range(3)), layers.Dense(4)])
-        option = {} if what == "silence" and index else {"graphswap": budget}
+        asked = graphswap.Options(budget, shard_optimizer=what == "shards" and index == 0)
+        option = {} if what == "silence" and index else {"graphswap": asked}
         model.compile("sgd", "mse", **option)
     try:
         model.train_on_batch(X[:8], X[:8])
@@ -176,6 +197,20 @@ def test_blocks_of_gradients_where_their_sum_at_once_has_no_room():
         assert ours[index]["starts"][0] < 0.5 < plain[index]["starts"][0]  # of the backward pass
 
 
+def test_each_worker_keeps_half_of_the_optimizers_state():
+    whole = cluster.call(2, SMALL_DEVICE, __file__, "divided", SMALL_BUDGET, False)
+    halves = cluster.call(2, 9 * MIB, __file__, "divided", 8 * MIB, True)
+    slots = 2 * 6 * 256 * 256 * 4
+    for index in range(2):
+        assert halves[index]["logs"] == whole[index]["logs"]
+        assert halves[index]["weights"] == whole[index]["weights"]
+        assert halves[index]["peak"] <= 8 * MIB
+        # What lies between other buffers may be given more than it asks for.
+        assert slots / 2 - 2 * 256 * 256 * 4 < whole[index]["held"] - halves[index]["held"] <= slots / 2
+        expected = "12 variables divided among the workers: 1.5MiB kept here, 1.5MiB gathered per step"
+        assert expected in halves[index]["report"] and "divided" not in whole[index]["report"]
+
+
 def test_fit_on_two_workers_is_that_of_one_process():
     ours = cluster.call(2, None, __file__, "fit", "min")
     (alone,) = cluster.call(1, None, __file__, "fit", None)
@@ -193,6 +228,7 @@ def test_fit_on_two_workers_is_that_of_one_process():
     ("what", "message"),
     [
         ("budget", "expected the same options in every worker, received Options(memory_budget=1048576"),
+        ("shards", "expected the same options in every worker, received Options(memory_budget=1048576"),
         (
             "version",
             "expected the same version of graphswap in every worker, received 0.0 in worker 0 and 0.1 in worker",
