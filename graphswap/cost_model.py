@@ -219,6 +219,8 @@ class CostModel:
                 return measured
         if node.op == ir.ALL_REDUCE:
             return Workspace(late=(node.outputs[0].nbytes,))  # what arrives of the other replicas
+        if node.op == ir.SHARD:
+            return Workspace(early=(node.outputs[0].nbytes,))  # a slice of what begins anywhere is a copy, too
         if node.op == ir.ALL_GATHER:
             return Workspace(late=(node.outputs[0].nbytes - node.outputs[0].nbytes // _workers(node),))  # likewise
         nbytes: Any = dict(node.attrs).get("workspace_bytes", 0)

@@ -120,13 +120,23 @@ class Workers:
             marks = self._gathered(np.array([mark], np.int64))
         return Sharding(self.count, int(np.flatnonzero(marks == mark)[0]), self._joined)
 
-    def _joined(self, part: np.ndarray) -> np.ndarray:
-        """The flat arrays of all workers, equally long, one behind the other."""
+    def _joined(self, name: str, part: np.ndarray) -> np.ndarray:
+        """The flat arrays of all workers, equally long, one behind the other.
+
+        Raises:
+            WorkerError: If one did not join in time, or joined for something else.
+        """
+        mark = np.array([zlib.crc32(name.encode())], np.uint32).view(np.int32)
         words = np.zeros(-(-part.nbytes // 4), np.int32)
         words.view(np.uint8)[: part.nbytes] = part.view(np.uint8)
-        with self._answering("read a divided variable together"), tf.init_scope(), tf.device("CPU:0"):
-            rows = self._gathered(words).reshape(self.count, -1).view(np.uint8)
-        return np.ascontiguousarray(rows[:, : part.nbytes]).reshape(-1).view(part.dtype)
+        with self._answering(f"read '{name}' together, which they divide"), tf.init_scope(), tf.device("CPU:0"):
+            rows = self._gathered(np.concatenate([mark, words])).reshape(self.count, -1)
+        if not (rows[:, 0] == mark).all():
+            raise WorkerError(
+                f"graphswap: expected all {self.count} workers to read '{name}' together, which they divide, received "
+                "others that read something else. Let all of them read the same variables, in the same order."
+            )
+        return np.ascontiguousarray(rows[:, 1:].view(np.uint8)[:, : part.nbytes]).reshape(-1).view(part.dtype)
 
     def network(self) -> Link:
         """Measures the way to the next worker of a ring, as `CostModel.network_seconds` takes it to be.

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -91,9 +91,10 @@ class HostVariable(graphdef.ResourceVariable):
         with tf.init_scope():
             if part is None:
                 part = sharding.part(self.read_value().numpy())
+            value = ShardedValue(self.name, self.dtype, tuple(self.shape), sharding)
+            value.give(part)
+            self._sharded = value
             self._empty()
-            self._sharded = ShardedValue(self.dtype, tuple(self.shape), sharding)
-            self._sharded.give(part)
 
     def reserve(self, is_updated: bool = False) -> None:
         """Sees to it that a planned step may store the variable in its far tier.
@@ -324,20 +325,22 @@ def far_variables(tier_of: Callable[[int], str], far_tiers: tiers.Tiers | None =
 
 
 @contextlib.contextmanager
-def sharded_variables(sharding: Sharding) -> Iterator[None]:
+def sharded_variables(sharding: Sharding, shapes: Collection[tuple[int, ...]]) -> Iterator[None]:
     """Variables of more than 64 KiB that are made inside are divided among workers, as soon as they are made.
 
     Their parts come to the device at the end: each would lie behind a whole value that leaves.
 
     Args:
         sharding: How.
+        shapes: Of the variables that are divided.
     """
     parts: list[tuple[HostVariable, np.ndarray]] = []
 
     def make(next_creator: Any, **kwargs: Any) -> Any:
         made = next_creator(**kwargs)
         for variable in getattr(made, "values", (made,)):  # a distribution's has one on each device
-            if can_adopt(variable) and value_bytes(variable) > SMALL_BYTES:
+            is_large = can_adopt(variable) and value_bytes(variable) > SMALL_BYTES
+            if is_large and tuple(variable.shape) in shapes:
                 parts.append((adopt(variable), sharding.part(variable.numpy())))
                 variable._empty()
         return made
@@ -355,13 +358,12 @@ def read_alone(variables: Sequence[Any]) -> Iterator[None]:
     """Lets one worker read inside what is divided among all. All have to call it together.
 
     Args:
-        variables: TensorFlow's, or those of a distribution, in the same order on all workers.
+        variables: On this process's devices, in the same order on all workers.
     """
-    there = [one for variable in variables for one in getattr(variable, "values", (variable,))]
-    parts = [one.sharded for one in there if isinstance(one, HostVariable) and one.sharded is not None]
-    for part in parts:
-        part.keep_whole()
+    parts = [one.sharded for one in variables if isinstance(one, HostVariable) and one.sharded is not None]
     try:
+        for part in parts:
+            part.keep_whole()
         yield
     finally:
         for part in parts:

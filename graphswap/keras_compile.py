@@ -98,7 +98,8 @@ def _compile(self: Any, *args: Any, graphswap: Any = None, **kwargs: Any) -> Non
         args, kwargs["jit_compile"] = args[:_JIT_COMPILE], _named(args, kwargs).get("jit_compile") is True
         if not _has_servers(self.distribute_strategy):
             variables = functools.partial(model_state.named_variables, self)
-            session = pipeline.session(options, kwargs["jit_compile"], variables)
+            slots = functools.partial(_slots, self)
+            session = pipeline.session(options, kwargs["jit_compile"], variables, slots)
     training = None
     if _has_servers(self.distribute_strategy):
         training = keras_training.Training(self, options)
@@ -141,18 +142,18 @@ def _refuse(model: Any, options: Options, args: tuple[Any, ...], kwargs: dict[st
             "rewrite. Name an optimizer, or compile without graphswap."
         )
     has_servers = _has_servers(model.distribute_strategy)
+    if options.shard_optimizer and (has_servers or not _is_alone_or_multi_worker(model.distribute_strategy)):
+        raise ValueError(
+            f"graphswap: expected shard_optimizer=False under {type(model.distribute_strategy).__name__}, received "
+            "True. Optimizer state is divided among the workers of a MultiWorkerMirroredStrategy. Leave "
+            "shard_optimizer out."
+        )
     if model._distribute_strategy is not None and not has_servers:
         distribute.check(model.distribute_strategy)
     if options.asynchronous and not has_servers:
         raise ValueError(
             "graphswap: expected asynchronous=False without parameter servers, received True. Make the model in the "
             "scope of a ParameterServerStrategy, or leave asynchronous out."
-        )
-    if options.shard_optimizer and (has_servers or not _is_alone_or_multi_worker(model.distribute_strategy)):
-        raise ValueError(
-            f"graphswap: expected shard_optimizer=False under {type(model.distribute_strategy).__name__}, received "
-            "True. Optimizer state is divided among the workers of a MultiWorkerMirroredStrategy. Leave "
-            "shard_optimizer out."
         )
     asked = options.jit_compile or given.get("jit_compile") is True
     if asked and (has_servers or model.distribute_strategy.num_replicas_in_sync > 1):
@@ -315,8 +316,7 @@ def _save_backup(self: BackupAndRestore) -> None:
     if not _is_multi_worker(distribution):
         _originals["_save_model"](self)
         return
-    optimizer = getattr(self.model, "optimizer", None)
-    with read_alone([variable.value for variable in (optimizer.variables if optimizer is not None else ())]):
+    with read_alone(_slots(self.model)):
         if distribution.extended.should_checkpoint:
             _originals["_save_model"](self)
 
@@ -339,6 +339,13 @@ def _is_multi_worker(distribution: Any) -> bool:
 
 def _is_alone_or_multi_worker(distribution: Any) -> bool:
     return distribution.num_replicas_in_sync == 1 or _is_multi_worker(distribution)
+
+
+def _slots(model: Any) -> list[tf.Variable]:
+    """The optimizer's variables, as they are on this process's devices."""
+    optimizer = getattr(model, "optimizer", None)
+    values = [variable.value for variable in (optimizer.variables if optimizer is not None else ())]
+    return [part for value in values for part in getattr(value, "values", (value,))]
 
 
 def _making_optimizer(model: Any) -> contextlib.AbstractContextManager[None]:

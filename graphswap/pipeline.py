@@ -9,7 +9,7 @@ import gc
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -98,6 +98,7 @@ class Session:
         jit_compile: Whether XLA compiles the step.
         report: To add to; a new one by default.
         variables: Returns, by their names, what the state of a training consists of; None for what the step uses.
+        slots: Returns the optimizer's variables, of which several workers may each keep a part.
 
     Raises:
         ValueError: If XLA can't do what the options ask for.
@@ -109,6 +110,7 @@ class Session:
         jit_compile: bool = False,
         report: Report | None = None,
         variables: Callable[[], Mapping[str, tf.Variable]] | None = None,
+        slots: Callable[[], Collection[tf.Variable]] = list,
     ):
         if jit_compile and options.swap_to != "auto":
             raise ValueError(
@@ -136,6 +138,7 @@ class Session:
         self._has_agreed = False  # whether they have planned together
         self._network: Link | None = None  # as measured with the other workers
         self._sharding = Sharding()  # of what is divided among them
+        self._slots = slots
         self._exchanged: tuple[tuple[Exchange, ...], ir.Graph] | None = None  # what they exchange, of which trace
         self._watched: dict[Shapes, _Watched] = {}
         self._replanned: dict[Shapes, tuple[planning.Planned, list[replanning.Round]]] = {}
@@ -242,7 +245,7 @@ class Session:
     def _variant(self, taken: tuple[bool, ...]) -> Session:
         """The session of the steps that take these branches: each choice has a plan of its own."""
         if taken not in self._variants:
-            variant = self._variants[taken] = Session(self.options, self.jit_compile, self.report)
+            variant = self._variants[taken] = Session(self.options, self.jit_compile, self.report, slots=self._slots)
             variant._taken, variant._inlines = taken, self._inlines
             variant._variables = self._variables.variant(variant._tiers)
         return self._variants[taken]
@@ -406,7 +409,7 @@ class Session:
                     StepReport(func_graph.name, 0, 0, Plan(), f"runs unchanged: {error}", 0, 0, 0.0, 0.0),
                 )
                 return
-            divided = self._divided(graph)
+            divided = self._divided(graph, captured)
             self._variables.shard(func_graph, captured, divided, self._sharding, device, self._arguments)
             parts, replicas_here = self._parts, self._replicas_in_memory()
             replica_count = 1 if parts is None else len(parts.devices)
@@ -458,6 +461,10 @@ class Session:
                     whole = rewritten if parts is None else parts.merged(rewritten)
                     graphdef.export_function(func_graph, whole, self._tiers, self._sharding.rank)
             step = step_report(planned, share / self._scale, clock.seconds, rounds, self.options.memory_budget)
+            if self.options.shard_optimizer and self._workers.count > 1 and not divided:
+                step.notes.append(
+                    "no optimizer state is divided: there is none that only updates of single elements read"
+                )
             if parts is not None:
                 step.notes.append(_on_devices(parts, replicas_here))
             step.state_bytes = self._variables.state_bytes(captured, planned.plan.places)
@@ -507,6 +514,7 @@ class Session:
             step = f"step ({len(graphs[0].nodes)} nodes, fingerprint {graphs[0].fingerprint[:12]})"
             return {
                 "options": str(self.options),
+                "moment": "tracing the step",
                 "version of graphswap": distribute.version(),
                 "version of TensorFlow": tf.__version__,
                 "budget": format_bytes(nbytes) if nbytes else str(self.options.memory_budget),
@@ -536,7 +544,7 @@ class Session:
         fixed = self._variables.fixed(graph, captured)
         return self._planner.place(graph, cost_model, budget, movable, fixed, room)
 
-    def _divided(self, graph: ir.Graph) -> tuple[str, ...]:
+    def _divided(self, graph: ir.Graph, captured: Mapping[str, tf.Variable]) -> tuple[str, ...]:
         """The variables of which each worker will keep a part."""
         if not self.options.shard_optimizer:
             return ()
@@ -545,7 +553,11 @@ class Session:
                 f"graphswap: expected shard_optimizer=False with {len(self._parts.devices)} devices in one process, "
                 "received True. Start a process for each device, or leave shard_optimizer out."
             )
-        return shards.divisible(graph) if self.divide_among(self._workers.count) else ()
+        if self.divide_among(self._workers.count) is None:
+            return ()
+        own = {id(variable) for variable in self._slots()}
+        names = [name for name, variable in captured.items() if id(variable) in own and can_adopt(variable)]
+        return shards.divisible(graph, names)
 
     def divide_among(self, count: int) -> Sharding | None:
         """How optimizer state is divided; None if it is not. All workers call this together the first time.
@@ -562,7 +574,7 @@ class Session:
             return None
         if self._sharding.workers != count:
             workers = distribute.Workers(count)
-            workers.agree(lambda: {"options": str(self.options)})
+            workers.agree(lambda: {"options": str(self.options), "moment": "making the optimizer's state"})
             self._sharding = workers.sharding()
         return self._sharding if self.options.shard_optimizer else None
 
@@ -706,10 +718,12 @@ def making_optimizer(
     limit, in_use = os.environ.get(MEMORY_VARIABLE), profiler.memory_in_use()
     distribution = tf.distribute.get_strategy()
     if distribution.num_replicas_in_sync > 1:  # then no variables are in far tiers
-        if not (weights and isinstance(session, Session) and distribute.in_cluster()):
+        is_multi_worker = isinstance(distribution, tf.distribute.MultiWorkerMirroredStrategy)
+        if not (weights and isinstance(session, Session) and is_multi_worker):
             return contextlib.nullcontext()
         sharding = session.divide_among(distribution.num_replicas_in_sync)
-        return contextlib.nullcontext() if sharding is None else sharded_variables(sharding)
+        shapes = {tuple(weight.shape) for weight in weights}
+        return contextlib.nullcontext() if sharding is None else sharded_variables(sharding, shapes)
     if limit is None or in_use is None or getattr(session, "jit_compile", False):
         return contextlib.nullcontext()
     nbytes = sum(math.prod(weight.shape) * tf.as_dtype(weight.dtype).size for weight in weights)
@@ -724,6 +738,7 @@ def session(
     options: Options,
     jit_compile: bool = False,
     variables: Callable[[], Mapping[str, tf.Variable]] | None = None,
+    slots: Callable[[], Collection[tf.Variable]] = list,
 ) -> Session | back_ends.Choice:
     """What runs a step under the back end that the options name, by default under the one that the caller names.
 
@@ -731,13 +746,14 @@ def session(
         options: What the user asked for.
         jit_compile: Whether that is XLA, where the options leave it open.
         variables: As in `Session`.
+        slots: Likewise.
 
     Raises:
         ValueError: If XLA can't do what the options ask for.
     """
     if options.jit_compile != "auto":
         is_xla = jit_compile if options.jit_compile is None else bool(options.jit_compile)
-        return Session(options, is_xla, variables=variables)
+        return Session(options, is_xla, variables=variables, slots=slots)
     report = Report()
     runners = {
         name: Session(options, is_xla, report, variables) for name, is_xla in (("XLA", True), ("executor", False))
@@ -758,7 +774,13 @@ def function(step: Callable[..., Any] | None = None, *, memory_budget: int | str
     """
     if step is None:
         return functools.partial(function, memory_budget=memory_budget, **options)
-    owner = session(Options(memory_budget, **options))
+    asked = Options(memory_budget, **options)
+    if asked.shard_optimizer:
+        raise ValueError(
+            "graphswap.function: expected shard_optimizer=False, received True. Only of a Keras model it is known "
+            "which variables are the optimizer's. Use model.compile, or leave shard_optimizer out."
+        )
+    owner = session(asked)
     python_function = getattr(step, "python_function", step)
 
     def make(running: Session) -> Callable[..., Any]:

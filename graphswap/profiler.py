@@ -115,9 +115,11 @@ def device_spec(
         memory = None
     if not can_swap:
         return DeviceSpec(f"{device_name()}/{os.cpu_count()}", memory, links={"host": NO_LINK, "disk": NO_LINK})
-    room = _LINK_BYTES
+    room, in_use = _LINK_BYTES, memory_in_use() or 0
     if memory is not None:
-        room = max(0, min(memory, memory_budget or memory) - (memory_in_use() or 0)) // 8
+        # Variables that will leave the device may still take more of it than the budget.
+        limit = memory_budget if memory_budget is not None and in_use < memory_budget else memory
+        room = max(0, min(limit, memory) - in_use) // 8
     nbytes = max(_LEAST_LINK_BYTES, min(_LINK_BYTES, 1 << (room.bit_length() - 1) if room else 0))
     links = {"host": measure_link("host", None, nbytes)}
     if swap_directory is not None:
@@ -445,7 +447,7 @@ def _seen_link(link: Link, tier: str, graph: ir.Graph, spent: Mapping[str, float
     return dataclasses.replace(link, **speeds)
 
 
-_FOLDERS = graphdef.OPAQUE | {ir.SWAP_OUT, ir.SWAP_IN, ir.FETCH, ir.STORE}
+_FOLDERS = graphdef.OPAQUE | {ir.SWAP_OUT, ir.SWAP_IN, ir.FETCH, ir.STORE, ir.SHARD}
 """Nodes that are made of several ops, called "<node>/..."."""
 
 
@@ -558,6 +560,9 @@ def without_side_effects(graph: ir.Graph) -> ir.Graph:
         kept.append(dataclasses.replace(node, inputs=inputs, control_inputs=kept_before(node.control_inputs)))
     ends = kept_before([*graph.control_outputs, *waited_for])
     outputs = tuple(own_part.get(reference, reference) for reference in graph.outputs)
+    dropped = [ir.producer(reference) for reference in outputs if ir.producer(reference) in waited_for]
+    if dropped:
+        raise CantMeasure(f"a result of the step is the value of '{dropped[0]}', which has side effects")
     return graph.replace(nodes=tuple(kept), outputs=outputs, control_outputs=ends)
 
 

@@ -19,12 +19,13 @@ class Sharding:
     Attributes:
         workers: How many there are.
         rank: Which of the equal parts is this worker's, from 0.
-        gather: Joins the workers' flat arrays, in the order of their ranks. All workers have to call it together.
+        gather: Joins the workers' flat arrays, in the order of their ranks. All workers have to call it together, with
+            the same name for what is joined.
     """
 
     workers: int = 1
     rank: int = 0
-    gather: Callable[[np.ndarray], np.ndarray] = np.array
+    gather: Callable[[str, np.ndarray], np.ndarray] = lambda name, part: part
 
     def part(self, value: np.ndarray) -> np.ndarray:
         """A copy of this worker's part of a value, flat, padded with zeros."""
@@ -46,12 +47,14 @@ class ShardedValue:
         tier: "workers", or "device" once the value is whole on the device again.
 
     Args:
+        name: Of the variable, the same on all workers.
         dtype: Of the value.
         shape: Of the value.
         sharding: Among whom it is divided.
     """
 
-    def __init__(self, dtype: tf.DType, shape: tuple[int, ...], sharding: Sharding):
+    def __init__(self, name: str, dtype: tf.DType, shape: tuple[int, ...], sharding: Sharding):
+        self._name = name
         self._dtype = dtype
         self._shape = shape
         self._sharding = sharding
@@ -109,7 +112,7 @@ class ShardedValue:
 
     def _gathered(self) -> np.ndarray:
         part = tf.raw_ops.ReadVariableOp(resource=self._resource.handle, dtype=self._dtype)
-        whole = self._sharding.gather(np.array(far_memory.array(part)))
+        whole = self._sharding.gather(self._name, np.array(far_memory.array(part)))
         return whole.reshape(-1)[: math.prod(self._shape)].reshape(self._shape)
 
     def _expect_eager(self, what: str) -> None:

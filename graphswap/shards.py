@@ -2,7 +2,7 @@
 
 All workers update a variable alike once its gradient is summed. A variable that only feeds updates, such as an
 optimizer's slot, need not be whole on any of them: each keeps an equal part and computes on that, element by element;
-what the others need of the outcome, such as by how much a weight changes, is gathered (Rajbhandari et al., "ZeRO:
+what all need of the outcome, such as by how much a weight changes, is gathered (Rajbhandari et al., "ZeRO:
 Memory Optimizations Toward Training Trillion Parameter Models", SC'20, stage 1). The same holds for any optimizer, as
 it is read off the graph: what depends on the parts has to be of ops on single elements.
 
@@ -25,6 +25,8 @@ _ELEMENTWISE = frozenset(
     "Reciprocal Relu Rsqrt Select SelectV2 Sigmoid Sign Softplus Sqrt Square SquaredDifference Sub Tanh Xdivy "
     "ZerosLike".split()
 )
+_GATHERED = ("float16", "float32", "float64", "int32", "int64")
+"""Types that TensorFlow's gathering collective takes."""
 
 
 class Region(NamedTuple):
@@ -72,12 +74,17 @@ def region(graph: ir.Graph, variables: Collection[str]) -> Region:
     return Region(frozenset(nodes), frozenset(whole))
 
 
-def divisible(graph: ir.Graph) -> tuple[str, ...]:
-    """Variables that can be divided, of more than 64 KiB, for which no more is gathered than they take; in order."""
+def divisible(graph: ir.Graph, candidates: Collection[str]) -> tuple[str, ...]:
+    """Which of the variables can be divided, of more than 64 KiB, for which no more is gathered than they take.
+
+    Args:
+        graph: The step.
+        candidates: Variables that are equal on all workers, and that nothing but training steps reads: an optimizer's.
+    """
     known, updated = values(graph), updates(graph)
     found = {
         name
-        for name in updated & known.keys()
+        for name in updated & known.keys() & set(candidates)
         if known[name].nbytes > SMALL_BYTES and known[name].is_resolved and _is_plain(graph, name)
     }
     while True:
@@ -98,6 +105,9 @@ def _declined(
     }
     if read_whole:
         return read_whole
+    odd = {name for ref in whole if graph.value(ref).dtype not in _GATHERED for name in divided[ref]}
+    if odd:
+        return odd
     groups: list[tuple[set[str], int]] = []  # variables that meet, and the bytes that are gathered of them
     for reference in sorted(whole):
         together, nbytes = set(divided[reference]), graph.value(reference).nbytes

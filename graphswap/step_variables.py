@@ -258,7 +258,10 @@ class StepVariables:
         disk_bytes = sum(taken.get(place.variable, 0) for place in places if place.tier == "disk")
         if disk_bytes:
             self._tiers.expect_room(disk_bytes + self.state_bytes(captured, places))
-        if self.move(captured, places, shards):
+        # What this step does not use may be what another one's trace has divided.
+        unused = [name for name, variable in captured.items() if not graph.consumers.get(name)]
+        idle = [name for name in unused if value_tier(captured[name]) == "workers"]
+        if self.move(captured, places, [*shards, *idle]):
             self.arrange(func_graph, captured, device, arguments)
         self._traced_tiers += [(variable, value_tier(variable)) for variable in captured.values()]
         graphdef.capture(func_graph, [adopt(captured[name]).store_handles[0] for name in shards])

@@ -28,7 +28,7 @@ def shard(graph: ir.Graph, plan: Plan) -> ir.Graph:
     """
     if not plan.shards:
         return graph
-    can_be = shards.divisible(graph)
+    can_be = shards.divisible(graph, [decision.variable for decision in plan.shards])
     for decision in plan.shards:
         if decision.variable not in can_be:
             raise PlanError(

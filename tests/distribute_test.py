@@ -41,6 +41,40 @@ def test_the_first_difference_is_told():
     )
 
 
+def test_to_read_something_else_than_the_others_is_an_error(monkeypatch):
+    workers = distribute.Workers(2)
+    others = np.array([7, 0], np.int32)
+    monkeypatch.setattr(distribute.Workers, "_gathered", lambda self, array: np.concatenate([array, others]))
+    with pytest.raises(
+        distribute.WorkerError, match="expected all 2 workers to read 'adam/m' together, which they div"
+    ):
+        workers._joined("adam/m", np.array([1.0], np.float32))
+
+
+def test_an_optimizer_is_divided_among_workers_only():
+    with tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope():
+        model = keras.Sequential([keras.Input((4,)), layers.Dense(4)])
+        with pytest.raises(ValueError, match="expected shard_optimizer=False under MirroredStrategy, received True"):
+            model.compile("sgd", "mse", graphswap=graphswap.Options("min", shard_optimizer=True))
+    with pytest.raises(ValueError, match=r"graphswap.function: expected shard_optimizer=False, received True"):
+        graphswap.function(lambda x: x, memory_budget="min", shard_optimizer=True)
+
+
+def test_a_worker_alone_divides_nothing():
+    model = keras.Sequential([keras.Input((4,)), layers.Dense(256), layers.Dense(128)])
+    model.compile("adam", "mse", graphswap=graphswap.Options("min", shard_optimizer=True, planning_seconds=1.0))
+    model.train_on_batch(np.ones((2, 4)), np.ones((2, 128)))
+    step = graphswap.report(model).step
+    assert not step.plan.shards and not any("divided" in note for note in step.notes)
+
+
+def test_what_all_workers_have_is_joined(monkeypatch):
+    workers = distribute.Workers(3)
+    monkeypatch.setattr(distribute.Workers, "_gathered", lambda self, array: np.concatenate([array] * 3))
+    part = np.arange(3, dtype=np.float16)
+    np.testing.assert_array_equal(workers._joined("adam/m", part), np.concatenate([part] * 3))
+
+
 def test_a_worker_alone_works_alone():
     assert list(distribute.Workers().together("add", lambda: "2").values()) == ["2"]
     with pytest.raises(KeyError):

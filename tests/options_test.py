@@ -231,8 +231,8 @@ def test_from_value_refuses(value):
         (
             {"memory_budjet": 1},
             'graphswap.Options: expected one of "memory_budget", "strategy", "swap_to", "planning_seconds", '
-            '"on_unsupported", "plan", "jit_compile", "asynchronous", "host_memory", received \'memory_budjet\'. '
-            'Did you mean "memory_budget"?',
+            '"on_unsupported", "plan", "jit_compile", "asynchronous", "host_memory", "shard_optimizer", received '
+            "'memory_budjet'. Did you mean \"memory_budget\"?",
         ),
         (
             {"strategy": "auto"},

@@ -18,8 +18,8 @@ class Workers:
         self.parts = {}
         self.shardings = [Sharding(count, rank, self._gather) for rank in range(count)]
 
-    def _gather(self, part):
-        del part
+    def _gather(self, name, part):
+        del name, part
         return np.concatenate([self.parts[rank] for rank in sorted(self.parts)])
 
 
@@ -81,8 +81,8 @@ def test_a_value_comes_back_whole():
 
 
 def test_one_worker_reads_alone_what_all_have_gathered():
-    def gather(part):
-        calls.append(part)
+    def gather(name, part):
+        calls.append(name)
         return np.concatenate([part] * 2)
 
     calls = []
@@ -109,9 +109,9 @@ def test_other_functions_are_refused(use, what):
 
 
 def test_variables_are_divided_as_they_are_made():
-    sharding = Sharding(2, 1, lambda part: np.concatenate([part, part]))
+    sharding = Sharding(2, 1, lambda _, part: np.concatenate([part, part]))
     large = np.arange(20_000, dtype=np.float32)
-    with host_variable.sharded_variables(sharding):
-        variable, small = tf.Variable(large), tf.Variable([1.0])
-    assert (value_tier(variable), value_tier(small)) == ("workers", "device")
+    with host_variable.sharded_variables(sharding, {(20_000,), (1,)}):
+        variable, small, other = tf.Variable(large), tf.Variable([1.0]), tf.Variable(large.reshape(100, 200))
+    assert [value_tier(one) for one in (variable, small, other)] == ["workers", "device", "device"]
     np.testing.assert_array_equal(held(variable), large[10_000:])

@@ -45,6 +45,8 @@ STEP = parser.parse(
 )
 """A weight `w` with the slots `m` and `v` of an optimizer that clips, and a small variable."""
 
+ALL = ("w", "m", "v", "b")
+
 
 def changed(line: str, *lines: str) -> ir.Graph:
     """STEP with other lines in the place of the one that makes this value."""
@@ -54,7 +56,7 @@ def changed(line: str, *lines: str) -> ir.Graph:
 
 
 def test_slots_are_divided_weights_and_small_variables_are_not():
-    assert shards.divisible(STEP) == ("m", "v")
+    assert shards.divisible(STEP, ALL) == ("m", "v")
 
 
 def test_all_that_only_leads_to_parts_is_done_on_parts():
@@ -81,8 +83,8 @@ def test_the_workers_are_those_of_the_sums():
 )
 def test_slots_whose_elements_meet_stay_whole(line, lines):
     graph = changed(line, *lines)
-    assert not {"m", "v"} <= set(shards.divisible(graph))
-    for name in shards.divisible(graph):  # what is left is sound
+    assert not {"m", "v"} <= set(shards.divisible(graph, ALL))
+    for name in shards.divisible(graph, ALL):  # what is left is sound
         assert shards.region(graph, [name]).whole.isdisjoint({"old_m", "new_m", "new_v"})
 
 
@@ -90,7 +92,7 @@ def test_what_would_be_gathered_more_often_than_it_saves_stays_whole():
     lines = ["%set_w = AssignSubVariableOp!(%w, %change) : ()"]
     lines += [f"%more_{i} = AddV2(%change, %new_m) : (float32[128,200])" for i in range(2)]
     lines += [f"%copy_{i} = L2Loss(%more_{i}) : (float32[])" for i in range(2)]
-    assert shards.divisible(changed("set_w", *lines)) == ()
+    assert shards.divisible(changed("set_w", *lines), ALL) == ()
 
 
 def test_a_gradient_that_others_read_is_summed_up_whole():
@@ -98,9 +100,18 @@ def test_a_gradient_that_others_read_is_summed_up_whole():
         "square", "%norm = L2Loss(%clipped) : (float32[])", "%square = Square(%clipped) : (float32[128,200])"
     )
     assert "clipped" not in shards.region(graph, ("m", "v")).nodes
-    assert shards.divisible(graph) == ("m", "v")
+    assert shards.divisible(graph, ALL) == ("m", "v")
 
 
 def test_a_result_of_the_step_is_gathered():
     graph = STEP.replace(outputs=("loss", "root"))
     assert shards.region(graph, ("m", "v")).whole == {"change", "root"}
+
+
+def test_only_candidates_are_divided():
+    assert shards.divisible(STEP, ["m"]) == ("m",)
+
+
+def test_what_can_not_be_gathered_stays_whole():
+    halves = [line.replace("float32[128,200]", "bfloat16[128,200]") for line in str(STEP).splitlines()]
+    assert shards.divisible(parser.parse("\n".join(halves)), ALL) == ()
