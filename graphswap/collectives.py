@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -61,6 +63,20 @@ def _split_again(graph: ir.Graph, name: str, join: ir.Node) -> list[Packed]:
         return []
     is_same = [graph.value(value) for value in values] == [*parts.outputs]
     return [Packed(name, values, join.name, parts.name)] if is_same else []
+
+
+def instance_key(what: str, first: int, taken: set[int]) -> int:
+    """A key under which workers meet in a collective: the same for the same content, on all of them.
+
+    Args:
+        what: The content, and nothing that differs between workers or traces.
+        first: The lowest key, and how many there are.
+        taken: Keys of the step so far, which this one is none of; gets it.
+    """
+    start = int.from_bytes(hashlib.sha256(what.encode()).digest()[:4])
+    key = next(key for number in itertools.count(start) if (key := first + number % first) not in taken)
+    taken.add(key)
+    return key
 
 
 def _needed_for(graph: ir.Graph, nodes: Iterable[ir.Node], waits: bool = False) -> set[str]:

@@ -127,8 +127,7 @@ class Workers:
             WorkerError: If one did not join in time, or joined for something else.
         """
         mark = np.array([zlib.crc32(name.encode())], np.uint32).view(np.int32)
-        words = np.zeros(-(-part.nbytes // 4), np.int32)
-        words.view(np.uint8)[: part.nbytes] = part.view(np.uint8)
+        words = _words(part.view(np.uint8))
         with self._answering(f"read '{name}' together, which they divide"), tf.init_scope(), tf.device("CPU:0"):
             rows = self._gathered(np.concatenate([mark, words])).reshape(self.count, -1)
         if not (rows[:, 0] == mark).all():
@@ -186,8 +185,7 @@ class Workers:
 
     def _gather(self, text: str, what: str) -> list[str]:
         packed = np.frombuffer(zlib.compress(text.encode()), np.uint8)
-        words = np.zeros(-(-len(packed) // 4), np.int32)
-        words.view(np.uint8)[: len(packed)] = packed
+        words = _words(packed)
         with self._answering(what), tf.init_scope(), tf.device("CPU:0"):
             lengths = self._gathered(np.array([len(packed)], np.int32))
             padded = np.zeros(-(-int(lengths.max()) // 4), np.int32)
@@ -204,6 +202,13 @@ class Workers:
             ordering_token=[],
             timeout_seconds=PATIENCE_SECONDS,
         ).numpy()
+
+
+def _words(octets: np.ndarray) -> np.ndarray:
+    """Bytes as 32-bit numbers, which collectives take, with zeros behind them."""
+    words = np.zeros(-(-len(octets) // 4), np.int32)
+    words.view(np.uint8)[: len(octets)] = octets
+    return words
 
 
 def first_difference(facts: Mapping[str, Mapping[str, str]]) -> str:

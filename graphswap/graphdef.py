@@ -1340,10 +1340,10 @@ class _Exporter:
 
     def _add_shard(self, node: ir.Node) -> None:
         """Adds what copies this worker's part of a value."""
-        attrs: Any = dict(node.attrs)
-        length = -(-attrs["length"] // attrs["workers"])
-        begin = min(self.rank * length, attrs["length"])
-        size = min(length, attrs["length"] - begin)
+        whole_length: Any = dict(node.attrs)["length"]
+        length = math.prod(size or 0 for size in node.outputs[0].shape or ())
+        begin = min(self.rank * length, whole_length)
+        size = min(length, whole_length - begin)
         with self._placed(node):
             whole = tf.reshape(self.tensor(node.inputs[0]), (-1,))
             part = tf.raw_ops.Slice(input=whole, begin=[begin], size=[size])

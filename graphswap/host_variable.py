@@ -65,7 +65,7 @@ class HostVariable(graphdef.ResourceVariable):
     @property
     def tier(self) -> str:
         """Where the value is: "device", "host", "disk", or on all "workers"."""
-        return self._far.tier if self._sharded is None else self._sharded.tier
+        return self._far.tier if self._sharded is None else "workers"
 
     @property
     def store_handles(self) -> list[tf.Tensor]:
@@ -145,8 +145,8 @@ class HostVariable(graphdef.ResourceVariable):
             if tier == "device":
                 if self.tier != "device":
                     tf.raw_ops.AssignVariableOp(resource=self.handle, value=self.read_value())
-                    self._value.clear()
                     self._sharded = None
+                    far.clear()
             elif self.tier == "device":
                 value, before = self.read_value(), far.tiers
                 far.tier, far.tiers = tier, goal

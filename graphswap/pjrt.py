@@ -30,7 +30,10 @@ _HOST = "pinned_host"
 _OPTIONS = {
     # XLA repeats nodes by itself where it takes memory to be short; what is to be repeated is planned already.
     "xla_disable_hlo_passes": "rematerialization",
-    # Its scheduler takes a copy for work on a second stream, and has one under way at a time, so that the next one
+}
+_OPTIONS_OF_A_GPU = {
+    **_OPTIONS,
+    # XLA's scheduler takes a copy for work on a second stream, and has one under way at a time, so that the next one
     # starts where the last one is awaited, with no kernel beside it. Here barriers say what may be under way.
     "xla_gpu_experimental_parallel_async_compute_limit": "64",
 }
@@ -96,7 +99,7 @@ class Step:
         self.manifest = step.manifest
         self._device = local_device(device)
         _check_swaps(self._device, step.manifest)
-        options = _OPTIONS_OF_A_CPU if self._device.platform == "cpu" else _OPTIONS
+        options = {"cpu": _OPTIONS_OF_A_CPU, "gpu": _OPTIONS_OF_A_GPU}.get(self._device.platform, _OPTIONS)
         self._executable: Any = _compile(step, self._device, self._device.client.compile_and_load, options)
         self.memory = _memory(self._executable)
         self._jax = jax
@@ -302,7 +305,7 @@ def compile_for(step: Artefact, target: str, options: Mapping[str, str] = Mappin
     budget = (step.manifest.plan or {}).get("memory_budget")
     device = target_device(with_memory(target, budget) if budget else target)
     try:
-        executable = _compile(step, device, device.client.compile, {**TARGET_OPTIONS, **_OPTIONS, **options})
+        executable = _compile(step, device, device.client.compile, {**TARGET_OPTIONS, **_OPTIONS_OF_A_GPU, **options})
     except _jax().errors.JaxRuntimeError as error:
         raise DeviceError(f"'{step.manifest.name}': XLA can't compile it for this target: {_line(error)}.") from error
     return inspected(executable, step.manifest.swapped)

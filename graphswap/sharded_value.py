@@ -44,7 +44,6 @@ class ShardedValue:
 
     Attributes:
         nbytes: Of this worker's part.
-        tier: "workers", or "device" once the value is whole on the device again.
 
     Args:
         name: Of the variable, the same on all workers.
@@ -61,10 +60,10 @@ class ShardedValue:
         self._length = -(-math.prod(shape) // sharding.workers)
         self._whole: np.ndarray | None = None
         self.nbytes = ir.Value(dtype.name, (self._length,)).nbytes
-        self.tier = "workers"
         with tf.init_scope():
+            nothing = far_memory.tensor(far_memory.host(0), dtype, (0,))
             # Not `tf.Variable`, which makes others in the scope of a distribution.
-            self._resource = graphdef.ResourceVariable(self._nothing(), trainable=False, shape=tf.TensorShape(None))
+            self._resource = graphdef.ResourceVariable(nothing, trainable=False, shape=tf.TensorShape(None))
 
     @property
     def handles(self) -> list[tf.Tensor]:
@@ -101,14 +100,6 @@ class ShardedValue:
     def drop_whole(self) -> None:
         """Lets go of what `keep_whole` has kept."""
         self._whole = None
-
-    def clear(self) -> None:
-        """Lets go of the part, as the value is whole on the device."""
-        self.tier = "device"
-        tf.raw_ops.AssignVariableOp(resource=self._resource.handle, value=self._nothing())
-
-    def _nothing(self) -> tf.Tensor:
-        return far_memory.tensor(far_memory.host(0), self._dtype, (0,))
 
     def _gathered(self) -> np.ndarray:
         part = tf.raw_ops.ReadVariableOp(resource=self._resource.handle, dtype=self._dtype)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from graphswap import ir, liveness
 from graphswap.variables import SMALL_BYTES, updates, values
@@ -27,18 +27,6 @@ _ELEMENTWISE = frozenset(
 )
 _GATHERED = ("float16", "float32", "float64", "int32", "int64")
 """Types that TensorFlow's gathering collective takes."""
-
-
-class Region(NamedTuple):
-    """What computes on parts if some variables are divided.
-
-    Attributes:
-        nodes: Names of the nodes that do, reads and updates of these variables included.
-        whole: References to values of theirs that others need whole.
-    """
-
-    nodes: frozenset[str]
-    whole: frozenset[str]
 
 
 def length(value: ir.Value) -> int:
@@ -57,13 +45,12 @@ def workers(graph: ir.Graph) -> int:
     return max(counts, default=1)
 
 
-def region(graph: ir.Graph, variables: Collection[str]) -> Region:
-    """What computes on parts if these variables are divided.
+def region(graph: ir.Graph, variables: Collection[str]) -> frozenset[str]:
+    """Names of the nodes that compute on parts if these variables are divided, their reads and updates included.
 
     Known weakness: a value that a part is combined with has to be of the variable's shape, or a scalar.
     """
-    divided, whole = dict[str, frozenset[str]](), set[str]()
-    nodes = _forward(graph, variables, divided, whole)
+    nodes = _forward(graph, variables, {}, set())
     waited, kept = liveness.waited_for(graph), {*graph.outputs}
     for node in reversed(graph.nodes):
         readers = graph.consumers.get(node.name, ())
@@ -71,7 +58,7 @@ def region(graph: ir.Graph, variables: Collection[str]) -> Region:
         is_alike = _is_elementwise(graph, node) and not _is_scalar(node.outputs[0])
         if is_free and is_alike and readers and nodes.issuperset(readers):
             nodes.add(node.name)
-    return Region(frozenset(nodes), frozenset(whole))
+    return frozenset(nodes)
 
 
 def divisible(graph: ir.Graph, candidates: Collection[str]) -> tuple[str, ...]:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import itertools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from graphswap import ir, liveness
-from graphswap.collectives import Packed, packed
+from graphswap.collectives import Packed, instance_key, packed
 from graphswap.plan import Exchange, Plan, PlanError
 
 _KEYS = 1 << 30
@@ -197,10 +195,7 @@ class _Exchanger:
         """Equal in all replicas and all traces for equal blocks, and in one step for no two."""
         places = [(one.values.index(value), str(self.source.value(value))) for value in decision.values]
         what = f"{self.number[one.name]} {len(one.values)} {places}"
-        key = int.from_bytes(hashlib.sha256(what.encode()).digest()[:4]) % _KEYS
-        key = next(k % _KEYS for k in itertools.count(key) if k % _KEYS not in self.keys)
-        self.keys.add(key)
-        return _KEYS + key
+        return instance_key(what, _KEYS, self.keys)
 
     def _is_sum(self, name: str) -> bool:
         return self.source.by_name[name].op == ir.ALL_REDUCE

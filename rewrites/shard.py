@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import itertools
 
 from graphswap import allocator, ir, shards
+from graphswap.collectives import instance_key
 from graphswap.plan import Plan, PlanError
 from graphswap.variables import values
 
@@ -42,7 +41,7 @@ class _Sharder:
     def __init__(self, graph: ir.Graph, variables: list[str]):
         self.source = graph
         self.workers = shards.workers(graph)
-        self.region, _ = shards.region(graph, variables)
+        self.region = shards.region(graph, variables)
         self.values = values(graph)
         self.taken = set(graph.by_name)
         self.handles = {name: ir.fresh_name(f"{name}/shard", self.taken) for name in variables}
@@ -135,10 +134,7 @@ class _Sharder:
 
     def _key(self, value: ir.Value) -> int:
         """Equal in all workers and all traces for what is gathered at the same place, and in one step for no two."""
-        key = int.from_bytes(hashlib.sha256(f"{len(self.whole)} {value}".encode()).digest()[:4]) % _KEYS
-        key = next(k % _KEYS for k in itertools.count(key) if k % _KEYS not in self.keys)
-        self.keys.add(key)
-        return _KEYS + key
+        return instance_key(f"{len(self.whole)} {value}", _KEYS, self.keys)
 
 
 def _is_collective(node: ir.Node) -> bool:

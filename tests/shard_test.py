@@ -27,6 +27,11 @@ def test_parts_are_updated_and_the_change_is_gathered():
     assert dict(cut[0].attrs) == {"length": 25600, "workers": 3}
 
 
+def test_a_result_of_the_step_is_gathered():
+    graph = ir.verify(shard(STEP.replace(outputs=("loss", "root")), BOTH))
+    assert graph.outputs == ("loss", "root/gather")
+
+
 def test_the_parts_hold_the_bytes_that_the_variables_held():
     graph = shard(STEP, BOTH)
     held = {name: dict(graph.by_name[name].attrs).get("held_bytes") for name in ("m", "w", "m/shard")}
