@@ -15,6 +15,7 @@ import runpy
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:  # the variables of `environment` must be set before TensorFlo
 
 _MIB = 1 << 20
 _DEVICE = "CPU:0"
+_POLL_SECONDS = 0.05
 
 
 def environment(memory_bytes: int) -> dict[str, str]:
@@ -126,7 +128,9 @@ def run_script(memory_bytes: int, argv: Sequence[str]) -> int:
         handlers = {signal.SIGINT: lambda *_: None, signal.SIGTERM: lambda *_: child.terminate()}
         previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
         try:
-            status = child.wait()
+            # Not `wait()`: a signal that comes just before it blocks would be handled only after the child's end.
+            while (status := child.poll()) is None:
+                time.sleep(_POLL_SECONDS)
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
