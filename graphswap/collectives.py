@@ -32,7 +32,11 @@ def packed(graph: ir.Graph) -> tuple[Packed, ...]:
 
     Their results lead to updates of variables, and neither by data nor through a variable to a further sum.
     """
-    updates = [node for node in graph.nodes if node.op in liveness.ASSIGNS | liveness.UPDATES or node.op == ir.STORE]
+    updates = [
+        node
+        for node in graph.nodes
+        if node.op in liveness.ASSIGNS | liveness.UPDATES or node.op in (ir.STORE, ir.UPDATE)
+    ]
     updating = _needed_for(graph, updates)
     summed = _needed_for(graph, [node for node in graph.nodes if node.op == ir.ALL_REDUCE], waits=True)
     found: list[Packed] = []

@@ -67,6 +67,8 @@ class DeviceSpec:
         reserves_memory: Whether its allocator takes all memory as one region at the start.
         holes: How many holes `placement` leaves for small buffers.
         runs_pairs: Whether two nodes side by side are done sooner than one after the other.
+        updates_there: Whether its cores are the host's, and compute the same in far memory: then updates of variables
+            that lie there are best computed there.
         has_cpu_kernels: Whether its kernels are TensorFlow's for CPUs, whose workspace is known. For others none is
             assumed until it is measured.
         flops_per_second: For the analytic estimate of matrix products and convolutions.
@@ -84,6 +86,7 @@ class DeviceSpec:
     reserves_memory: bool = True
     holes: int = 0
     runs_pairs: bool = False
+    updates_there: bool = False
     has_cpu_kernels: bool = True
     flops_per_second: float = 5e10
     memory_bytes_per_second: float = 8e9
@@ -200,6 +203,8 @@ class CostModel:
             return self.link(_tier(node)).in_seconds(node.outputs[0].nbytes)
         if node.op == ir.STORE:
             return self.link(_tier(node)).out_seconds(graph.value(node.inputs[0]).nbytes)
+        if node.op == ir.UPDATE:
+            return self._update_seconds(graph, node)
         if self.profile is not None or node.op == ir.EXCHANGE:
             return self.device.launch_seconds
         if not any(value.nbytes for value in node.outputs) or node.op in NO_COMPUTE:
@@ -210,6 +215,20 @@ class CostModel:
             + flops(graph, node) / self.device.flops_per_second
             + moved / self.device.memory_bytes_per_second
         )
+
+    def _update_seconds(self, graph: ir.Graph, node: ir.Node) -> float:
+        """As much as it takes to pass all values through memory once, and those on the disk over their link."""
+        attrs: Any = dict(node.attrs)
+        nbytes = ir.Value(attrs["dtype"], attrs["shape"]).nbytes
+        handles = node.inputs[attrs["values"] :: 2]
+        seconds = self.device.launch_seconds
+        moved = sum(graph.value(r).nbytes for r in node.inputs) + sum(value.nbytes for value in node.outputs)
+        for number, handle in enumerate(handles):
+            tier, is_stored = str(dict(graph.by_name[handle].attrs)["tier"]), number in attrs["stored"]
+            moved += nbytes * (1 + is_stored)
+            if tier == "disk":
+                seconds += self.link(tier).in_seconds(nbytes) + is_stored * self.link(tier).out_seconds(nbytes)
+        return seconds + moved / self.device.memory_bytes_per_second
 
     def workspace(self, graph: ir.Graph, node: ir.Node) -> Workspace:
         """Device buffers that the node holds only while it runs, beyond its outputs."""

@@ -7,6 +7,8 @@ what is written there is in it at once, whatever becomes of the process.
 from __future__ import annotations
 
 import ctypes
+import functools
+import math
 import mmap
 import os
 import pathlib
@@ -16,6 +18,8 @@ from typing import Any
 
 import numpy as np
 import tensorflow as tf
+
+from graphswap.elementwise import Program
 
 _ALIGNMENT = 64  # TensorFlow aborts on tensors that are not aligned
 KINDS = "biufc"
@@ -141,3 +145,76 @@ def store(value: tf.Tensor, handle: tf.Tensor, spare: tf.Tensor) -> list[Any]:
         with tf.control_dependencies([taken]):
             left = tf.raw_ops.AssignVariableOp(resource=spare, value=old)
     return [taken, left]
+
+
+def update(
+    program: Program,
+    values: Sequence[tf.Tensor],
+    handles: Sequence[tuple[tf.Tensor, tf.Tensor]],
+    stored: Sequence[int] | None,
+    result_count: int,
+    dtype: str,
+    shape: tuple[int | None, ...],
+) -> tuple[list[tf.Tensor], list[Any]]:
+    """Adds the ops that run a program on far values, and give some of them the new values that it computes.
+
+    As by `store`, the values of before stay.
+
+    Args:
+        program: Given are the values, then the far ones.
+        values: Tensors of the far values' type, of their shape or scalars.
+        handles: Of each far value, the two resources that `store` takes.
+        stored: Which of the far values get the program's last results; None: these go nowhere.
+        result_count: How many of the program's first results are wanted as tensors.
+        dtype: Of all values.
+        shape: Of the far values.
+
+    Returns:
+        Results; and operations. Whoever waits for these may rely on the new values.
+    """
+    kind = tf.dtypes.as_dtype(dtype)
+    count = math.prod(size or 0 for size in shape)
+    parts = max(1, min(os.cpu_count() or 1, count // _PART_ELEMENTS))
+    ends = [count * number // parts for number in range(parts + 1)]
+    with tf.device("CPU:0"):
+        old = [tf.raw_ops.ReadVariableOp(resource=handle, dtype=kind) for handle, _ in handles]
+        memory = [tf.raw_ops.ReadVariableOp(resource=handles[number][1], dtype=kind) for number in stored or ()]
+        results, computed = [], []
+        for part in map(slice, ends, ends[1:]):
+            run = functools.partial(_run, program, part, result_count)
+            made = tf.numpy_function(run, [*values, *old, *memory], [kind] * result_count, name="compute")
+            results.append(made if result_count else [])
+            computed.append(made[0].op if result_count else made)
+        operations = computed
+        for number, new in zip(stored or (), memory, strict=True):
+            with tf.control_dependencies(computed):
+                taken = tf.raw_ops.AssignVariableOp(resource=handles[number][0], value=new)
+            with tf.control_dependencies([taken]):
+                left = tf.raw_ops.AssignVariableOp(resource=handles[number][1], value=old[number])
+            operations = [*operations, taken, left]
+        # Numpy's arrays lie outside of the device.
+        joined = [
+            tf.raw_ops.DeepCopy(x=pieces[0]) if parts == 1 else tf.raw_ops.ConcatV2(values=pieces, axis=0)
+            for pieces in zip(*results, strict=True)
+        ]
+        return [tf.reshape(tensor, shape) for tensor in joined], operations
+
+
+_PART_ELEMENTS = 1 << 19
+"""No thread computes fewer elements, so that it is worth its start."""
+
+
+def _run(program: Program, part: slice, result_count: int, *arrays: np.ndarray) -> list[np.ndarray]:
+    """Runs a program on a part of the elements; the last arrays are memory for the new far values."""
+    flat = [array.reshape(-1)[part] if array.ndim else array for array in arrays]
+    given, memory = flat[: program.given], flat[program.given :]
+    results = [host(given[0].itemsize * (part.stop - part.start)).view(given[0].dtype) for _ in range(result_count)]
+    unwanted = [None] * (len(program.results) - result_count - len(memory))
+    program.run(given, [*results, *map(_writable, memory), *unwanted])
+    return results
+
+
+def _writable(array: np.ndarray) -> np.ndarray:
+    """The same memory, which TensorFlow passes on as it is, but not to be written."""
+    content = (ctypes.c_uint8 * array.nbytes).from_address(array.ctypes.data)
+    return np.ctypeslib.as_array(content).view(array.dtype)

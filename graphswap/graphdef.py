@@ -34,6 +34,7 @@ from tensorflow.python.ops import control_flow_v2_func_graphs, handle_data_util,
 from tensorflow.python.saved_model import fingerprinting_utils, save_context
 
 from graphswap import allocator, far_memory, ir, placement, tiers
+from graphswap.elementwise import Program
 
 FuncGraph: TypeAlias = func_graph_lib.FuncGraph
 Shape = tuple[int | None, ...] | None
@@ -937,7 +938,7 @@ def export_function(func_graph: FuncGraph, graph: ir.Graph, far_tiers: tiers.Tie
 def _replaces_updates(node: ir.Node) -> bool:
     """Whether the node, or what waits for it, does what a function was to have done when it ends."""
     is_update = node.stateful and not node.outputs and bool(dict(node.attrs).get("is_divided"))
-    return is_update or node.op in (ir.STORE, ir.AWAIT)
+    return is_update or node.op in (ir.STORE, ir.UPDATE, ir.AWAIT)
 
 
 def _remove_with_readers(func_graph: FuncGraph, operations: Sequence[Any]) -> None:
@@ -1180,6 +1181,8 @@ class _Exporter:
             self._add_swap(node)
         elif node.op in (ir.FETCH, ir.STORE):
             self._add_access(node)
+        elif node.op == ir.UPDATE:
+            self._add_update(node)
         elif node.op in (ir.EXCHANGE, ir.AWAIT):
             self._add_exchange(node)
         elif node.op == ir.SHARD:
@@ -1309,6 +1312,20 @@ class _Exporter:
             tensor = far_memory.fetch(inputs[0], value.dtype, value.shape)
         self.tensors[node.name] = tensor
         self.done[node.name] = [tensor.op]
+
+    def _add_update(self, node: ir.Node) -> None:
+        """Adds the ops that compute new values of variables in far tiers; if nothing may change, they go nowhere."""
+        attrs: Any = dict(node.attrs)
+        inputs = [self.tensor(reference) for reference in node.inputs]
+        values, handles = inputs[: attrs["values"]], inputs[attrs["values"] :]
+        pairs = list(zip(handles[::2], handles[1::2], strict=True))
+        program = Program.parse(attrs["program"])
+        stored = attrs["stored"] if node.stateful else None
+        with self._placed(node):
+            count = len(node.outputs)
+            made, done = far_memory.update(program, values, pairs, stored, count, attrs["dtype"], attrs["shape"])
+        self.tensors.update(zip(node.refs(), made, strict=True))
+        self.done[node.name] = [*done, *(tensor.op for tensor in made)]
 
     def _add_exchange(self, node: ir.Node) -> None:
         """Adds a sum over all replicas, like the one that it is a part of, or what waits for it."""

@@ -21,6 +21,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 Attr = int | float | bool | str | tuple[int, ...]
 
@@ -44,6 +45,14 @@ FETCH = "Fetch"
 STORE = "Store"
 """Gives such a variable a new value: its first input. The others are the handles of the value of before and of memory
 for the new one; without any, it is sent away."""
+UPDATE = "Update"
+"""Gives variables in far tiers new values that are computed where they lie, element by element.
+
+Its inputs are the `values` that it reads on the device, then of each variable the two handles that a STORE has. What it
+computes is the attribute `program`, as `elementwise` reads it: given are the values, then the variables, all of one
+`dtype` and `shape`. Of the results the first ones are the node's outputs; the others are new values of the variables
+whose numbers are in `stored`, unless the node is not stateful: then it only computes.
+"""
 
 BARRIER = "XlaOptimizationBarrier"
 """Passes each input on as an output once all of them are there. XLA merges and moves nothing across it."""
@@ -208,13 +217,19 @@ class Graph:
     @functools.cached_property
     def stores(self) -> Mapping[str, str]:
         """Handle of a variable in a far tier to the name of the node that gives it a new value."""
-        return {node.inputs[1]: node.name for node in self.nodes if node.op == STORE and len(node.inputs) > 1}
+        found = {node.inputs[1]: node.name for node in self.nodes if node.op == STORE and len(node.inputs) > 1}
+        for node in self.nodes:
+            if node.op == UPDATE:
+                attrs: Any = dict(node.attrs)
+                handles = node.inputs[attrs["values"] :: 2]
+                found.update((handles[number], node.name) for number in attrs["stored"])
+        return found
 
     @functools.cached_property
     def placed(self) -> Mapping[str, str]:
         """Variables that live in far tiers, each with its tier."""
-        accesses = [dict(node.attrs) for node in self.nodes if node.op in (FETCH, STORE)]
-        return {str(attrs["variable"]): str(attrs["tier"]) for attrs in accesses if "variable" in attrs}
+        handles = [dict(node.attrs) for node in self.nodes if node.op == "Placeholder"]
+        return {str(attrs["store_of"]): str(attrs["tier"]) for attrs in handles if "store_of" in attrs}
 
     @functools.cached_property
     def shards(self) -> Mapping[str, str]:

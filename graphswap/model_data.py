@@ -100,6 +100,7 @@ def choose(
         HostMemoryError: If no more may leave than what host memory has room for, and a plan would need that.
     """
     has_groups = isinstance(strategy, Placing)
+    there = cost_model.device.updates_there
     judge = strategy if has_groups else strategies.Greedy(planning_seconds=0.0, segments=_SEGMENTS)
     groups = strategy.groups(graph, movable) if has_groups else _one_by_one(graph, cost_model, movable)
     gone, known, journeys = {place.variable for place in fixed}, values(graph), trips(graph)
@@ -124,7 +125,7 @@ def choose(
         for name in sorted(leaving, key=uses, reverse=True):
             if taken[name] <= free:
                 tier_of[name], free = "host", free - taken[name]
-        return (*fixed, *(Place(name, tier) for name, tier in tier_of.items()))
+        return (*fixed, *(Place(name, tier, there) for name, tier in tier_of.items()))
 
     @functools.cache
     def seconds(count: int) -> float:
@@ -141,6 +142,8 @@ def choose(
     links = [cost_model.link(tier) for tier in tiers]
 
     def once(name: str) -> float:
+        if there and journeys[name] <= 1:  # only its update reads it
+            return 0.0
         return min(link.in_seconds(known[name].nbytes) for link in links)
 
     def travelling(name: str) -> float:

@@ -100,11 +100,13 @@ class Place:
     Attributes:
         variable: Name of the node that stands for it.
         tier: "host" or "disk".
+        updates_there: Whether its new value is computed there, as far as it comes of ops on single elements.
         reason: Why, for people.
     """
 
     variable: str
     tier: str = "host"
+    updates_there: bool = False
     reason: str = ""
 
 
@@ -299,7 +301,8 @@ class Plan:
                 values = ", ".join(decision.values)
                 lines.append(f"  exchange   {values}  {decision.ahead} ahead{_because(decision.reason)}")
             elif isinstance(decision, Place):
-                lines.append(f"  place      {decision.variable}  {decision.tier}{_because(decision.reason)}")
+                there = ", updated there" if decision.updates_there else ""
+                lines.append(f"  place      {decision.variable}  {decision.tier}{there}{_because(decision.reason)}")
             elif isinstance(decision, Shard):
                 lines.append(f"  shard      {decision.variable}{_because(decision.reason)}")
             else:

@@ -345,11 +345,13 @@ class Planner:
             PlanError: If the options name a file that is no plan.
             HostMemoryError: If host memory has no room for what has to leave.
         """
+        there = cost_model.device.updates_there
+        fixed = [dataclasses.replace(place, updates_there=there) for place in fixed]
         if self._options.plan is not None:
             places = plan_file.first(str(self._options.plan)).places
         # A plain CPU's memory is the host's: its variables leave for the disk only where the user says so.
         elif not budget or (cost_model.far_tier == "disk" and self._options.swap_to == "auto"):
-            places = fixed
+            places = tuple(fixed)
         else:
             seconds = self._options.planning_seconds
             places = model_data.choose(graph, cost_model, budget, self._strategy(), movable, fixed, seconds, room)
@@ -549,7 +551,8 @@ def _most_swapped_bytes(graph: ir.Graph, device: DeviceSpec) -> int:
 
 def _carried_out(graph: ir.Graph) -> tuple[Place | Shard | Exchange, ...]:
     """The decisions that have made the graph what it is."""
-    places = (Place(variable, tier) for variable, tier in graph.placed.items())
+    handles: list[Any] = [dict(graph.by_name[name].attrs) for name in graph.inputs]
+    places = (Place(h["store_of"], h["tier"], h.get("updates_there", False)) for h in handles if "store_of" in h)
     return (*places, *map(Shard, graph.shards), *collectives.exchanges(graph))
 
 

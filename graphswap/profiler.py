@@ -26,7 +26,7 @@ from tensorflow.python.client import device_lib
 from tensorflow.python.eager import context
 from tensorflow.tsl.profiler.protobuf import xplane_pb2
 
-from graphswap import allocator, devices, graphdef, ir, liveness, tiers
+from graphswap import allocator, devices, exactness, graphdef, ir, liveness, tiers
 from graphswap.cost_model import NO_LINK, CostModel, DeviceSpec, Link, Profile, Workspace
 from graphswap.plan import Plan, PlanError
 
@@ -130,6 +130,7 @@ def device_spec(
         reserves_memory=emulated_bytes is not None,
         holes=_holes(memory) if emulated_bytes is not None and memory else 0,
         runs_pairs=(os.cpu_count() or 1) > 1,
+        updates_there=exactness.is_numpy_exact(),
         links={**DeviceSpec().links, **links},
     )
 
@@ -447,7 +448,7 @@ def _seen_link(link: Link, tier: str, graph: ir.Graph, spent: Mapping[str, float
     return dataclasses.replace(link, **speeds)
 
 
-_FOLDERS = graphdef.OPAQUE | {ir.SWAP_OUT, ir.SWAP_IN, ir.FETCH, ir.STORE, ir.SHARD}
+_FOLDERS = graphdef.OPAQUE | {ir.SWAP_OUT, ir.SWAP_IN, ir.FETCH, ir.STORE, ir.UPDATE, ir.SHARD}
 """Nodes that are made of several ops, called "<node>/..."."""
 
 
@@ -551,6 +552,8 @@ def without_side_effects(graph: ir.Graph) -> ir.Graph:
         read = [ir.producer(reference) for reference in inputs]
         if node.op in (ir.ALL_REDUCE, ir.EXCHANGE, ir.AWAIT):
             own_part[node.name] = inputs[0]
+        if node.op == ir.UPDATE:
+            node = dataclasses.replace(node, stateful=False)
         if node.stateful and not dict(node.attrs).get("only_reads"):
             waited_for[node.name] = kept_before([*read, *node.control_inputs])
             continue

@@ -87,17 +87,24 @@ class StepReport:
         if self.file is not None and self.file.plan.places:
             taken["disk"] = self.state_bytes
             for access in _accesses(self.file.graph).values():
-                taken[access.tier] += access.nbytes * (2 if access.stores else 1)
+                taken[access.tier] += access.nbytes * (2 if access.stores or access.is_updated_there else 1)
         return taken
 
     @property
     def moved_bytes(self) -> tuple[int, int]:
-        """Bytes of variables that a step fetches, and that it stores."""
+        """Bytes that a step brings to the device for variables in far tiers, and that it sends there.
+
+        Of variables that are updated there it sends what the update reads, such as gradients.
+        """
         if self.file is None:
             return 0, 0
+        graph = self.file.graph
         runs = collections.Counter(name for decision in self.plan.recomputes for name in decision.nodes)
-        used = _accesses(self.file.graph, runs).values()
-        return sum(a.nbytes * a.fetches for a in used), sum(a.nbytes * a.stores for a in used)
+        used = _accesses(graph, runs).values()
+        updates = [node for node in graph.nodes if node.op == ir.UPDATE]
+        made = sum(value.nbytes for node in updates for value in node.outputs)
+        read = sum(graph.value(reference).nbytes for node in updates for reference in node.inputs)
+        return made + sum(a.nbytes * a.fetches for a in used), read + sum(a.nbytes * a.stores for a in used)
 
     def save_plan(self, path: str | os.PathLike[str]) -> None:
         """Writes the plan with its graph and costs, for `Options(plan=...)` and the command line.
@@ -194,7 +201,11 @@ class StepReport:
             for tier in sorted({place.tier for place in self.plan.places}, key=TIERS.index)
         ]
         fetched, stored = map(format_bytes, self.moved_bytes)
-        return f"{len(self.plan.places)} variables ({', '.join(where)}): {fetched} fetched and {stored} stored per step"
+        there = sum(access.is_updated_there for access in used)
+        return (
+            f"{len(self.plan.places)} variables ({', '.join(where)}{f'; {there} updated there' if there else ''}): "
+            f"{fetched} fetched and {stored} stored per step"
+        )
 
     def _far(self) -> str:
         """What variables outside of the device take where they are."""
@@ -303,12 +314,14 @@ class _Access:
         nbytes: Of its value.
         fetches: How often it is fetched.
         stores: How often it is stored.
+        is_updated_there: Whether its new value is computed where it is.
     """
 
     tier: str
     nbytes: int
     fetches: int = 0
     stores: int = 0
+    is_updated_there: bool = False
 
 
 def _accesses(graph: ir.Graph, runs: Mapping[str, int] = MappingProxyType({})) -> dict[str, _Access]:
@@ -326,6 +339,13 @@ def _accesses(graph: ir.Graph, runs: Mapping[str, int] = MappingProxyType({})) -
             access = found.setdefault(str(attrs["variable"]), _Access(str(attrs["tier"]), nbytes))
             access.fetches += 1 + runs.get(node.name, 0) if node.op == ir.FETCH else 0
             access.stores += node.op == ir.STORE
+        elif node.op == ir.UPDATE:
+            attrs: Any = dict(node.attrs)
+            value = ir.Value(attrs["dtype"], attrs["shape"])
+            for number, handle in enumerate(node.inputs[attrs["values"] :: 2]):
+                far = dict(graph.by_name[handle].attrs)
+                access = found.setdefault(str(far["store_of"]), _Access(str(far["tier"]), value.nbytes))
+                access.is_updated_there |= number in attrs["stored"]
     return found
 
 

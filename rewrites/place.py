@@ -6,6 +6,7 @@ import dataclasses
 
 from graphswap import ir, liveness
 from graphswap.plan import Place, Plan, PlanError
+from graphswap.rewrites.far_update import far_update
 from graphswap.variables import unplaceable, values
 
 _SUMS = {"AssignAddVariableOp": "AddV2", "AssignSubVariableOp": "Sub"}
@@ -18,7 +19,8 @@ def place(graph: ir.Graph, plan: Plan) -> ir.Graph:
     The variable's own node stays, and holds no bytes. If it is used, handles of its far value and of memory for the
     next one come behind the other arguments, "v/store" and "v/spare". A `FETCH` stands before the first reader. What
     reads the variable after its update reads the new value; a `STORE` stands where the last update did, after all that
-    read the fetched value: what is repeated later would fetch the new one.
+    read the fetched value: what is repeated later would fetch the new one. Then `far_update` carries out what the
+    decisions say of updates.
 
     Raises:
         PlanError: If a variable can't be placed; see `variables.unplaceable`.
@@ -32,13 +34,14 @@ def place(graph: ir.Graph, plan: Plan) -> ir.Graph:
             raise PlanError(f"{decision} does not fit graph '{graph.name}': it has no such variable.")
         if decision.variable in declined:
             raise PlanError(f"{decision} does not fit graph '{graph.name}': {declined[decision.variable]}.")
-    return _Placer(graph, plan.places).graph()
+    return far_update(_Placer(graph, plan.places).graph(), plan)
 
 
 class _Placer:
     def __init__(self, graph: ir.Graph, places: tuple[Place, ...]):
         self.source = graph
         self.tiers = {decision.variable: decision.tier for decision in places}
+        self.updated_there = {decision.variable for decision in places if decision.updates_there}
         self.values = values(graph)
         self.taken = set(graph.by_name)
         self.handles: dict[str, tuple[str, ...]] = {}
@@ -59,8 +62,10 @@ class _Placer:
             names = tuple(ir.fresh_name(f"{variable}/{what}", self.taken) for what in ("store", "spare"))
             self.handles[variable] = names
             arguments += names
-        for name in arguments:
-            self._add(ir.Node(name, "Placeholder", outputs=(ir.Value("resource"),)))
+            there = (("updates_there", True),) if variable in self.updated_there else ()
+            far = (("store_of", variable), ("tier", self.tiers[variable]), *there)
+            for name, attrs in zip(names, (far, ()), strict=True):
+                self._add(ir.Node(name, "Placeholder", outputs=(ir.Value("resource"),), attrs=attrs))
         for node in source.nodes:
             variable = node.inputs[0] if node.inputs and node.inputs[0] in self.tiers else ""
             if node.name in self.tiers:

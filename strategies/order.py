@@ -71,7 +71,7 @@ def _list_schedule(graph: ir.Graph, depth_first: bool) -> list[str]:
         node = nodes[index]
         if node.op in liveness.ASSIGNS or node.op in liveness.UPDATES:
             return -_URGENT if old_readers[index] else 2 * _URGENT
-        if node.op == ir.STORE:
+        if node.op in (ir.STORE, ir.UPDATE):
             return 2 * _URGENT
         if node.op in _AT_ONCE or not any(sizes[r] for r in node.refs()):
             return _URGENT
@@ -329,7 +329,7 @@ def _only_for_updates(graph: ir.Graph) -> Mapping[str, int]:
     blocks = {value: name for name, values in graph.blocks.items() for value in values}
     starts = {*graph.blocks, *(ir.producer(graph.by_name[name].inputs[0]) for name in graph.blocks)}
     for node in reversed(graph.nodes):
-        if node.op in liveness.ASSIGNS or node.op in liveness.UPDATES or node.op == ir.STORE:
+        if node.op in liveness.ASSIGNS or node.op in liveness.UPDATES or node.op in (ir.STORE, ir.UPDATE):
             ends[node.name] = frozenset({node.name})
             continue
         reached: set[str] = set()

@@ -28,6 +28,30 @@ def node(name):
     return GRAPH.by_name[name]
 
 
+UPDATE = parser.parse("""
+graph g() -> () {
+  %g = Placeholder() : (float32[10,20])
+  %rate = Placeholder() : (float32[])
+  %w/store = Placeholder() {"store_of": "w", "tier": "host"} : (resource[])
+  %w/spare = Placeholder() : (resource[])
+  %m/store = Placeholder() {"store_of": "m", "tier": "disk"} : (resource[])
+  %m/spare = Placeholder() : (resource[])
+  %update = Update!(%g, %rate, %w/store, %w/spare, %m/store, %m/spare) {"dtype": "float32",
+    "program": "4; Mul 0 1; AddV2 3 4; Sub 2 4; 6 5", "shape": [10, 20], "stored": [1], "values": 2} : (float32[10,20])
+}
+""")
+
+
+def test_an_update_passes_all_values_through_memory_once_and_those_on_disk_over_their_link():
+    disk = Link(out_bytes_per_second=1e5, in_bytes_per_second=2e5, latency_seconds=0.25)
+    model = CostModel(dataclasses.replace(DEVICE, links={"host": Link(1.0, 1.0), "disk": disk}))
+    moved = 800 + 4 + 800 + 3 * 800  # read, made, and of w and m read and of m written
+    expected = 1e-3 + moved / 1e6 + 0.25 + 800 / 2e5 + 0.25 + 800 / 1e5
+    assert model.seconds(UPDATE, UPDATE.by_name["update"]) == pytest.approx(expected)
+    unmeasured = dataclasses.replace(model, profile=Profile("f", {}, {}))
+    assert unmeasured.seconds(UPDATE, UPDATE.by_name["update"]) == pytest.approx(expected)
+
+
 def test_link():
     link = Link(out_bytes_per_second=10.0, in_bytes_per_second=20.0, latency_seconds=0.5)
     assert link.out_seconds(100) == 10.5

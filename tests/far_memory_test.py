@@ -1,5 +1,6 @@
 """Far memory is a tensor's buffer that no device counts; a file's outlives its process."""
 
+import functools
 import os
 import pathlib
 import subprocess
@@ -11,6 +12,7 @@ import pytest
 import tensorflow as tf
 
 from graphswap import far_memory, variables
+from graphswap.elementwise import Program
 
 DTYPES = sorted(variables.FAR_DTYPES)
 
@@ -55,6 +57,36 @@ def test_a_store_leaves_the_value_of_before_as_spare_memory():
         np.testing.assert_array_equal(value.view("float32"), [number] * 2)
         if number:
             np.testing.assert_array_equal(before.view("float32"), [number - 1] * 2)
+
+
+MOMENTUM = Program.parse("4; Mul 3 1; AddV2 4 0; Sub 2 5; 5 6 5")
+"""Given are a gradient, a rate, a weight and its momentum; the first result is a tensor."""
+
+
+@pytest.mark.parametrize("size", [24, 1 << 20])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_new_values_are_computed_where_they_lie(dtype, size):
+    shape = (4, size // 4)
+    grad, weight, momentum = np.random.default_rng(0).normal(size=(3, *shape)).astype(dtype)
+    memories = [far_memory.host(grad.nbytes) for _ in range(4)]
+    memories[0].view(dtype)[:], memories[2].view(dtype)[:] = weight.reshape(-1), momentum.reshape(-1)
+    held_ones = [held(memory, dtype, (1, *shape)) for memory in memories]
+    handles = [(held_ones[0].handle, held_ones[1].handle), (held_ones[2].handle, held_ones[3].handle)]
+
+    def update(stored):
+        values = [tf.constant(grad), tf.constant(0.5, dtype)]
+        function = functools.partial(far_memory.update, MOMENTUM, values, handles, stored, 1, dtype, shape)
+        (result,), _ = tf.function(lambda: (function()[0], ()), autograph=False)()
+        return result.numpy()
+
+    new_momentum = momentum * np.dtype(dtype).type(0.5) + grad
+    np.testing.assert_array_equal(update(None), new_momentum)
+    np.testing.assert_array_equal(memories[0].view(dtype), weight.reshape(-1))  # it went nowhere
+    np.testing.assert_array_equal(update((0, 1)), new_momentum)
+    found = [tf.raw_ops.ReadVariableOp(resource=one.handle, dtype=dtype) for one in held_ones]
+    assert list(map(address, found)) == [memories[index].ctypes.data for index in (1, 0, 3, 2)]
+    for tensor, value in zip(found, (weight - new_momentum, weight, new_momentum, momentum), strict=True):
+        np.testing.assert_array_equal(tensor[0], value)
 
 
 def test_what_was_fetched_stays():

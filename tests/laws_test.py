@@ -9,7 +9,7 @@ import testing
 from hypothesis import given
 from hypothesis import strategies as st
 
-from graphswap import ir, liveness, parser, rewrites
+from graphswap import elementwise, ir, liveness, parser, rewrites
 from graphswap.allocator import Allocator
 from graphswap.cost_model import CostModel, DeviceSpec, Link
 from graphswap.plan import Place, Plan, SideBySide
@@ -36,7 +36,8 @@ RANDOMS = st.randoms(use_true_random=False)
 def with_places(rng: random.Random, graph: ir.Graph) -> ir.Graph:
     """The graph, some of its variables in a far tier."""
     chosen = [variable for variable in values(graph) if rng.random() < 0.7]
-    return rewrites.place(graph, Plan(decisions=tuple(Place(v, rng.choice(["host", "disk"])) for v in chosen)))
+    places = (Place(v, rng.choice(["host", "disk"]), updates_there=rng.random() < 0.7) for v in chosen)
+    return rewrites.place(graph, Plan(decisions=tuple(places)))
 
 
 def with_exchanges(rng: random.Random, graph: ir.Graph) -> ir.Graph:
@@ -102,6 +103,9 @@ def evicting_plan(rng: random.Random, graph: ir.Graph, cost_model: CostModel) ->
 # --- what a graph computes --------------------------------------------------------------------------------------
 
 
+_SUMS = {"AssignAddVariableOp": "AddV2", "AssignSubVariableOp": "Sub"}
+
+
 class Outcome(NamedTuple):
     results: list[int]
     variables: dict[str, int]
@@ -134,12 +138,25 @@ def evaluate(graph: ir.Graph) -> Outcome:
             variables[roots[node.inputs[0]]] = inputs[1]
         elif node.op in liveness.UPDATES:
             old = variables.get(roots[node.inputs[0]], inputs[0])
-            variables[roots[node.inputs[0]]] = hash((f"{node.name}/value", 0, old, inputs[1]))
+            variables[roots[node.inputs[0]]] = hash((_SUMS[node.op], old, inputs[1]))
+        elif elementwise.computes(graph, node):
+            outputs = [hash((node.op, *inputs))]
         elif node.op == ir.FETCH:
             variable = node.inputs[0].removesuffix("/store")
             outputs = [variables.get(variable, hash((variable, 0)))]
         elif node.op == ir.STORE:
             variables[node.inputs[1].removesuffix("/store")] = inputs[0]
+        elif node.op == ir.UPDATE:
+            attrs: Any = dict(node.attrs)
+            far = [handle.removesuffix("/store") for handle in node.inputs[attrs["values"] :: 2]]
+            made = [*inputs[: attrs["values"]], *(variables.get(variable, hash((variable, 0))) for variable in far)]
+            program = elementwise.Program.parse(attrs["program"])
+            for op, sources in program.instructions:
+                made.append(hash((op, *(made[source] for source in sources))))
+            results = [made[register] for register in program.results]
+            new = results[len(outputs) :]
+            outputs = results[: len(outputs)]
+            variables.update(zip((far[number] for number in attrs["stored"]), new, strict=True))
         values.update(zip(node.refs(), outputs, strict=True))
         if node.stateful:
             log.append((node.name, inputs))

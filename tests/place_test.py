@@ -34,9 +34,9 @@ def test_variables_are_fetched_before_their_readers_and_stored_after_them():
         """
         graph step(%x, %w, %m, %w/store, %w/spare, %m/store, %m/spare) -> (%loss)
           after(%assign_m/store, %assign_w/store) {
-          %w/store = Placeholder() : (resource[])
+          %w/store = Placeholder() {"store_of": "w", "tier": "host"} : (resource[])
           %w/spare = Placeholder() : (resource[])
-          %m/store = Placeholder() : (resource[])
+          %m/store = Placeholder() {"store_of": "m", "tier": "disk"} : (resource[])
           %m/spare = Placeholder() : (resource[])
           %x = Placeholder() : (float32[8,8])
           %w = Placeholder() : (resource[])
@@ -155,6 +155,9 @@ def test_plans_with_places_are_for_the_graph_that_was_made():
     assert BOTH.check(placed) is BOTH
     assert Plan.from_json(BOTH.to_json()) == BOTH
     assert "place      m  disk" in str(BOTH)
+    there = Plan(decisions=(Place("m", "disk", updates_there=True, reason="slots"),))
+    assert Plan.from_json(there.to_json()) == there
+    assert "place      m  disk, updated there  (slots)" in str(there)
     with pytest.raises(PlanError, match="'w' is on the device in this graph"):
         BOTH.check(STEP)
     with pytest.raises(PlanError, match="expected a tier out of .* received 'tape'"):

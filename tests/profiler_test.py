@@ -104,6 +104,21 @@ def test_a_needed_side_effect_can_not_be_left_out():
         profiler.without_side_effects(graph)
 
 
+def test_what_is_updated_far_away_is_computed_and_goes_nowhere():
+    """Others may read what it computes."""
+    graph = parser.parse("""
+        graph step(%g, %m/store, %m/spare) -> (%norm) after(%update) {
+          %g = Placeholder() : (float32[4])
+          %m/store = Placeholder() {"store_of": "m", "tier": "host"} : (resource[])
+          %m/spare = Placeholder() : (resource[])
+          %update = Update!(%g, %m/store, %m/spare) {"dtype": "float32", "program": "2; AddV2 0 1; 2 2", "shape": [4],
+            "stored": [0], "values": 1} : (float32[4])
+          %norm = L2Loss(%update) : (float32[])
+        }""")
+    kept = profiler.without_side_effects(graph)
+    assert str(kept) == str(graph).replace("Update!", "Update")
+
+
 def test_long_chains_of_updates_are_dropped():
     count = 5000
     nodes = [ir.Node("x", "Placeholder", outputs=(ir.Value("float32", (4,)),))]

@@ -98,6 +98,16 @@ def test_what_is_in_which_tier_and_what_it_takes(tiers, away, far):
     assert f"  far     {far.format(', 7.0MiB measured', ', 9.0MiB measured')}" in str(step).splitlines()
 
 
+def test_what_is_updated_where_it_is_does_not_travel():
+    """Its gradient does. It counts twice, too."""
+    graph = rewrites.place(STEP, Plan(decisions=(Place("m", updates_there=True),)))
+    plan = Plan(decisions=(Place("m", updates_there=True),))
+    step = step_report(plan=plan, file=PlanFile(plan, graph, CostModel()))
+    away = "1 variables (1.0MiB on host; 1 updated there): 0B fetched and 1.0MiB stored per step"
+    assert f"  away    {away}" in str(step).splitlines()
+    assert "  far     host memory: 2.0MiB planned, old values and new ones" in str(step).splitlines()
+
+
 def test_a_step_with_all_variables_on_the_device_says_nothing_of_far_tiers():
     step = step_report(file=PlanFile(Plan(), STEP, CostModel()))
     assert step.moved_bytes == (0, 0)

@@ -103,11 +103,12 @@ def alone_row(what: Trial, result: Result) -> tuple[str, ...]:
 
 
 def least_moved_bytes(product_bytes: int, updated_bytes: int, memory_budget: int) -> tuple[int, int]:
-    """What any step within the budget has to fetch, and to store, if the device alone computes.
+    """What any step within the budget has to fetch, and to send away.
 
-    Between two steps no more than the budget is on the device, so all else that is updated is fetched once and stored
-    once. At the turn between forward and backward pass no more than the budget is there, either: what else is read in
-    products both before and after it is fetched once more.
+    Between two steps no more than the budget is on the device, so all other weights are fetched once. At the turn
+    between forward and backward pass no more than the budget is there, either: what else is read in products both
+    before and after it is fetched once more. Of what is away and updated, either the new value is sent there, or the
+    gradient, which is as large as the weight alone.
 
     Args:
         product_bytes: Weights that are read in both passes.
@@ -115,7 +116,7 @@ def least_moved_bytes(product_bytes: int, updated_bytes: int, memory_budget: int
         memory_budget: Bytes.
     """
     away = max(0, updated_bytes - memory_budget)
-    return away + max(0, product_bytes - memory_budget), away
+    return 2 * max(0, product_bytes - memory_budget), away * product_bytes // max(1, updated_bytes)
 
 
 def measure(

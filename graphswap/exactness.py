@@ -1,0 +1,61 @@
+"""Whether numpy computes what TensorFlow's kernels for CPUs compute, to the last bit, on this machine."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import tensorflow as tf
+
+from graphswap import elementwise, far_memory
+
+_DRAWN = 4096
+
+
+@functools.cache
+def is_numpy_exact() -> bool:
+    """Whether that is so of all functions of `elementwise`, and a function of numpy's gets far memory as it is.
+
+    Tried on pairs of all kinds of numbers: of any magnitude, subnormal, infinite and none.
+    """
+    return all(_is_exact(np.dtype(dtype)) for dtype in elementwise.DTYPES)
+
+
+def _is_exact(dtype: np.dtype) -> bool:
+    given, bits = _numbers(dtype), np.dtype(f"u{dtype.itemsize}")
+    addresses: list[list[int]] = []
+
+    def compute(function: np.ufunc, *arrays: np.ndarray) -> np.ndarray:
+        addresses.append([array.ctypes.data for array in arrays])
+        result = far_memory.host(arrays[0].nbytes).view(dtype)
+        with np.errstate(all="ignore"):
+            return function(*arrays, out=result)
+
+    @tf.function(autograph=False)
+    def pairs(*tensors: tf.Tensor) -> list[tuple[tf.Tensor, tf.Tensor]]:
+        made = []
+        for op, function in elementwise.FUNCTIONS.items():
+            read, kernel = tensors[: function.nin], getattr(tf.raw_ops, op)
+            tensor = kernel(inputs=read) if op == "AddN" else kernel(**dict(zip("xy", read, strict=False)))
+            run = functools.partial(compute, function)
+            made.append((tensor, tf.numpy_function(run, read, tensor.dtype)))
+        return made
+
+    with tf.init_scope(), tf.device("CPU:0"):
+        tensors = [far_memory.tensor(row.view(np.uint8), tf.dtypes.as_dtype(dtype), row.shape) for row in given]
+        made = pairs(*tensors)
+    own = [row.ctypes.data for row in given]
+    is_shared = all(found == own[: len(found)] for found in addresses)
+    return is_shared and all(np.array_equal(*(one.numpy().view(bits) for one in pair)) for pair in made)
+
+
+def _numbers(dtype: np.dtype) -> list[np.ndarray]:
+    """Two rows of numbers, in far memory."""
+    special = np.array([0.0, -0.0, np.inf, -np.inf, np.nan, np.finfo(dtype).tiny / 4, 1.0, -1.0], dtype)
+    bits = np.dtype(f"u{dtype.itemsize}")
+    drawn = np.random.default_rng(0).integers(0, np.iinfo(bits).max, (2, _DRAWN), bits).view(dtype)
+    rows = []
+    for row in np.concatenate([np.stack(np.meshgrid(special, special)).reshape(2, -1), drawn], axis=1):
+        rows.append(far_memory.host(row.nbytes).view(dtype))
+        rows[-1][:] = row
+    return rows
