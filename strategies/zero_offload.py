@@ -1,8 +1,9 @@
 """All optimizer state in host memory (ZeRO-Offload, Ren et al., USENIX ATC 2021), a baseline.
 
 Weights, gradients and activations stay on the device; where activations have no room they are checkpointed as in
-`chen`. Known weakness: updates are computed on the device, for which the state comes and goes; ZeRO-Offload sends
-gradients to the host and has the host compute.
+`chen`. Where the device's cores are the host's, gradients go to the state and updates are computed there, as by
+ZeRO-Offload (`rewrites.far_update`). Known weakness: elsewhere they are computed on the device, for which the state
+comes and goes.
 """
 
 from __future__ import annotations

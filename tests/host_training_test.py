@@ -106,7 +106,7 @@ def test_a_model_larger_than_the_device_trains(tmp_path):
     options = {"swap_to": str(tmp_path), "host_memory": "4MiB"}
     mixed = emulated.call(device_bytes, __file__, "train", "auto", "Adam", "dense", "float32", options)
     assert device_bytes >= mixed["peak"]
-    assert re.search(r"variables \(\S+ on host, \S+ on disk\): ", mixed["text"]), mixed["text"]
+    assert re.search(r"variables \(\S+ on host, \S+ on disk; ", mixed["text"]), mixed["text"]
     taken = re.search(r"host memory: (\S+) planned, (\S+) measured; disk: (\S+) planned, (\S+) measured", mixed["text"])
     assert taken, mixed["text"]
     assert (taken[1], taken[3]) == (taken[2], taken[4])
