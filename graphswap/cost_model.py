@@ -67,8 +67,8 @@ class DeviceSpec:
         reserves_memory: Whether its allocator takes all memory as one region at the start.
         holes: How many holes `placement` leaves for small buffers.
         runs_pairs: Whether two nodes side by side are done sooner than one after the other.
-        updates_there: Whether its cores are the host's, and compute the same in far memory: then updates of variables
-            that lie there are best computed there.
+        computes_there: Whether its cores are the host's, and compute the same in far memory: then it is best to compute
+            there what can be.
         has_cpu_kernels: Whether its kernels are TensorFlow's for CPUs, whose workspace is known. For others none is
             assumed until it is measured.
         flops_per_second: For the analytic estimate of matrix products and convolutions.
@@ -86,7 +86,7 @@ class DeviceSpec:
     reserves_memory: bool = True
     holes: int = 0
     runs_pairs: bool = False
-    updates_there: bool = False
+    computes_there: bool = False
     has_cpu_kernels: bool = True
     flops_per_second: float = 5e10
     memory_bytes_per_second: float = 8e9
@@ -301,6 +301,7 @@ NO_COMPUTE = frozenset(
     "ShapeN",
     "Size",
     "Rank",
+    ir.VIEW,
 }
 """Ops that move no data."""
 

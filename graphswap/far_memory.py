@@ -121,6 +121,19 @@ def fetch(handle: tf.Tensor, dtype: str, shape: tuple[int | None, ...] | None) -
         return tf.reshape(value, shape)
 
 
+def read(handle: tf.Tensor, dtype: str, shape: tuple[int | None, ...] | None) -> tf.Tensor:
+    """Adds the ops that read a far value where it is; it stays as it is until the next store but one.
+
+    Args:
+        handle: As for `fetch`.
+        dtype: Likewise.
+        shape: Likewise.
+    """
+    with tf.device("CPU:0"):
+        value = tf.raw_ops.ReadVariableOp(resource=handle, dtype=tf.dtypes.as_dtype(dtype))
+        return tf.reshape(value, shape)
+
+
 def store(value: tf.Tensor, handle: tf.Tensor, spare: tf.Tensor) -> list[Any]:
     """Adds the ops that copy a value to spare far memory, which then takes the place of the value of before.
 

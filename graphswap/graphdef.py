@@ -1179,7 +1179,7 @@ class _Exporter:
             self._add_remote(node)
         elif node.op in (ir.SWAP_OUT, ir.SWAP_IN):
             self._add_swap(node)
-        elif node.op in (ir.FETCH, ir.STORE):
+        elif node.op in (ir.FETCH, ir.VIEW, ir.STORE):
             self._add_access(node)
         elif node.op == ir.UPDATE:
             self._add_update(node)
@@ -1308,8 +1308,9 @@ class _Exporter:
             if node.op == ir.STORE:
                 self.done[node.name] = far_memory.store(*inputs)
                 return
+            read = far_memory.fetch if node.op == ir.FETCH else far_memory.read
             value = node.outputs[0]
-            tensor = far_memory.fetch(inputs[0], value.dtype, value.shape)
+            tensor = read(inputs[0], value.dtype, value.shape)
         self.tensors[node.name] = tensor
         self.done[node.name] = [tensor.op]
 

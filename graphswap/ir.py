@@ -42,6 +42,8 @@ SWAP_IN = "SwapIn"
 
 FETCH = "Fetch"
 """Brings the value of a variable that lies in a far tier to the device. Reads the handle of its value there."""
+VIEW = "View"
+"""The same where it lies: what it makes takes no device bytes. Who reads it computes on the host."""
 STORE = "Store"
 """Gives such a variable a new value: its first input. The others are the handles of the value of before and of memory
 for the new one; without any, it is sent away."""

@@ -100,7 +100,7 @@ def choose(
         HostMemoryError: If no more may leave than what host memory has room for, and a plan would need that.
     """
     has_groups = isinstance(strategy, Placing)
-    there = cost_model.device.updates_there
+    there = cost_model.device.computes_there
     judge = strategy if has_groups else strategies.Greedy(planning_seconds=0.0, segments=_SEGMENTS)
     groups = strategy.groups(graph, movable) if has_groups else _one_by_one(graph, cost_model, movable)
     gone, known, journeys = {place.variable for place in fixed}, values(graph), trips(graph)

@@ -100,13 +100,14 @@ class Place:
     Attributes:
         variable: Name of the node that stands for it.
         tier: "host" or "disk".
-        updates_there: Whether its new value is computed there, as far as it comes of ops on single elements.
+        computes_there: Whether the host computes with it there: it gathers its rows, and computes its new value as far
+            as that comes of ops on single elements.
         reason: Why, for people.
     """
 
     variable: str
     tier: str = "host"
-    updates_there: bool = False
+    computes_there: bool = False
     reason: str = ""
 
 
@@ -301,7 +302,7 @@ class Plan:
                 values = ", ".join(decision.values)
                 lines.append(f"  exchange   {values}  {decision.ahead} ahead{_because(decision.reason)}")
             elif isinstance(decision, Place):
-                there = ", updated there" if decision.updates_there else ""
+                there = ", host computes" if decision.computes_there else ""
                 lines.append(f"  place      {decision.variable}  {decision.tier}{there}{_because(decision.reason)}")
             elif isinstance(decision, Shard):
                 lines.append(f"  shard      {decision.variable}{_because(decision.reason)}")
@@ -324,6 +325,8 @@ def _check_swap(swap: Swap, graph: ir.Graph, position: Mapping[str, int]) -> Non
         raise _Misfit(f"there is no value '{swap.value}'.")
     if graph.by_name[ir.producer(swap.value)].op == ir.EXCHANGE:
         raise _Misfit(f"'{swap.value}' is on its way to the other replicas.")
+    if graph.by_name[ir.producer(swap.value)].op == ir.VIEW:
+        raise _Misfit(f"'{swap.value}' is in a far tier.")
     if not graph.value(swap.value).nbytes:
         raise _Misfit(f"'{swap.value}' ({graph.value(swap.value)}) holds no bytes that could move.")
     born, out, freed, start, use = (position[name] for name in names)
@@ -341,7 +344,7 @@ def _check_recompute(recompute: Recompute, graph: ir.Graph, position: Mapping[st
             raise _Misfit(f"'{name}' ({node.op}) is in memory all the time.")
         if position[name] >= position[recompute.before]:
             raise _Misfit(f"'{name}' runs only after '{recompute.before}'.")
-        stored = graph.stores.get(node.inputs[0]) if node.op == ir.FETCH else None
+        stored = graph.stores.get(node.inputs[0]) if node.op in (ir.FETCH, ir.VIEW) else None
         if stored and position[stored] < position[recompute.before]:
             raise _Misfit(f"'{name}' would bring back what '{stored}' has stored.")
     if list(recompute.nodes) != sorted(set(recompute.nodes), key=position.__getitem__):

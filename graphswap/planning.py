@@ -345,8 +345,8 @@ class Planner:
             PlanError: If the options name a file that is no plan.
             HostMemoryError: If host memory has no room for what has to leave.
         """
-        there = cost_model.device.updates_there
-        fixed = [dataclasses.replace(place, updates_there=there) for place in fixed]
+        there = cost_model.device.computes_there
+        fixed = [dataclasses.replace(place, computes_there=there) for place in fixed]
         if self._options.plan is not None:
             places = plan_file.first(str(self._options.plan)).places
         # A plain CPU's memory is the host's: its variables leave for the disk only where the user says so.
@@ -552,7 +552,7 @@ def _most_swapped_bytes(graph: ir.Graph, device: DeviceSpec) -> int:
 def _carried_out(graph: ir.Graph) -> tuple[Place | Shard | Exchange, ...]:
     """The decisions that have made the graph what it is."""
     handles: list[Any] = [dict(graph.by_name[name].attrs) for name in graph.inputs]
-    places = (Place(h["store_of"], h["tier"], h.get("updates_there", False)) for h in handles if "store_of" in h)
+    places = (Place(h["store_of"], h["tier"], h.get("computes_there", False)) for h in handles if "store_of" in h)
     return (*places, *map(Shard, graph.shards), *collectives.exchanges(graph))
 
 

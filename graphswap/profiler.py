@@ -130,7 +130,7 @@ def device_spec(
         reserves_memory=emulated_bytes is not None,
         holes=_holes(memory) if emulated_bytes is not None and memory else 0,
         runs_pairs=(os.cpu_count() or 1) > 1,
-        updates_there=exactness.is_numpy_exact(),
+        computes_there=exactness.is_numpy_exact(),
         links={**DeviceSpec().links, **links},
     )
 
@@ -448,7 +448,7 @@ def _seen_link(link: Link, tier: str, graph: ir.Graph, spent: Mapping[str, float
     return dataclasses.replace(link, **speeds)
 
 
-_FOLDERS = graphdef.OPAQUE | {ir.SWAP_OUT, ir.SWAP_IN, ir.FETCH, ir.STORE, ir.UPDATE, ir.SHARD}
+_FOLDERS = graphdef.OPAQUE | {ir.SWAP_OUT, ir.SWAP_IN, ir.FETCH, ir.VIEW, ir.STORE, ir.UPDATE, ir.SHARD}
 """Nodes that are made of several ops, called "<node>/..."."""
 
 

@@ -102,7 +102,9 @@ class StepReport:
         runs = collections.Counter(name for decision in self.plan.recomputes for name in decision.nodes)
         used = _accesses(graph, runs).values()
         updates = [node for node in graph.nodes if node.op == ir.UPDATE]
-        made = sum(value.nbytes for node in updates for value in node.outputs)
+        rows = [reader for node in graph.nodes if node.op == ir.VIEW for reader in graph.consumers.get(node.name, ())]
+        computing = (*updates, *(graph.by_name[name] for name in rows))
+        made = sum(value.nbytes for node in computing for value in node.outputs)
         read = sum(graph.value(reference).nbytes for node in updates for reference in node.inputs)
         return made + sum(a.nbytes * a.fetches for a in used), read + sum(a.nbytes * a.stores for a in used)
 
@@ -333,9 +335,9 @@ def _accesses(graph: ir.Graph, runs: Mapping[str, int] = MappingProxyType({})) -
     """
     found: dict[str, _Access] = {}
     for node in graph.nodes:
-        if node.op in (ir.FETCH, ir.STORE):
+        if node.op in (ir.FETCH, ir.VIEW, ir.STORE):
             attrs = dict(node.attrs)
-            nbytes = graph.value(node.name if node.op == ir.FETCH else node.inputs[0]).nbytes
+            nbytes = graph.value(node.inputs[0] if node.op == ir.STORE else node.name).nbytes
             access = found.setdefault(str(attrs["variable"]), _Access(str(attrs["tier"]), nbytes))
             access.fetches += 1 + runs.get(node.name, 0) if node.op == ir.FETCH else 0
             access.stores += node.op == ir.STORE

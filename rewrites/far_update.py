@@ -23,7 +23,7 @@ def far_update(graph: ir.Graph, plan: Plan) -> ir.Graph:
 
     Known weakness: where the norm of something is needed that is computed of a variable, what follows is not found.
     """
-    variables = {decision.variable for decision in plan.places if decision.updates_there}
+    variables = {decision.variable for decision in plan.places if decision.computes_there}
     if not variables:
         return graph
     members = _members(graph, variables)

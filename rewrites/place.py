@@ -19,8 +19,8 @@ def place(graph: ir.Graph, plan: Plan) -> ir.Graph:
     The variable's own node stays, and holds no bytes. If it is used, handles of its far value and of memory for the
     next one come behind the other arguments, "v/store" and "v/spare". A `FETCH` stands before the first reader. What
     reads the variable after its update reads the new value; a `STORE` stands where the last update did, after all that
-    read the fetched value: what is repeated later would fetch the new one. Then `far_update` carries out what the
-    decisions say of updates.
+    read the fetched value: what is repeated later would fetch the new one. Where the host computes, what gathers rows
+    reads a `VIEW`, and `far_update` takes over updates.
 
     Raises:
         PlanError: If a variable can't be placed; see `variables.unplaceable`.
@@ -41,12 +41,14 @@ class _Placer:
     def __init__(self, graph: ir.Graph, places: tuple[Place, ...]):
         self.source = graph
         self.tiers = {decision.variable: decision.tier for decision in places}
-        self.updated_there = {decision.variable for decision in places if decision.updates_there}
+        self.computed_there = {decision.variable for decision in places if decision.computes_there}
         self.values = values(graph)
         self.taken = set(graph.by_name)
         self.handles: dict[str, tuple[str, ...]] = {}
         self.current: dict[str, str] = {}  # variable -> its value, as it is now
         self.readers: dict[str, list[str]] = {}  # FETCH -> what reads it
+        self.views: dict[str, str] = {}  # variable -> its VIEW
+        self.gathered: dict[str, str] = {}  # read of a variable -> what its gathers read instead
         self.stand_in: dict[str, str] = {}  # reference to what is gone -> reference to what is read instead
         self.waited: dict[str, tuple[str, ...]] = {}  # node that is gone -> what to wait for instead
         self.nodes: list[ir.Node] = []
@@ -62,7 +64,7 @@ class _Placer:
             names = tuple(ir.fresh_name(f"{variable}/{what}", self.taken) for what in ("store", "spare"))
             self.handles[variable] = names
             arguments += names
-            there = (("updates_there", True),) if variable in self.updated_there else ()
+            there = (("computes_there", True),) if variable in self.computed_there else ()
             far = (("store_of", variable), ("tier", self.tiers[variable]), *there)
             for name, attrs in zip(names, (far, ()), strict=True):
                 self._add(ir.Node(name, "Placeholder", outputs=(ir.Value("resource"),), attrs=attrs))
@@ -72,8 +74,7 @@ class _Placer:
                 held = tuple((name, value) for name, value in node.attrs if name != "held_bytes")
                 self._add(dataclasses.replace(node, attrs=held))
             elif node.op == "ReadVariableOp" and variable:
-                self.stand_in[node.name] = self._value(variable)
-                self.waited[node.name] = ()
+                self._replace_read(node, variable)
             elif node.op in liveness.ASSIGNS | liveness.UPDATES and variable:
                 self._update(node, variable, is_last=last[variable] == node.name)
             else:
@@ -93,10 +94,35 @@ class _Placer:
     def _controls(self, node: ir.Node) -> tuple[str, ...]:
         return tuple(dict.fromkeys(w for name in node.control_inputs for w in self.waited.get(name, (name,))))
 
+    def _replace_read(self, node: ir.Node, variable: str) -> None:
+        readers = [self.source.by_name[name] for name in self.source.consumers.get(node.name, ())]
+        gathers = [reader for reader in readers if reader.op == _GATHER and reader.inputs[0] == node.name]
+        self.waited[node.name] = ()
+        if gathers and self._can_view(variable):
+            self.gathered[node.name] = self._view(variable)
+        if len(gathers) < len(readers) or node.name not in self.gathered or node.name in self.source.outputs:
+            self.stand_in[node.name] = self._value(variable)
+
+    def _can_view(self, variable: str) -> bool:
+        """Whether the host computes with the variable, which has not been updated yet."""
+        return variable in self.computed_there and self.current.get(variable, "") in ("", *self.readers)
+
+    def _view(self, variable: str) -> str:
+        if variable not in self.views:
+            name = ir.fresh_name(f"{variable}/view", self.taken)
+            attrs = (("held_bytes", (0,)), *self._attrs(variable))
+            outputs = (self.values[variable],)
+            self._add(ir.Node(name, ir.VIEW, self.handles[variable][:1], outputs=outputs, attrs=attrs))
+            self.views[variable] = name
+        return self.views[variable]
+
     def _keep(self, node: ir.Node, variable: str) -> None:
         inputs = tuple(self._read(reference) for reference in node.inputs)
-        if variable:  # a gather: of the whole variable, which is there for the time
-            inputs = (self._value(variable), *inputs[1:])
+        if node.op == _GATHER and node.inputs[0] in self.gathered:
+            inputs = (self.gathered[node.inputs[0]], *inputs[1:])
+        if variable:  # a gather: of its rows, or of the whole variable, which is there for the time
+            value = self._view(variable) if self._can_view(variable) else self._value(variable)
+            inputs = (value, *inputs[1:])
             node = dataclasses.replace(node, op=_GATHER, stateful=False, attrs=(_INSERTED,))
         controls = self._controls(node)
         if (inputs, controls) != (node.inputs, node.control_inputs):
@@ -127,7 +153,8 @@ class _Placer:
         if is_last:
             name = ir.fresh_name(f"{node.name}/store", self.taken)
             readers = [reader for reader in self.readers.get(old, ()) if reader != ir.producer(given)]
-            controls = tuple(dict.fromkeys((*self._controls(node), *readers)))
+            views = [self.views[variable]] if variable in self.views else []
+            controls = tuple(dict.fromkeys((*self._controls(node), *views, *readers)))
             inputs, attrs = (given, *self.handles[variable]), self._attrs(variable)
             self._add(ir.Node(name, ir.STORE, inputs, controls, stateful=True, attrs=attrs))
             self.waited[node.name] = (name,)

@@ -429,7 +429,7 @@ class _Restorer:
         node = self.graph.by_name[name]
         if not self.gaps.can_repeat(node):
             raise CantRecompute(f"'{name}' ({node.op}) can't be repeated")
-        stored = self.graph.stores.get(node.inputs[0]) if node.op == ir.FETCH else None
+        stored = self.graph.stores.get(node.inputs[0]) if node.op in (ir.FETCH, ir.VIEW) else None
         if stored and self.graph.position[stored] < position:
             raise CantRecompute(f"'{stored}' has changed what '{name}' fetches")
         self.seconds_left -= self.gaps.seconds[self.graph.position[name]]

@@ -5,8 +5,9 @@ searched for the least waste; chunks of optimizer state leave the device first. 
 until there is no room, and then goes what is needed again the latest. Activations are left alone, and where they
 have no room they are checkpointed as in `chen`, whatever else is there: PatrickStar is run on top of that.
 
-Known weaknesses: the variables of a chunk are fetched one by one here, which is kinder than all at once. Updates of what
-is away are computed there where the device's cores are the host's, else on the device; PatrickStar has the host do a part.
+Known weaknesses: the variables of a chunk are fetched one by one here, which is kinder than all at once. Updates of
+what is away are computed there where the device's cores are the host's, else on the device; PatrickStar has the host do
+a part.
 """
 
 from __future__ import annotations

@@ -40,6 +40,9 @@ def test_values_of_every_type_are_stored_and_fetched_bit_for_bit(dtype, shape, t
     variable, spare = (held(memory, dtype, (1, *shape)) for memory in memories)
     tf.function(lambda: far_memory.store(value, variable.handle, spare.handle) and None, autograph=False)()
     found = far_memory.fetch(variable.handle, dtype, shape)
+    seen = far_memory.read(variable.handle, dtype, shape)
+    assert seen.shape == shape
+    assert not size or address(seen) == memories[1].ctypes.data
     assert (found.dtype, found.shape) == (tf.as_dtype(dtype), shape)
     np.testing.assert_array_equal(far_memory.view(found), bits)
     np.testing.assert_array_equal(memories[1], bits)

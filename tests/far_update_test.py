@@ -44,9 +44,9 @@ def test_what_a_step_computes_of_variables_is_one_update():
         placed(MOMENTUM, w="host", m="disk"),
         """
         graph step(%x, %w, %m, %rate, %w/store, %w/spare, %m/store, %m/spare) -> (%loss) after(%m/update) {
-          %w/store = Placeholder() {"store_of": "w", "tier": "host", "updates_there": true} : (resource[])
+          %w/store = Placeholder() {"store_of": "w", "tier": "host", "computes_there": true} : (resource[])
           %w/spare = Placeholder() : (resource[])
-          %m/store = Placeholder() {"store_of": "m", "tier": "disk", "updates_there": true} : (resource[])
+          %m/store = Placeholder() {"store_of": "m", "tier": "disk", "computes_there": true} : (resource[])
           %m/spare = Placeholder() : (resource[])
           %x = Placeholder() : (float32[8,8])
           %w = Placeholder() : (resource[])
@@ -79,7 +79,7 @@ def test_what_a_weight_on_the_device_changes_by_comes_there():
 
 
 def test_only_where_the_decision_says_so():
-    decisions = (Place("m"), Place("w", updates_there=True))
+    decisions = (Place("m"), Place("w", computes_there=True))
     graph = ir.verify(place(MOMENTUM, Plan(decisions=decisions)))
     (update,) = updates(graph)
     assert update.inputs == ("new_m", "rate", "w/store", "w/spare")

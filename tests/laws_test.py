@@ -36,7 +36,7 @@ RANDOMS = st.randoms(use_true_random=False)
 def with_places(rng: random.Random, graph: ir.Graph) -> ir.Graph:
     """The graph, some of its variables in a far tier."""
     chosen = [variable for variable in values(graph) if rng.random() < 0.7]
-    places = (Place(v, rng.choice(["host", "disk"]), updates_there=rng.random() < 0.7) for v in chosen)
+    places = (Place(v, rng.choice(["host", "disk"]), computes_there=rng.random() < 0.7) for v in chosen)
     return rewrites.place(graph, Plan(decisions=tuple(places)))
 
 
@@ -141,7 +141,7 @@ def evaluate(graph: ir.Graph) -> Outcome:
             variables[roots[node.inputs[0]]] = hash((_SUMS[node.op], old, inputs[1]))
         elif elementwise.computes(graph, node):
             outputs = [hash((node.op, *inputs))]
-        elif node.op == ir.FETCH:
+        elif node.op in (ir.FETCH, ir.VIEW):
             variable = node.inputs[0].removesuffix("/store")
             outputs = [variables.get(variable, hash((variable, 0)))]
         elif node.op == ir.STORE:

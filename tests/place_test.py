@@ -3,7 +3,7 @@ import testing
 
 from graphswap import ir, parser
 from graphswap.cost_model import CostModel, DeviceSpec, Link
-from graphswap.plan import Place, Plan, PlanError, Recompute
+from graphswap.plan import Place, Plan, PlanError, Recompute, Swap
 from graphswap.rewrites.place import place
 from graphswap.simulator import simulate
 
@@ -93,6 +93,67 @@ def test_a_gather_reads_the_whole_variable():
     assert str(placed.by_name["out"]) == '%out = GatherV2(%table/fetch, %rows) {"is_inserted": true} : (float32[2,8])'
 
 
+TABLE = parser.parse(
+    """
+    graph embed(%table, %rows) -> (%y) after(%assign) {
+      %table = Placeholder() {"held_bytes": [1024]} : (resource[])
+      %rows = Placeholder() : (int32[2])
+      %axis = Const() : (int32[])
+      %all = ReadVariableOp!(%table) : (float32[32,8])
+      %x = GatherV2(%all, %rows, %axis) : (float32[2,8])
+      %y = MatMul(%x, %all) : (float32[2,32])
+      %grad = MatMul(%y, %x) : (float32[32,8])
+      %assign = AssignSubVariableOp!(%table, %grad) : ()
+    }
+    """
+)
+
+
+def test_where_the_host_computes_it_gathers_rows():
+    """The product takes the whole table. What was viewed stays as it was: the gather may run again after the update."""
+    plan = Plan(decisions=(Place("table", computes_there=True),))
+    placed = ir.verify(place(TABLE, plan))
+    assert [str(node) for node in placed.nodes if node.op in (ir.FETCH, ir.VIEW, "GatherV2", "MatMul", ir.UPDATE)][
+        :4
+    ] == [
+        '%table/view = View(%table/store) {"held_bytes": [0], "tier": "host", "variable": "table"} : (float32[32,8])',
+        '%table/fetch = Fetch(%table/store) {"tier": "host", "variable": "table"} : (float32[32,8])',
+        "%x = GatherV2(%table/view, %rows, %axis) : (float32[2,8])",
+        "%y = MatMul(%x, %table/fetch) : (float32[2,32])",
+    ]
+    assert placed.by_name["table/update"].control_inputs == ("table/view", "y")
+    with pytest.raises(PlanError, match="'table/view' would bring back what 'table/update' has stored"):
+        Plan(decisions=(Recompute(("table/view",), "late"),)).check(
+            placed.replace(nodes=(*placed.nodes, ir.Node("late", "NoOp")))
+        )
+    with pytest.raises(PlanError, match="'table/view' is in a far tier"):
+        Plan(decisions=(Swap("table/view", "x", "y", "x", "y"),)).check(placed)
+
+
+def test_a_table_of_which_only_rows_are_read_is_not_fetched():
+    text = str(TABLE).replace("MatMul(%x, %all)", "MatMul(%x, %x)")
+    placed = ir.verify(place(parser.parse(text), Plan(decisions=(Place("table", computes_there=True),))))
+    assert not [node for node in placed.nodes if node.op == ir.FETCH]
+    assert placed.by_name["x"].inputs == ("table/view", "rows", "axis")
+    elsewhere = ir.verify(place(parser.parse(text), Plan(decisions=(Place("table"),))))
+    assert elsewhere.by_name["x"].inputs == ("table/fetch", "rows", "axis")
+
+
+def test_a_gather_reads_rows_where_the_host_computes():
+    graph = parser.parse(
+        """
+        graph embed(%table, %rows) -> (%out) {
+          %table = Placeholder() {"held_bytes": [1024]} : (resource[])
+          %rows = Placeholder() : (int32[2])
+          %all = ReadVariableOp!(%table) : (float32[32,8])
+          %out = ResourceGather!(%table, %rows) {"only_reads": true} : (float32[2,8])
+        }
+        """
+    )
+    placed = place(graph, Plan(decisions=(Place("table", computes_there=True),)))
+    assert str(placed.by_name["out"]) == '%out = GatherV2(%table/view, %rows) {"is_inserted": true} : (float32[2,8])'
+
+
 def test_a_fetch_takes_no_more_than_its_value():
     graph = parser.parse(
         """
@@ -155,9 +216,9 @@ def test_plans_with_places_are_for_the_graph_that_was_made():
     assert BOTH.check(placed) is BOTH
     assert Plan.from_json(BOTH.to_json()) == BOTH
     assert "place      m  disk" in str(BOTH)
-    there = Plan(decisions=(Place("m", "disk", updates_there=True, reason="slots"),))
+    there = Plan(decisions=(Place("m", "disk", computes_there=True, reason="slots"),))
     assert Plan.from_json(there.to_json()) == there
-    assert "place      m  disk, updated there  (slots)" in str(there)
+    assert "place      m  disk, host computes  (slots)" in str(there)
     with pytest.raises(PlanError, match="'w' is on the device in this graph"):
         BOTH.check(STEP)
     with pytest.raises(PlanError, match="expected a tier out of .* received 'tape'"):

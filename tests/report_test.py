@@ -100,8 +100,8 @@ def test_what_is_in_which_tier_and_what_it_takes(tiers, away, far):
 
 def test_what_is_updated_where_it_is_does_not_travel():
     """Its gradient does. It counts twice, too."""
-    graph = rewrites.place(STEP, Plan(decisions=(Place("m", updates_there=True),)))
-    plan = Plan(decisions=(Place("m", updates_there=True),))
+    graph = rewrites.place(STEP, Plan(decisions=(Place("m", computes_there=True),)))
+    plan = Plan(decisions=(Place("m", computes_there=True),))
     step = step_report(plan=plan, file=PlanFile(plan, graph, CostModel()))
     away = "1 variables (1.0MiB on host; 1 updated there): 0B fetched and 1.0MiB stored per step"
     assert f"  away    {away}" in str(step).splitlines()

@@ -120,7 +120,7 @@ def random_exchanges(rng: random.Random, graph: ir.Graph) -> Plan:
 def random_swap(rng: random.Random, graph: ir.Graph, names: tuple[str, ...]) -> Swap:
     """Any valid swap, however useless, of a graph in this order."""
     early = [(at, graph.by_name[name]) for at, name in enumerate(names[:-1])]
-    movable = [(at, node) for at, node in early if node.op != ir.EXCHANGE]
+    movable = [(at, node) for at, node in early if node.op not in (ir.EXCHANGE, ir.VIEW)]
     values = [(at, ref) for at, node in movable for ref, v in zip(node.refs(), node.outputs, strict=True) if v.nbytes]
     born, value = rng.choice(values)
     out, use = sorted(rng.sample(range(born, len(names)), 2))
