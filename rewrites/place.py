@@ -11,6 +11,8 @@ from graphswap.variables import unplaceable, values
 
 _SUMS = {"AssignAddVariableOp": "AddV2", "AssignSubVariableOp": "Sub"}
 _GATHER = "GatherV2"
+_FORMS = liveness.ALIASES.keys() | {"Cast", "Transpose"}
+"""Ops that make of a value the same in another form."""
 
 
 def place(graph: ir.Graph, plan: Plan) -> ir.Graph:
@@ -19,8 +21,8 @@ def place(graph: ir.Graph, plan: Plan) -> ir.Graph:
     The variable's own node stays, and holds no bytes. If it is used, handles of its far value and of memory for the
     next one come behind the other arguments, "v/store" and "v/spare". A `FETCH` stands before the first reader. What
     reads the variable after its update reads the new value; a `STORE` stands where the last update did, after all that
-    read the fetched value: what is repeated later would fetch the new one. Where the host computes, what gathers rows
-    reads a `VIEW`, and `far_update` takes over updates.
+    read the fetched value, or a cast or reshape of it: what is repeated later would fetch the new one. Where the host
+    computes, what gathers rows reads a `VIEW`, and `far_update` takes over updates.
 
     Raises:
         PlanError: If a variable can't be placed; see `variables.unplaceable`.
@@ -46,7 +48,8 @@ class _Placer:
         self.taken = set(graph.by_name)
         self.handles: dict[str, tuple[str, ...]] = {}
         self.current: dict[str, str] = {}  # variable -> its value, as it is now
-        self.readers: dict[str, list[str]] = {}  # FETCH -> what reads it
+        self.readers: dict[str, list[str]] = {}  # FETCH -> what reads it, or it in another form
+        self.fetch_of: dict[str, str] = {}  # FETCH, or what has its value in another form -> the FETCH
         self.views: dict[str, str] = {}  # variable -> its VIEW
         self.gathered: dict[str, str] = {}  # read of a variable -> what its gathers read instead
         self.stand_in: dict[str, str] = {}  # reference to what is gone -> reference to what is read instead
@@ -137,6 +140,7 @@ class _Placer:
             self._add(ir.Node(name, ir.FETCH, self.handles[variable][:1], outputs=outputs, attrs=attrs))
             self.current[variable] = name
             self.readers[name] = []
+            self.fetch_of[name] = name
         return self.current[variable]
 
     def _update(self, node: ir.Node, variable: str, is_last: bool) -> None:
@@ -165,8 +169,11 @@ class _Placer:
     def _add(self, node: ir.Node) -> None:
         self.nodes.append(node)
         for reference in dict.fromkeys(node.inputs):
-            if reference in self.readers:
-                self.readers[reference].append(node.name)
+            fetch = self.fetch_of.get(reference)
+            if fetch is not None:
+                self.readers[fetch].append(node.name)
+                if node.op in _FORMS and node.inputs[0] == reference:
+                    self.fetch_of[node.name] = fetch
 
 
 _INSERTED = ("is_inserted", True)

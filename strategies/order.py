@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import heapq
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from graphswap import ir, liveness
 
@@ -328,6 +329,12 @@ def _only_for_updates(graph: ir.Graph) -> Mapping[str, int]:
     ends: dict[str, frozenset[str]] = {}
     blocks = {value: name for name, values in graph.blocks.items() for value in values}
     starts = {*graph.blocks, *(ir.producer(graph.by_name[name].inputs[0]) for name in graph.blocks)}
+
+    def count(end: str) -> int:
+        """How many variables it updates."""
+        stored: Any = () if end in blocks else dict(graph.by_name[end].attrs).get("stored", ())
+        return max(1, len(stored))
+
     for node in reversed(graph.nodes):
         if node.op in liveness.ASSIGNS or node.op in liveness.UPDATES or node.op in (ir.STORE, ir.UPDATE):
             ends[node.name] = frozenset({node.name})
@@ -341,10 +348,10 @@ def _only_for_updates(graph: ir.Graph) -> Mapping[str, int]:
                 else:
                     is_known = is_known and name in ends
                     reached |= ends.get(name, frozenset())
-        most = sum(_UPDATES_OF_A_VARIABLE if end in blocks else 1 for end in reached)
+        most = sum(_UPDATES_OF_A_VARIABLE if end in blocks else count(end) for end in reached)
         if is_known and reached and most <= _UPDATES_OF_A_VARIABLE:
             ends[node.name] = frozenset(reached)
-    return {name: len(reached) for name, reached in ends.items()}
+    return {name: sum(map(count, reached)) for name, reached in ends.items()}
 
 
 def _exchanging(graph: ir.Graph) -> frozenset[str]:

@@ -60,6 +60,17 @@ def test_variables_are_fetched_before_their_readers_and_stored_after_them():
     )
 
 
+def test_a_store_waits_for_readers_of_casts():
+    """A cast may be made anew for a later reader; of the new value it would be another one."""
+    text = (
+        str(STEP)
+        .replace("%y = MatMul(%x, %read_w)", "%half = Cast(%read_w) : (float32[8,8])\n%y = MatMul(%x, %half)")
+        .replace("MatMul(%y, %read_w)", "MatMul(%y, %half)")
+    )
+    placed = ir.verify(place(parser.parse(text), BOTH))
+    assert placed.by_name["assign_w/store"].control_inputs == ("half", "y", "grad_x")
+
+
 def test_of_several_updates_the_last_one_is_stored():
     graph = parser.parse(
         """
