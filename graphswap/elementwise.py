@@ -24,8 +24,6 @@ FUNCTIONS: Mapping[str, np.ufunc] = {
     **dict.fromkeys(("Div", "RealDiv"), np.divide),
     "Sub": np.subtract,
     "Mul": np.multiply,
-    "Maximum": np.maximum,
-    "Minimum": np.minimum,
     "Neg": np.negative,
     "Abs": np.absolute,
     "Square": np.square,
@@ -154,9 +152,12 @@ class _Step(NamedTuple):
 
 
 def computes(graph: ir.Graph, node: ir.Node) -> bool:
-    """Whether the node is one that a program can compute: of arrays of one shape and type, and scalars of that type."""
+    """Whether the node is one that a program can compute: of arrays of one shape and type, and scalars of that type.
+
+    Nor does one compute what TensorFlow would compute in another way.
+    """
     arity = 1 if node.op == _IDENTITY else FUNCTIONS[node.op].nin if node.op in FUNCTIONS else -1
-    if len(node.inputs) != arity or node.stateful or len(node.outputs) != 1:
+    if len(node.inputs) != arity or node.stateful or len(node.outputs) != 1 or dict(node.attrs).get(ir.IS_FOLDED):
         return False
     (made,) = node.outputs
     given = map(graph.value, node.inputs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 
 import numpy as np
 import tensorflow as tf
@@ -22,31 +23,42 @@ def is_numpy_exact() -> bool:
 
 
 def _is_exact(dtype: np.dtype) -> bool:
-    given, bits = _numbers(dtype), np.dtype(f"u{dtype.itemsize}")
-    addresses: list[list[int]] = []
+    rows, bits = _numbers(dtype), np.dtype(f"u{dtype.itemsize}")
+    addresses: list[tuple[int, ...]] = []
 
     def compute(function: np.ufunc, *arrays: np.ndarray) -> np.ndarray:
-        addresses.append([array.ctypes.data for array in arrays])
-        result = far_memory.host(arrays[0].nbytes).view(dtype)
+        addresses.append(tuple(array.ctypes.data for array in arrays if array.ndim))
+        result = far_memory.host(max(array.nbytes for array in arrays)).view(dtype)
         with np.errstate(all="ignore"):
             return function(*arrays, out=result)
 
     @tf.function(autograph=False)
-    def pairs(*tensors: tf.Tensor) -> list[tuple[tf.Tensor, tf.Tensor]]:
+    def both(given: list[tuple[tf.Tensor, tf.Tensor]]) -> list[tuple[tf.Tensor, tf.Tensor]]:
         made = []
-        for op, function in elementwise.FUNCTIONS.items():
-            read, kernel = tensors[: function.nin], getattr(tf.raw_ops, op)
+        for operands, (op, function) in itertools.product(given, elementwise.FUNCTIONS.items()):
+            read, kernel = operands[: function.nin], getattr(tf.raw_ops, op)
+            if op == "AddN" and read[0].shape != read[1].shape:
+                continue
             tensor = kernel(inputs=read) if op == "AddN" else kernel(**dict(zip("xy", read, strict=False)))
-            run = functools.partial(compute, function)
-            made.append((tensor, tf.numpy_function(run, read, tensor.dtype)))
+            made.append((tensor, tf.numpy_function(functools.partial(compute, function), read, tensor.dtype)))
         return made
 
     with tf.init_scope(), tf.device("CPU:0"):
-        tensors = [far_memory.tensor(row.view(np.uint8), tf.dtypes.as_dtype(dtype), row.shape) for row in given]
-        made = pairs(*tensors)
-    own = [row.ctypes.data for row in given]
-    is_shared = all(found == own[: len(found)] for found in addresses)
-    return is_shared and all(np.array_equal(*(one.numpy().view(bits) for one in pair)) for pair in made)
+        given = []
+        for length in _LENGTHS:
+            short = [row[:length] for row in rows]
+            one, other = (far_memory.tensor(row.view(np.uint8), tf.dtypes.as_dtype(dtype), row.shape) for row in short)
+            scalar = tf.constant(rows[1][-1])
+            given += [(one, other), (one, scalar), (scalar, one)]
+        made = both(given)
+    shared = {row.ctypes.data for row in rows}
+    is_shared = all(shared.issuperset(one) for one in addresses)
+    found = [[np.array(tensor).reshape(-1).view(bits) for tensor in pair] for pair in made]
+    return is_shared and all(np.array_equal(kernel, own) for kernel, own in found)
+
+
+_LENGTHS = (1, 3, 7, None)
+"""Kernels compute what is left over of whole vectors by other instructions."""
 
 
 def _numbers(dtype: np.dtype) -> list[np.ndarray]:

@@ -192,12 +192,12 @@ def update(
     with tf.device("CPU:0"):
         old = [tf.raw_ops.ReadVariableOp(resource=handle, dtype=kind) for handle, _ in handles]
         memory = [tf.raw_ops.ReadVariableOp(resource=handles[number][1], dtype=kind) for number in stored or ()]
-        results, computed = [], []
-        for part in map(slice, ends, ends[1:]):
-            run = functools.partial(_run, program, part, result_count)
-            made = tf.numpy_function(run, [*values, *old, *memory], [kind] * result_count, name="compute")
-            results.append(made if result_count else [])
-            computed.append(made[0].op if result_count else made)
+        results = [tf.raw_ops.Empty(shape=shape, dtype=kind, init=False) for _ in range(result_count)]
+        arguments = [*values, *old, *results, *memory]
+        computed = [
+            tf.numpy_function(functools.partial(_run, program, part), arguments, [], name="compute")
+            for part in map(slice, ends, ends[1:])
+        ]
         operations = computed
         for number, new in zip(stored or (), memory, strict=True):
             with tf.control_dependencies(computed):
@@ -205,26 +205,20 @@ def update(
             with tf.control_dependencies([taken]):
                 left = tf.raw_ops.AssignVariableOp(resource=handles[number][1], value=old[number])
             operations = [*operations, taken, left]
-        # Numpy's arrays lie outside of the device.
-        joined = [
-            tf.raw_ops.DeepCopy(x=pieces[0]) if parts == 1 else tf.raw_ops.ConcatV2(values=pieces, axis=0)
-            for pieces in zip(*results, strict=True)
-        ]
-        return [tf.reshape(tensor, shape) for tensor in joined], operations
+        with tf.control_dependencies(computed):  # which Grappler leaves to this op
+            return [tf.raw_ops.EnsureShape(input=result, shape=shape) for result in results], operations
 
 
 _PART_ELEMENTS = 1 << 19
 """No thread computes fewer elements, so that it is worth its start."""
 
 
-def _run(program: Program, part: slice, result_count: int, *arrays: np.ndarray) -> list[np.ndarray]:
-    """Runs a program on a part of the elements; the last arrays are memory for the new far values."""
+def _run(program: Program, part: slice, *arrays: np.ndarray) -> list[np.ndarray]:
+    """Runs a program on a part of the elements; the last arrays are memory for its first results."""
     flat = [array.reshape(-1)[part] if array.ndim else array for array in arrays]
     given, memory = flat[: program.given], flat[program.given :]
-    results = [host(given[0].itemsize * (part.stop - part.start)).view(given[0].dtype) for _ in range(result_count)]
-    unwanted = [None] * (len(program.results) - result_count - len(memory))
-    program.run(given, [*results, *map(_writable, memory), *unwanted])
-    return results
+    program.run(given, [*map(_writable, memory), *[None] * (len(program.results) - len(memory))])
+    return []
 
 
 def _writable(array: np.ndarray) -> np.ndarray:

@@ -34,7 +34,7 @@ from tensorflow.python.ops import control_flow_v2_func_graphs, handle_data_util,
 from tensorflow.python.saved_model import fingerprinting_utils, save_context
 
 from graphswap import allocator, far_memory, ir, placement, tiers
-from graphswap.elementwise import Program
+from graphswap.elementwise import FUNCTIONS, Program
 
 FuncGraph: TypeAlias = func_graph_lib.FuncGraph
 Shape = tuple[int | None, ...] | None
@@ -409,6 +409,8 @@ def _with_hidden_bytes(graph: ir.Graph, func_graph: FuncGraph, folding: Folding 
             facts = [("held_bytes", (length * nbytes,)), ("held_pieces", (max(length, 1),))]
         elif node.op in _BRANCHES or node.op in _CALLS:
             facts = _branch_bytes(node, func_graph)
+        if node.op in FUNCTIONS and _is_folded(func_graph.get_operation_by_name(node.name), folding):
+            facts.append((ir.IS_FOLDED, True))
         if node.stateful and _only_reads(func_graph, func_graph.get_operation_by_name(node.name)):
             facts.append(("only_reads", True))
         nodes.append(dataclasses.replace(node, attrs=tuple(sorted(facts))) if facts else node)
@@ -422,6 +424,15 @@ def _copied_input(node: ir.Node, folding: Folding | None, names: Mapping[str, st
         return None
     (source,) = (names.get(name, name) for name in _data_inputs(after))
     return node.inputs.index(source) if source in node.inputs else None
+
+
+def _is_folded(operation: Any, folding: Folding | None) -> bool:
+    """Whether constant folding makes another op of it or lets it read something else, `regroup` left aside."""
+    if folding is None or operation.name.endswith(_REGROUPED_SUFFIX):
+        return False
+    after = folding.get(operation.name)
+    inputs = tuple(_ref(tensor).replace(_REGROUPED_SUFFIX, "") for tensor in operation.inputs)
+    return after is None or after.op != operation.type or _data_inputs(after) != inputs
 
 
 _MERGED_BYTES = 16 << 10
@@ -847,6 +858,7 @@ def _optimizes(option: str) -> bool:
     return options.get(option, True) and not options.get("disable_meta_optimizer", False)
 
 
+_REGROUPED_SUFFIX = "/regrouped"
 _REGROUPED = frozenset({"Mul", "Add", "AddV2", "Sub", "RealDiv", "Div"})
 
 
@@ -883,7 +895,7 @@ def _replace_group(func_graph: FuncGraph, inputs: Mapping[str, Sequence[str]]) -
                 operation.type,
                 [left, right],
                 [operation.outputs[0].dtype],
-                name=f"{node.name}/regrouped",
+                name=f"{node.name}{_REGROUPED_SUFFIX}",
                 attrs=dict(operation.node_def.attr),
                 op_def=operation.op_def,
                 compute_device=False,

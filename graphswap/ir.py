@@ -91,6 +91,9 @@ IS_DEFERRED = "is_deferred"
 """Attribute of an argument that a function captures anew with each call, such as the key of a collective. They come
 last."""
 
+IS_FOLDED = "is_folded"
+"""Attribute of a node in the place of which TensorFlow's constant folding will compute something else."""
+
 RESIDENT_OPS = frozenset({"Placeholder", "Const", "VarHandleOp"})
 """Ops whose outputs are in memory before the step starts and stay there."""
 

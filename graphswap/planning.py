@@ -349,6 +349,12 @@ class Planner:
         fixed = [dataclasses.replace(place, computes_there=there) for place in fixed]
         if self._options.plan is not None:
             places = plan_file.first(str(self._options.plan)).places
+            if any(place.computes_there for place in places) and not there:
+                raise PlanError(
+                    f"the plan of '{self._options.plan}' has the host compute with variables where they lie: expected "
+                    "a CPU on which numpy comes to the bits of TensorFlow's kernels, received "
+                    f"'{cost_model.device.name}'. Plan again on this device."
+                )
         # A plain CPU's memory is the host's: its variables leave for the disk only where the user says so.
         elif not budget or (cost_model.far_tier == "disk" and self._options.swap_to == "auto"):
             places = tuple(fixed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import heapq
+import itertools
 from collections.abc import Collection, Iterable, Mapping
 
 from graphswap import ir, liveness
@@ -27,9 +28,13 @@ def far_update(graph: ir.Graph, plan: Plan) -> ir.Graph:
     if not variables:
         return graph
     members = _members(graph, variables)
-    if not members:
-        return graph
-    return _sorted(graph, _Fuser(graph, variables, members).graph()) or graph
+    while members:
+        fuser = _Fuser(graph, variables, members)
+        fused, waiting_for_itself = _sorted(fuser.graph())
+        if not waiting_for_itself:
+            return fused
+        members = {name for name in fuser.members if fuser.update_of[name] not in waiting_for_itself}
+    return graph
 
 
 def _members(graph: ir.Graph, variables: Collection[str]) -> set[str]:
@@ -105,6 +110,9 @@ class _Fuser:
     def __init__(self, graph: ir.Graph, variables: Collection[str], members: Collection[str]):
         self.source = graph
         self.taken = set(graph.by_name)
+        self.results = {*graph.outputs}
+        self.spare = dict(itertools.pairwise(graph.inputs))  # of each handle
+        self.update_of: dict[str, str] = {}  # member or STORE -> its UPDATE
         self.parent = {name: name for name in members}
         self.stores: dict[str, ir.Node] = {}  # variable -> the STORE that a member ends in
         self.far: dict[str, str] = {}  # FETCH -> its variable
@@ -146,11 +154,13 @@ class _Fuser:
             if node.name in self.members:
                 groups.setdefault(self._root(node.name), []).append(node)
         stand_in: dict[str, str] = {}  # reference to what a member makes -> that of the UPDATE
-        update_of: dict[str, str] = {}  # member or STORE -> its UPDATE
+        update_of = self.update_of
         updates: dict[str, ir.Node] = {}  # the last node of a group -> its UPDATE
-        for nodes in groups.values():
-            names = {node.name for node in nodes}
-            stores = [store for store in self.stores.values() if store.inputs[0] in names]
+        stored: dict[str, list[ir.Node]] = {}
+        for store in self.stores.values():
+            stored.setdefault(self._root(store.inputs[0]), []).append(store)
+        for root, nodes in groups.items():
+            stores = stored.get(root, [])
             update, results = self._update(nodes, stores)
             stand_in.update((name, ir.ref(update.name, index)) for index, name in enumerate(results))
             update_of.update((node.name, update.name) for node in (*nodes, *stores))
@@ -183,7 +193,7 @@ class _Fuser:
             instructions.append(Instruction(node.op, tuple(register[reference] for reference in node.inputs)))
             register[node.name] = number
         inside = names | {store.name for store in stores}
-        results = [n for n in names if not inside.issuperset(source.consumers.get(n, ())) or n in source.outputs]
+        results = [n for n in names if not inside.issuperset(source.consumers.get(n, ())) or n in self.results]
         results.sort(key=source.position.__getitem__)
         made = [*results, *(store.inputs[0] for store in written.values())]
         program = Program(given, tuple(instructions), tuple(register[name] for name in made))
@@ -211,8 +221,7 @@ class _Fuser:
         if variable in written:
             return written[variable].inputs[1:]
         handle = self.source.by_name[fetches[variable]].inputs[0]
-        spare = self.source.inputs[self.source.inputs.index(handle) + 1]
-        return handle, spare
+        return handle, self.spare[handle]
 
 
 def _renamed(names: Iterable[str], update_of: Mapping[str, str], own: str) -> tuple[str, ...]:
@@ -221,25 +230,28 @@ def _renamed(names: Iterable[str], update_of: Mapping[str, str], own: str) -> tu
 
 
 def _without_unread(graph: ir.Graph) -> ir.Graph:
-    """The graph less the FETCHes that nobody reads."""
-    waited = liveness.waited_for(graph)
-    unread = {
-        node.name
+    """The graph less the FETCHes that nobody reads, though an UPDATE may wait for them."""
+    read = {*graph.consumers, *graph.outputs}
+    unread = {node.name for node in graph.nodes if node.op == ir.FETCH and node.name not in read}
+    if not unread:
+        return graph
+    nodes = [
+        dataclasses.replace(node, control_inputs=tuple(name for name in node.control_inputs if name not in unread))
         for node in graph.nodes
-        if node.op == ir.FETCH and node.name not in (*graph.consumers, *graph.outputs) and node.name not in waited
-    }
-    return graph.replace(nodes=tuple(node for node in graph.nodes if node.name not in unread))
+        if node.name not in unread
+    ]
+    return graph.replace(nodes=tuple(nodes))
 
 
-def _sorted(before: ir.Graph, graph: ir.Graph) -> ir.Graph | None:
-    """The graph with its nodes in an order that respects what they read, near their own; None if there is none."""
+def _sorted(graph: ir.Graph) -> tuple[ir.Graph, set[str]]:
+    """The graph with its nodes in an order that respects what they read, near their own; and those that have none."""
     position = graph.position
-    waiting, followers = dict[str, int](), dict[str, list[str]]()
-    for node in graph.nodes:
-        needed = {*map(ir.producer, node.inputs), *node.control_inputs}
-        waiting[node.name] = len(needed)
-        for name in needed:
+    needed = [{*map(ir.producer, node.inputs), *node.control_inputs} for node in graph.nodes]
+    followers: dict[str, list[str]] = {}
+    for node, names in zip(graph.nodes, needed, strict=True):
+        for name in names:
             followers.setdefault(name, []).append(node.name)
+    waiting = {node.name: len(names) for node, names in zip(graph.nodes, needed, strict=True)}
     ready = [position[name] for name, count in waiting.items() if not count]
     heapq.heapify(ready)
     order: list[ir.Node] = []
@@ -250,4 +262,10 @@ def _sorted(before: ir.Graph, graph: ir.Graph) -> ir.Graph | None:
             waiting[follower] -= 1
             if not waiting[follower]:
                 heapq.heappush(ready, position[follower])
-    return graph.replace(nodes=tuple(order)) if len(order) == len(graph.nodes) else None
+    left = {name for name, count in waiting.items() if count}
+    ends = [name for name in left if left.isdisjoint(followers.get(name, ()))]
+    while ends:  # only what others wait for can wait for itself
+        left.discard(name := ends.pop())
+        before = needed[position[name]] & left
+        ends += [other for other in before if left.isdisjoint(followers[other])]
+    return graph.replace(nodes=tuple(order)), left

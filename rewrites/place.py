@@ -51,6 +51,7 @@ class _Placer:
         self.readers: dict[str, list[str]] = {}  # FETCH -> what reads it, or it in another form
         self.fetch_of: dict[str, str] = {}  # FETCH, or what has its value in another form -> the FETCH
         self.views: dict[str, str] = {}  # variable -> its VIEW
+        self.fetches: dict[str, str] = {}  # variable -> its FETCH
         self.gathered: dict[str, str] = {}  # read of a variable -> what its gathers read instead
         self.stand_in: dict[str, str] = {}  # reference to what is gone -> reference to what is read instead
         self.waited: dict[str, tuple[str, ...]] = {}  # node that is gone -> what to wait for instead
@@ -138,7 +139,7 @@ class _Placer:
             name = ir.fresh_name(f"{variable}/fetch", self.taken)
             outputs, attrs = (self.values[variable],), self._attrs(variable)
             self._add(ir.Node(name, ir.FETCH, self.handles[variable][:1], outputs=outputs, attrs=attrs))
-            self.current[variable] = name
+            self.current[variable] = self.fetches[variable] = name
             self.readers[name] = []
             self.fetch_of[name] = name
         return self.current[variable]
@@ -151,14 +152,15 @@ class _Placer:
             inputs = (self._value(variable), given)
             self._add(ir.Node(name, _SUMS[node.op], inputs, outputs=(value,), attrs=(_INSERTED,)))
             given = name
-        old = self.current.get(variable, "")
         self.current[variable] = given
         self.waited[node.name] = ()
         if is_last:
             name = ir.fresh_name(f"{node.name}/store", self.taken)
-            readers = [reader for reader in self.readers.get(old, ()) if reader != ir.producer(given)]
-            views = [self.views[variable]] if variable in self.views else []
-            controls = tuple(dict.fromkeys((*self._controls(node), *views, *readers)))
+            old = [first[variable] for first in (self.views, self.fetches) if variable in first]
+            readers = (
+                [reader for reader in self.readers.get(old[-1], ()) if reader != ir.producer(given)] if old else []
+            )
+            controls = tuple(dict.fromkeys((*self._controls(node), *old, *readers)))
             inputs, attrs = (given, *self.handles[variable]), self._attrs(variable)
             self._add(ir.Node(name, ir.STORE, inputs, controls, stateful=True, attrs=attrs))
             self.waited[node.name] = (name,)

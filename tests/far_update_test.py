@@ -60,7 +60,7 @@ def test_what_a_step_computes_of_variables_is_one_update():
           %grad_x = MatMul(%y, %w/fetch) : (float32[8,8])
           %m/update = Update!(%rate, %grad, %m/store, %m/spare, %w/store, %w/spare)
             {"dtype": "float32", "program": "4; Mul 2 0; AddV2 4 1; Mul 5 0; Sub 3 6; 5 7", "shape": [8, 8],
-             "stored": [0, 1], "values": 2} after(%y, %grad_x) : ()
+             "stored": [0, 1], "values": 2} after(%w/fetch, %y, %grad_x) : ()
           %done = NoOp!() after(%m/update, %grad_x) : ()
         }
         """,
@@ -163,6 +163,62 @@ def test_values_of_other_types_come_to_the_device(dtype):
     graph = placed(parser.parse(str(MOMENTUM).replace("float32", dtype)), w="host", m="host")
     assert not updates(graph)
     assert {"w/fetch", "m/fetch"} <= graph.by_name.keys()
+
+
+def test_an_old_value_is_fetched_before_the_update_though_there_are_two():
+    """The first assign makes the value that is read then: of the fetch only another reader is left."""
+    graph = parser.parse(
+        """
+        graph twice(%w, %rate, %grad) -> (%loss) after(%decay, %assign) {
+          %w = Placeholder() {"held_bytes": [256]} : (resource[])
+          %rate = Placeholder() : (float32[])
+          %grad = Placeholder() : (float32[8,8])
+          %read = ReadVariableOp!(%w) : (float32[8,8])
+          %penalty = Tanh(%read) : (float32[8,8])
+          %loss = L2Loss(%penalty) : (float32[])
+          %less = Mul(%read, %rate) : (float32[8,8])
+          %decay = AssignVariableOp!(%w, %less) after(%read) : ()
+          %again = ReadVariableOp!(%w) after(%decay) : (float32[8,8])
+          %new = Sub(%again, %grad) : (float32[8,8])
+          %assign = AssignVariableOp!(%w, %new) after(%again) : ()
+        }
+        """
+    )
+    (update,) = updates(placed(graph, w="host"))
+    assert update.control_inputs == ("w/fetch", "penalty")
+    old = str(graph).replace("(%loss)", "(%read)")
+    (update,) = updates(placed(parser.parse(old), w="host"))
+    assert update.control_inputs == ("w/fetch", "penalty")
+
+
+def test_what_would_wait_for_itself_keeps_nothing_else_from_its_update():
+    """By how much a changes is reported, read of its old value: that has to be fetched before what it waits for."""
+    graph = parser.parse(
+        """
+        graph report(%g, %a, %b) -> (%norm) after(%assign_a, %assign_b) {
+          %g = Placeholder() : (float32[8,8])
+          %a = Placeholder() {"held_bytes": [256]} : (resource[])
+          %b = Placeholder() {"held_bytes": [256]} : (resource[])
+          %read_a = ReadVariableOp!(%a) : (float32[8,8])
+          %new_a = Sub(%read_a, %g) : (float32[8,8])
+          %delta = Tanh(%new_a, %read_a) : (float32[8,8])
+          %norm = L2Loss(%delta) : (float32[])
+          %read_b = ReadVariableOp!(%b) : (float32[8,8])
+          %new_b = Sub(%read_b, %g) : (float32[8,8])
+          %assign_a = AssignVariableOp!(%a, %new_a) after(%delta) : ()
+          %assign_b = AssignVariableOp!(%b, %new_b) : ()
+        }
+        """
+    )
+    graph = placed(graph, a="host", b="host")
+    assert [node.name for node in updates(graph)] == ["b/update"]
+    assert graph.by_name["assign_a/store"].inputs[0] == "new_a"
+
+
+def test_what_folding_will_change_is_left_to_it():
+    text = str(MOMENTUM).replace("%kept = Mul(%read_m, %rate)", '%kept = Mul(%read_m, %rate) {"is_folded": true}')
+    (update,) = updates(placed(parser.parse(text), w="host", m="host"))
+    assert update.inputs[:2] == ("m/fetch", "rate") or "kept" in placed(parser.parse(text), w="host", m="host").by_name
 
 
 def test_there_is_an_update_for_each_weight():

@@ -327,6 +327,25 @@ def test_a_regrouping_that_changes_a_shape_is_left_to_tensorflow():
     assert [node.name for node in graph.nodes if node.op == "Mul"] == ["mul", "mul_1"]
 
 
+def test_what_folding_makes_another_op_of_is_marked():
+    """A quotient by a constant becomes a product, and sums with two constants one; what has been regrouped stays."""
+
+    def step(x, y):
+        return x / 3.0, (x - 0.5) + 2.0, tf.nn.relu(2.0 * (x * y)), x + y
+
+    _, graph = folded(step, floats(8, 64), floats(8, 64))
+    arithmetic = {"Mul", "RealDiv", "AddV2", "Sub"}
+    marked = {node.name: ir.IS_FOLDED in dict(node.attrs) for node in graph.nodes if node.op in arithmetic}
+    assert marked == {
+        "truediv": True,
+        "sub": True,
+        "add": True,
+        "mul/regrouped": False,
+        "mul_1/regrouped": False,
+        "add_1": False,
+    }
+
+
 def test_constants_that_only_the_executor_folds_are_folded():
     def step(x):
         return x + tf.tile(tf.constant([[2.0]]), (256, 256))  # Grappler leaves those above 100 KiB

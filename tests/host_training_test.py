@@ -43,7 +43,9 @@ def embedded(vocabulary=2000, width=128):
 MODELS = {"dense": dense, "embedded": embedded}
 
 
-def train(budget, optimizer="Adam", model_name="dense", policy="float32", options=None, **settings):
+def train(
+    budget, optimizer="Adam", model_name="dense", policy="float32", options=None, folds_constants=False, **settings
+):
     """Losses and digests of the variables; with a budget, all variables are made outside of the device."""
     import contextlib
     import gc
@@ -56,7 +58,7 @@ def train(budget, optimizer="Adam", model_name="dense", policy="float32", option
     import graphswap
     from graphswap import ir
 
-    tf.config.optimizer.set_experimental_options(trainings.PINS)
+    tf.config.optimizer.set_experimental_options({**trainings.PINS, "constant_folding": folds_constants})
     keras.utils.clear_session()
     gc.collect()
     if isinstance(budget, int):  # beside what earlier models have left
@@ -89,6 +91,11 @@ RUNS = [
     ("accumulation", 15 << 20, {"gradient_accumulation_steps": 3}),
     ("mixed precision", 9 << 20, {"policy": "mixed_bfloat16"}),
     ("table", 5 << 20, {"model_name": "embedded"}),
+    (
+        "constants",
+        10 << 20,
+        {"optimizer": "RMSprop", "centered": True, "momentum": 0.9, "loss_scale_factor": 3.0, "folds_constants": True},
+    ),
 ]
 
 

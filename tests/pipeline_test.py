@@ -16,9 +16,11 @@ import tensorflow as tf
 import trainings
 
 import graphswap
-from graphswap import graphdef, profiler, tiers
-from graphswap.cost_model import Workspace
+from graphswap import graphdef, parser, planning, profiler, tiers
+from graphswap.cost_model import CostModel, DeviceSpec, Workspace
+from graphswap.model_data import Room
 from graphswap.options import parse_bytes
+from graphswap.plan import Place, Plan, PlanError
 from graphswap.strategies import budgets
 
 LAYERS = 6
@@ -616,3 +618,17 @@ def test_rounds_mend_wrong_costs_and_later_runs_have_the_plan(cost_factor, link_
 
 if __name__ == "__main__":
     emulated.main(globals())
+
+
+def test_a_plan_that_has_the_host_compute_needs_a_device_where_that_is_exact(tmp_path):
+    path = tmp_path / "plan.json"
+    path.write_text(Plan(decisions=(Place("m", computes_there=True),)).to_json())
+    planner = planning.Planner(graphswap.Options("1MiB", plan=path), tiers.Tiers())
+    graph = parser.parse("graph step(%m) -> () {\n%m = Placeholder() : (resource[])\n}")
+
+    def place(device):
+        return planner.place(graph, CostModel(device), 1 << 20, ["m"], (), Room())
+
+    assert place(DeviceSpec(computes_there=True)) == (Place("m", computes_there=True),)
+    with pytest.raises(PlanError, match="plan.json' has the host compute with .* received 'cpu'. Plan again on this"):
+        place(DeviceSpec())

@@ -47,13 +47,14 @@ def test_variables_are_fetched_before_their_readers_and_stored_after_them():
           %grad = MatMul(%x, %y) : (float32[8,8])
           %m/fetch = Fetch(%m/store) {"tier": "disk", "variable": "m"} : (float32[8,8])
           %assign_m/value = AddV2(%m/fetch, %grad) {"is_inserted": true} : (float32[8,8])
-          %assign_m/store = Store!(%assign_m/value, %m/store, %m/spare) {"tier": "disk", "variable": "m"} : ()
+          %assign_m/store = Store!(%assign_m/value, %m/store, %m/spare) {"tier": "disk", "variable": "m"}
+            after(%m/fetch) : ()
           # What reads m after its update reads the new value, without waiting for the store.
           %grad_x = MatMul(%y, %w/fetch) : (float32[8,8])
           %assign_w/value = Sub(%w/fetch, %assign_m/value) {"is_inserted": true} : (float32[8,8])
           # After all that read the old value: they might be repeated.
           %assign_w/store = Store!(%assign_w/value, %w/store, %w/spare) {"tier": "host", "variable": "w"}
-            after(%y, %grad_x) : ()
+            after(%w/fetch, %y, %grad_x) : ()
           %done = NoOp!() after(%assign_w/store, %grad_x) : ()
         }
         """,
@@ -68,7 +69,7 @@ def test_a_store_waits_for_readers_of_casts():
         .replace("MatMul(%y, %read_w)", "MatMul(%y, %half)")
     )
     placed = ir.verify(place(parser.parse(text), BOTH))
-    assert placed.by_name["assign_w/store"].control_inputs == ("half", "y", "grad_x")
+    assert placed.by_name["assign_w/store"].control_inputs == ("w/fetch", "half", "y", "grad_x")
 
 
 def test_of_several_updates_the_last_one_is_stored():
@@ -132,7 +133,7 @@ def test_where_the_host_computes_it_gathers_rows():
         "%x = GatherV2(%table/view, %rows, %axis) : (float32[2,8])",
         "%y = MatMul(%x, %table/fetch) : (float32[2,32])",
     ]
-    assert placed.by_name["table/update"].control_inputs == ("table/view", "y")
+    assert placed.by_name["table/update"].control_inputs == ("table/view", "table/fetch", "y")
     with pytest.raises(PlanError, match="'table/view' would bring back what 'table/update' has stored"):
         Plan(decisions=(Recompute(("table/view",), "late"),)).check(
             placed.replace(nodes=(*placed.nodes, ir.Node("late", "NoOp")))

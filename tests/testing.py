@@ -189,6 +189,18 @@ class _Step:
 
     def assign(self, op, variable, value):
         name = f"update_{variable}"
+        if self.rng.random() < 0.3:  # as for weight decay, before the update itself
+            decayed = self.add(f"decayed_{variable}", "Neg", (f"read_{variable}",), self.shapes[f"read_{variable}"])
+            decay = self.add(
+                f"decay_{variable}",
+                "AssignVariableOp",
+                (variable, decayed),
+                stateful=True,
+                after=(f"read_{variable}",),
+            )
+            self.updates.append(name)
+            self.add(name, op, (variable, value), stateful=True, after=(decay,))
+            return
         self.updates.append(self.add(name, op, (variable, value), stateful=True, after=(f"read_{variable}",)))
 
     def product(self, x, _):
