@@ -342,13 +342,20 @@ class Planner:
             room: Where variables may go.
 
         Raises:
-            PlanError: If the options name a file that is no plan.
+            PlanError: If the options name a file that is no plan, one for another graph, or one for a device that
+                computes elsewhere.
             HostMemoryError: If host memory has no room for what has to leave.
         """
         there = cost_model.device.computes_there
         fixed = [dataclasses.replace(place, computes_there=there) for place in fixed]
         if self._options.plan is not None:
             places = plan_file.first(str(self._options.plan)).places
+            unknown = next((place.variable for place in places if place.variable not in graph.by_name), None)
+            if unknown is not None:
+                raise PlanError(
+                    f"expected a plan for graph '{graph.name}', received '{self._options.plan}', which is for another "
+                    f"one: it has a variable '{unknown}'. Plan again for this graph."
+                )
             if any(place.computes_there for place in places) and not there:
                 raise PlanError(
                     f"the plan of '{self._options.plan}' has the host compute with variables where they lie: expected "

@@ -69,7 +69,7 @@ class _Placer:
             self.handles[variable] = names
             arguments += names
             there = (("computes_there", True),) if variable in self.computed_there else ()
-            far = (("store_of", variable), ("tier", self.tiers[variable]), *there)
+            far = (*there, ("store_of", variable), ("tier", self.tiers[variable]))
             for name, attrs in zip(names, (far, ()), strict=True):
                 self._add(ir.Node(name, "Placeholder", outputs=(ir.Value("resource"),), attrs=attrs))
         for node in source.nodes:

@@ -533,11 +533,12 @@ def test_a_saved_plan_for_another_model_is_refused(kept):
     made.compile("sgd", "mse", graphswap=graphswap.Options("5.5MiB", plan=path))
     with pytest.raises(PlanError) as error:
         made.train_on_batch(np.ones((BATCH, WIDTH), "float32"), np.ones((BATCH, 10), "float32"))
-    assert str(error.value) == (
-        f"expected a plan for graph 'one_step_on_data', received '{path}', which is for another one. "
-        f"The first difference is node 1: planned was '%data_1 = Placeholder() : (int64[{BATCH}])', "
-        f"here is '%data_1 = Placeholder() : (float32[{BATCH},10])'. Plan again for this graph."
+    # What it moves hangs on measured costs: the first difference is a variable that is not here, or a node.
+    expected = f"expected a plan for graph 'one_step_on_data', received '{path}', which is for another one"
+    assert str(error.value).startswith(
+        (f"{expected}: it has a variable '", f"{expected}. The first difference is node ")
     )
+    assert str(error.value).endswith(" Plan again for this graph.")
 
 
 def test_a_report_without_a_plan_has_nothing_to_save(tmp_path):

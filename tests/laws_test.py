@@ -192,6 +192,7 @@ def placed(graph: ir.Graph, plan: Plan, cost_model: CostModel, limit_bytes: int 
 @given(testing.random_graphs(5), RANDOMS)
 def test_placing_changes_no_value(graph, rng):
     placed_graph = ir.verify(with_places(rng, graph))
+    assert parser.parse(str(placed_graph)) == placed_graph
     assert evaluate(placed_graph)[:2] == evaluate(graph)[:2]
     other_order = random_order(rng, placed_graph)
     reordered = placed_graph.replace(nodes=tuple(placed_graph.by_name[name] for name in other_order))

@@ -632,3 +632,16 @@ def test_a_plan_that_has_the_host_compute_needs_a_device_where_that_is_exact(tmp
     assert place(DeviceSpec(computes_there=True)) == (Place("m", computes_there=True),)
     with pytest.raises(PlanError, match="plan.json' has the host compute with .* received 'cpu'. Plan again on this"):
         place(DeviceSpec())
+
+
+def test_a_plan_that_moves_another_models_variable_is_refused(tmp_path):
+    path = tmp_path / "plan.json"
+    path.write_text(Plan(decisions=(Place("other"),)).to_json())
+    planner = planning.Planner(graphswap.Options("1MiB", plan=path), tiers.Tiers())
+    graph = parser.parse("graph step(%m) -> () {\n%m = Placeholder() : (resource[])\n}")
+    with pytest.raises(PlanError) as error:
+        planner.place(graph, CostModel(DeviceSpec()), 1 << 20, ["m"], (), Room())
+    assert str(error.value) == (
+        f"expected a plan for graph 'step', received '{path}', which is for another one: it has a variable 'other'. "
+        "Plan again for this graph."
+    )
