@@ -220,11 +220,10 @@ class CostModel:
         """As much as it takes to pass all values through memory once, and those on the disk over their link."""
         attrs: Any = dict(node.attrs)
         nbytes = ir.Value(attrs["dtype"], attrs["shape"]).nbytes
-        handles = node.inputs[attrs["values"] :: 2]
         seconds = self.device.launch_seconds
         moved = sum(graph.value(r).nbytes for r in node.inputs) + sum(value.nbytes for value in node.outputs)
-        for number, handle in enumerate(handles):
-            tier, is_stored = str(dict(graph.by_name[handle].attrs)["tier"]), number in attrs["stored"]
+        for number, handle in enumerate(ir.far_handles(node)):
+            tier, is_stored = _tier(graph.by_name[handle]), number in attrs["stored"]
             moved += nbytes * (1 + is_stored)
             if tier == "disk":
                 seconds += self.link(tier).in_seconds(nbytes) + is_stored * self.link(tier).out_seconds(nbytes)

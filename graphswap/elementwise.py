@@ -4,7 +4,7 @@ An op at a time would pass all elements through memory for each op. A program pa
 one op hands to the next stays in the processor's cache.
 
 The ops are those whose results IEEE 754 fixes to the last bit, so that numpy computes what TensorFlow's kernels for
-CPUs do; `profiler` makes sure of it. For that the floating-point mode has to be that of TensorFlow's threads, which
+CPUs do; `exactness` makes sure of it. For that the floating-point mode has to be that of TensorFlow's threads, which
 take subnormal numbers for zero: programs run inside of TensorFlow's ops.
 """
 

@@ -11,6 +11,8 @@ import tensorflow as tf
 from graphswap import elementwise, far_memory
 
 _DRAWN = 4096
+_LENGTHS = (1, 3, 7, None)
+"""Kernels compute what is left over of whole vectors by other instructions."""
 
 
 @functools.cache
@@ -55,10 +57,6 @@ def _is_exact(dtype: np.dtype) -> bool:
     is_shared = all(shared.issuperset(one) for one in addresses)
     found = [[np.array(tensor).reshape(-1).view(bits) for tensor in pair] for pair in made]
     return is_shared and all(np.array_equal(kernel, own) for kernel, own in found)
-
-
-_LENGTHS = (1, 3, 7, None)
-"""Kernels compute what is left over of whole vectors by other instructions."""
 
 
 def _numbers(dtype: np.dtype) -> list[np.ndarray]:

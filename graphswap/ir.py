@@ -225,9 +225,8 @@ class Graph:
         found = {node.inputs[1]: node.name for node in self.nodes if node.op == STORE and len(node.inputs) > 1}
         for node in self.nodes:
             if node.op == UPDATE:
-                attrs: Any = dict(node.attrs)
-                handles = node.inputs[attrs["values"] :: 2]
-                found.update((handles[number], node.name) for number in attrs["stored"])
+                stored: Any = dict(node.attrs)["stored"]
+                found.update((far_handles(node)[number], node.name) for number in stored)
         return found
 
     @functools.cached_property
@@ -365,6 +364,12 @@ def origin(graph: Graph) -> Mapping[str, str]:
             else:
                 origins[reference] = reference
     return origins
+
+
+def far_handles(update: Node) -> tuple[str, ...]:
+    """Of each variable of an UPDATE the handle of its value."""
+    values: Any = dict(update.attrs)["values"]
+    return update.inputs[values::2]
 
 
 def fresh_name(wanted: str, taken: set[str]) -> str:

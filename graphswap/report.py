@@ -102,9 +102,9 @@ class StepReport:
         runs = collections.Counter(name for decision in self.plan.recomputes for name in decision.nodes)
         used = _accesses(graph, runs).values()
         updates = [node for node in graph.nodes if node.op == ir.UPDATE]
-        rows = [reader for node in graph.nodes if node.op == ir.VIEW for reader in graph.consumers.get(node.name, ())]
-        computing = (*updates, *(graph.by_name[name] for name in rows))
-        made = sum(value.nbytes for node in computing for value in node.outputs)
+        gathers = [name for node in graph.nodes if node.op == ir.VIEW for name in graph.consumers.get(node.name, ())]
+        made = sum(value.nbytes for node in updates for value in node.outputs)
+        made += sum(graph.value(name).nbytes * (1 + runs[name]) for name in gathers)
         read = sum(graph.value(reference).nbytes for node in updates for reference in node.inputs)
         return made + sum(a.nbytes * a.fetches for a in used), read + sum(a.nbytes * a.stores for a in used)
 
@@ -344,7 +344,7 @@ def _accesses(graph: ir.Graph, runs: Mapping[str, int] = MappingProxyType({})) -
         elif node.op == ir.UPDATE:
             attrs: Any = dict(node.attrs)
             value = ir.Value(attrs["dtype"], attrs["shape"])
-            for number, handle in enumerate(node.inputs[attrs["values"] :: 2]):
+            for number, handle in enumerate(ir.far_handles(node)):
                 far = dict(graph.by_name[handle].attrs)
                 access = found.setdefault(str(far["store_of"]), _Access(str(far["tier"]), value.nbytes))
                 access.is_updated_there |= number in attrs["stored"]

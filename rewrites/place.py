@@ -109,7 +109,8 @@ class _Placer:
 
     def _can_view(self, variable: str) -> bool:
         """Whether the host computes with the variable, which has not been updated yet."""
-        return variable in self.computed_there and self.current.get(variable, "") in ("", *self.readers)
+        is_old = variable not in self.current or self.current[variable] in self.readers
+        return is_old and variable in self.computed_there
 
     def _view(self, variable: str) -> str:
         if variable not in self.views:
@@ -157,9 +158,8 @@ class _Placer:
         if is_last:
             name = ir.fresh_name(f"{node.name}/store", self.taken)
             old = [first[variable] for first in (self.views, self.fetches) if variable in first]
-            readers = (
-                [reader for reader in self.readers.get(old[-1], ()) if reader != ir.producer(given)] if old else []
-            )
+            readers = self.readers.get(self.fetches.get(variable, ""), ())
+            readers = [reader for reader in readers if reader != ir.producer(given)]
             controls = tuple(dict.fromkeys((*self._controls(node), *old, *readers)))
             inputs, attrs = (given, *self.handles[variable]), self._attrs(variable)
             self._add(ir.Node(name, ir.STORE, inputs, controls, stateful=True, attrs=attrs))

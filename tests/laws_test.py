@@ -148,7 +148,7 @@ def evaluate(graph: ir.Graph) -> Outcome:
             variables[node.inputs[1].removesuffix("/store")] = inputs[0]
         elif node.op == ir.UPDATE:
             attrs: Any = dict(node.attrs)
-            far = [handle.removesuffix("/store") for handle in node.inputs[attrs["values"] :: 2]]
+            far = [handle.removesuffix("/store") for handle in ir.far_handles(node)]
             made = [*inputs[: attrs["values"]], *(variables.get(variable, hash((variable, 0))) for variable in far)]
             program = elementwise.Program.parse(attrs["program"])
             for op, sources in program.instructions:

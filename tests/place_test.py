@@ -90,18 +90,20 @@ def test_of_several_updates_the_last_one_is_stored():
     ]
 
 
+ROWS = parser.parse(
+    """
+    graph embed(%table, %rows) -> (%out) {
+      %table = Placeholder() {"held_bytes": [1024]} : (resource[])
+      %rows = Placeholder() : (int32[2])
+      %all = ReadVariableOp!(%table) : (float32[32,8])
+      %out = ResourceGather!(%table, %rows) {"only_reads": true} : (float32[2,8])
+    }
+    """
+)
+
+
 def test_a_gather_reads_the_whole_variable():
-    graph = parser.parse(
-        """
-        graph embed(%table, %rows) -> (%out) {
-          %table = Placeholder() {"held_bytes": [1024]} : (resource[])
-          %rows = Placeholder() : (int32[2])
-          %all = ReadVariableOp!(%table) : (float32[32,8])
-          %out = ResourceGather!(%table, %rows) {"only_reads": true} : (float32[2,8])
-        }
-        """
-    )
-    placed = place(graph, Plan(decisions=(Place("table"),)))
+    placed = place(ROWS, Plan(decisions=(Place("table"),)))
     assert str(placed.by_name["out"]) == '%out = GatherV2(%table/fetch, %rows) {"is_inserted": true} : (float32[2,8])'
 
 
@@ -152,17 +154,7 @@ def test_a_table_of_which_only_rows_are_read_is_not_fetched():
 
 
 def test_a_gather_reads_rows_where_the_host_computes():
-    graph = parser.parse(
-        """
-        graph embed(%table, %rows) -> (%out) {
-          %table = Placeholder() {"held_bytes": [1024]} : (resource[])
-          %rows = Placeholder() : (int32[2])
-          %all = ReadVariableOp!(%table) : (float32[32,8])
-          %out = ResourceGather!(%table, %rows) {"only_reads": true} : (float32[2,8])
-        }
-        """
-    )
-    placed = place(graph, Plan(decisions=(Place("table", computes_there=True),)))
+    placed = place(ROWS, Plan(decisions=(Place("table", computes_there=True),)))
     assert str(placed.by_name["out"]) == '%out = GatherV2(%table/view, %rows) {"is_inserted": true} : (float32[2,8])'
 
 
