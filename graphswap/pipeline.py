@@ -207,7 +207,7 @@ class Session:
             else:
                 seconds = time.perf_counter() - start - (self._planning_seconds() - planned_seconds)
                 self._variables.commit(self._record(shapes, seconds, counted))
-                self._arguments.clear()  # frames of planning that an error's traceback keeps alive hold this list
+                self._arguments.clear()
                 return step_variables.released(result)
 
     def resume(self) -> None:
@@ -441,7 +441,9 @@ class Session:
 
             def plan() -> planning.Planned:
                 with as_asked(budget, share):
-                    return self._planner.plan(func_graph, graph, self._arguments, cost_model, budget, clock, parts)
+                    return self._planner.plan(
+                        func_graph, graph, self._variables.batch, cost_model, budget, clock, parts
+                    )
 
             if self.jit_compile:
                 with as_asked(budget, share):

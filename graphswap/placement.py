@@ -74,10 +74,14 @@ class Variables:
         self._kept = None
         return True
 
-    def pack(self) -> None:
-        """Puts all variables together, so that no holes are left between them. What was kept stays kept."""
+    def pack(self, first: Callable[[], None] | None = None) -> None:
+        """Puts all variables together, so that no holes are left between them. What was kept stays kept.
+
+        Args:
+            first: Called while no value is on the device: what it makes there comes to lie in front of them.
+        """
         values = self._kept or [np.array(far_memory.array(value)) for value in self._read_all()]
-        _write(self._variables, values)
+        _write(self._variables, values, first)
         self._sizes = [value.nbytes for value in values]
         self._homes = [_address(value) for value in self._read_all()]
 
@@ -195,8 +199,10 @@ def _address(value: tf.Tensor) -> int | None:
         return None
 
 
-def _write(variables: Sequence[Variable], values: Sequence[np.ndarray]) -> None:
-    """Frees the buffers of all variables, then gives each a new one, the largest first.
+def _write(
+    variables: Sequence[Variable], values: Sequence[np.ndarray], between: Callable[[], None] | None = None
+) -> None:
+    """Frees the buffers of all variables, calls `between`, then gives each a new one, the largest first.
 
     Ctrl-C waits until all of them have their values again.
     """
@@ -205,8 +211,12 @@ def _write(variables: Sequence[Variable], values: Sequence[np.ndarray]) -> None:
         for variable, value in zip(variables, values, strict=True):
             nothing = outside_device(np.zeros((0,), value.dtype))
             tf.raw_ops.AssignVariableOp(resource=variable.handle, value=nothing)
-        for index in sorted(range(len(variables)), key=lambda index: -values[index].nbytes):
-            handle = variables[index].handle
-            tf.raw_ops.AssignVariableOp(resource=handle, value=on_device(values[index], handle.device))
+        try:
+            if between is not None:
+                between()
+        finally:
+            for index in sorted(range(len(variables)), key=lambda index: -values[index].nbytes):
+                handle = variables[index].handle
+                tf.raw_ops.AssignVariableOp(resource=handle, value=on_device(values[index], handle.device))
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, masked)

@@ -47,6 +47,7 @@ class StepVariables:
         self._traced_tiers: list[tuple[tf.Variable, str]] = []  # where the variables were when the steps were traced
         self._layout = placement.Variables()  # of those on the device
         self._fences: list[Any] = []  # behind the holes for small buffers
+        self._batch: list[Any] = []  # the step's arguments, on the device
         self._far: list[tuple[HostVariable, str, list[tf.Tensor]]] = []  # what was in which tier before the step
         self._trials = _TRIALS  # that are left
         self._keeping_seconds = self._settling_seconds = self._step_seconds = 0.0
@@ -78,11 +79,13 @@ class StepVariables:
             seconds: That it took.
         """
         self._layout.forget()
+        self._batch.clear()
         self._trials -= 1
         self._step_seconds = seconds
 
     def restore(self) -> bool:
         """Gives variables the values of before the step, as far as they were kept. Whether those on the device were."""
+        self._batch.clear()
         for variable, tier, contents in self._far:
             if variable.tier == tier:
                 variable.restore(contents)
@@ -174,7 +177,7 @@ class StepVariables:
         func_graph: graphdef.FuncGraph,
         captured: Mapping[str, tf.Variable],
         device: DeviceSpec,
-        arguments: list[Any],
+        arguments: Sequence[Any],
     ) -> None:
         """Lays the device out as `simulator` takes it to be: building the model has left holes.
 
@@ -184,6 +187,7 @@ class StepVariables:
             device: With the number of holes for small buffers.
             arguments: Of the step; arrays among them are put on the emulated device, behind the variables.
         """
+        self._clear()
         far = {id(captured[name].handle) for name in away(captured)}
         there = [variable for variable in graphdef.variables(func_graph) if id(variable.handle) not in far]
         parts = [
@@ -193,13 +197,40 @@ class StepVariables:
         ]
         self._layout = placement.Variables([*there, *parts])
         if profiler.memory_in_use() is None:
+            self._batch += arguments
             return
         with tf.init_scope():
-            self._fences = []
             self._layout.keep()
             self._layout.pack()
-            arguments[:] = [_on_device(argument) for argument in arguments]
-            self._fences = placement.leave_holes(device.holes, allocator.HOLE_BYTES, profiler.device_name())
+            self._batch += map(_on_device, arguments)
+            self._fences += placement.leave_holes(device.holes, allocator.HOLE_BYTES, profiler.device_name())
+
+    def _clear(self) -> None:
+        """Takes from the device what `arrange` has put behind the variables."""
+        self._fences.clear()
+        self._batch.clear()  # planning's frames, which an error's traceback keeps alive, hold this list
+
+    def _make_room(self, variables: Sequence[tf.Variable]) -> None:
+        """Lets those of them leave that are on the device: handles of far values come to lie in front of all others.
+
+        Anywhere else they would cut the device's free memory in two.
+        """
+        leaving = [variable for variable in variables if value_tier(variable) == "device"]
+        if not leaving or profiler.memory_in_use() is None:
+            return
+        self._clear()
+
+        def adopt_all() -> None:
+            for variable in leaving:
+                adopt(variable)
+
+        with tf.init_scope():
+            self._layout.pack(adopt_all)
+
+    @property
+    def batch(self) -> Sequence[Any]:
+        """The step's arguments as `arrange` has left them, until the step has run or failed."""
+        return self._batch
 
     def fence(self, budget: int) -> None:
         """Divides the device's free memory so that the allocator does not hand out more than the budget at once.
@@ -237,7 +268,7 @@ class StepVariables:
         captured: Mapping[str, tf.Variable],
         places: Sequence[Place],
         device: DeviceSpec,
-        arguments: list[Any],
+        arguments: Sequence[Any],
         shards: Sequence[str] = (),
     ) -> None:
         """Moves variables to where they will live between steps, and lets the traced step reach them there.
@@ -261,6 +292,7 @@ class StepVariables:
         # What this step does not use may be what another one's trace has divided.
         unused = [name for name, variable in captured.items() if not graph.consumers.get(name)]
         idle = [name for name in unused if value_tier(captured[name]) == "workers"]
+        self._make_room([captured[place.variable] for place in places])
         if self.move(captured, places, [*shards, *idle]):
             self.arrange(func_graph, captured, device, arguments)
         self._traced_tiers += [(variable, value_tier(variable)) for variable in captured.values()]
@@ -282,7 +314,7 @@ class StepVariables:
         names: Sequence[str],
         sharding: Sharding,
         device: DeviceSpec,
-        arguments: list[Any],
+        arguments: Sequence[Any],
     ) -> None:
         """Divides variables among workers, as far as they are not divided yet.
 
@@ -294,6 +326,7 @@ class StepVariables:
             device: As for `arrange`.
             arguments: Likewise.
         """
+        self._make_room([captured[name] for name in names])
         whole = [variable for name in names if (variable := adopt(captured[name])).sharded is None]
         for variable in whole:
             variable.shard(sharding)

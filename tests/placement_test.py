@@ -145,6 +145,18 @@ def test_what_others_assigned_goes_back_to_its_place_if_it_is_large_enough(least
     assert found == [[False, False], settled, [2.0, 2.0]]
 
 
+def test_values_are_put_back_if_what_is_called_between_fails():
+    made, all_of_them = variables(tf.ones(8), tf.zeros((3, 3)))
+
+    def fail():
+        assert [variable.read_value().shape for variable in made] == [(0,), (0,)]
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        all_of_them.pack(fail)
+    assert [float(tf.reduce_sum(variable)) for variable in made] == [8.0, 0.0]
+
+
 def steps():
     """Peak and start of each of six equal steps that assign a variable in the middle of their activations."""
     import graphswap

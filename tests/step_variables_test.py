@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from graphswap import graphdef, step_variables, tiers
+from graphswap import graphdef, placement, step_variables, tiers
 from graphswap.cost_model import DeviceSpec
 from graphswap.host_variable import adopt
 from graphswap.plan import Place
@@ -112,6 +112,39 @@ def what_is_kept(is_compiled):
 @pytest.mark.parametrize(("is_compiled", "kept"), [(False, [True] * 5), (True, [True] * 3 + [False] * 2)])
 def test_a_compiled_step_that_has_run_is_not_kept_for(is_compiled, kept):
     assert emulated.call(64 << 20, __file__, "what_is_kept", is_compiled) == kept
+
+
+def free_in_one_piece(count, side):
+    """Places all but one of a step's variables, and takes nearly all of the device's free memory as one buffer."""
+    fences = placement.leave_holes(1, 64 << 10, "CPU:0", 64 << 10)  # the hole is for the variables' own handles
+    weights = [tf.Variable(tf.fill((side, side), float(index))) for index in range(count)]
+
+    def step(x):
+        for weight in weights:
+            weight.assign_add(tf.matmul(x, weight))
+
+    x = np.ones((side, side), np.float32)
+    func_graph = tf.function(step, autograph=False).get_concrete_function(x).graph
+    graph = graphdef.import_function(func_graph, [x.shape])
+    found, device = StepVariables(tiers.Tiers()), DeviceSpec(holes=4)
+    captured = found.captured(func_graph)
+    found.arrange(func_graph, captured, device, [x])
+    places = [Place(name, "host") for name in list(captured)[1:]]
+    found.place(func_graph, graph, captured, places, device, [x])
+    sums = [float(tf.reduce_sum(weight)) for weight in weights]
+    in_use = tf.config.experimental.get_memory_info("CPU:0")["current"]
+    free = (64 << 20) - in_use - (1 << 20)
+    is_free = tf.raw_ops.Empty(shape=[free], dtype=tf.uint8).shape == (free,)
+    del fences
+    return in_use, is_free, sums
+
+
+def test_variables_that_leave_free_the_device_in_one_piece():
+    count, side = 40, 512
+    in_use, is_free, sums = emulated.call(64 << 20, __file__, "free_in_one_piece", count, side)
+    assert 2 * side**2 * 4 <= in_use < 3 * side**2 * 4  # one variable and the batch
+    assert is_free
+    assert sums == [index * side**2 for index in range(count)]
 
 
 if __name__ == "__main__":
