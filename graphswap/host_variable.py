@@ -27,8 +27,12 @@ from graphswap.variables import FAR_DTYPES, SMALL_BYTES
 
 _TIERS = tiers.Tiers()
 """Of variables that no step has moved."""
-_FRONT_BYTES = 1 << 20
-"""Room for what stays on the device of a thousand variables that leave it: handles, 256 bytes each."""
+_FRONT_SHARE = 1 / 8
+"""Of a device's free memory: so much is set apart for what stays there of new variables, and as much lies between."""
+_FRONT_HOLES = 128
+"""For small values, and for handles, 256 bytes each."""
+_FRONT_BYTES = 2 << 20
+"""For what else is made meanwhile and stays, such as constants; and a quarter of what is set apart at most."""
 
 _DO_NOT_CONVERT = tf.autograph.experimental.do_not_convert
 """For methods that a user's functions call: AutoGraph leaves only TensorFlow's own alone."""
@@ -318,10 +322,8 @@ def far_variables(tier_of: Callable[[int], str], far_tiers: tiers.Tiers | None =
                 adopt(variable).move(tier_of(nbytes), far_tiers)
         return variable
 
-    front = _leave_front()
-    with tf.variable_creator_scope(make):
+    with _leaving_front(), tf.variable_creator_scope(make):
         yield
-    del front
 
 
 @contextlib.contextmanager
@@ -346,7 +348,7 @@ def sharded_variables(sharding: Sharding, shapes: Collection[tuple[int, ...]]) -
         return made
 
     try:
-        with tf.variable_creator_scope(make):
+        with _leaving_front(), tf.variable_creator_scope(make):
             yield
     finally:
         for variable, part in parts:
@@ -370,9 +372,18 @@ def read_alone(variables: Sequence[Any]) -> Iterator[None]:
             part.drop_whole()
 
 
-def _leave_front() -> Any:
-    """Makes room for what stays: behind a value that leaves it would cut the device's free memory in two."""
+@contextlib.contextmanager
+def _leaving_front() -> Iterator[None]:
+    """Leaves room for what stays of new variables: behind a value that leaves it would cut free memory in two.
+
+    Holes of the size of the largest that stays, and one larger one: what leaves does not lie there.
+    """
     limit, in_use = os.environ.get(MEMORY_VARIABLE), profiler.memory_in_use()
-    if limit is None or in_use is None or int(limit) - in_use < 4 * _FRONT_BYTES:
-        return ()
-    return placement.leave_holes(1, _FRONT_BYTES, profiler.device_name(), _FRONT_BYTES)
+    fences = []
+    if limit is not None and in_use is not None:
+        room = int((int(limit) - in_use) * _FRONT_SHARE)
+        sizes = [min(_FRONT_BYTES, room // 4), *[SMALL_BYTES] * min(_FRONT_HOLES, room // SMALL_BYTES)]
+        with tf.init_scope():
+            fences += placement.leave_holes(sizes, profiler.device_name(), SMALL_BYTES)
+    yield
+    del fences

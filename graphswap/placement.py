@@ -124,21 +124,20 @@ class Variables:
         return self._readers[len(indices)]()
 
 
-def leave_holes(count: int, nbytes: int, device: str, fence_bytes: int = 1) -> Any:
-    """Leaves `count` holes of so many free bytes for small buffers, so that they cut no large chunks.
+def leave_holes(sizes: Sequence[int], device: str, fence_bytes: int = 1) -> list[Any]:
+    """Leaves holes of so many free bytes for small buffers, so that they cut no large chunks.
 
     Many small holes and not a large one, as buffers of middling size would come to lie there, too.
 
     Args:
-        count: Of the holes.
-        nbytes: Of each hole.
+        sizes: Of the holes, in bytes.
         device: Where.
         fence_bytes: Of the buffer behind each. A small one lies elsewhere if there are smaller holes already.
 
     Returns:
         What must be kept for as long as the holes are to stay: the buffers behind them.
     """
-    buffers = [on_device(np.zeros(size, np.uint8), device) for _ in range(count) for size in (nbytes, fence_bytes)]
+    buffers = [on_device(np.zeros(size, np.uint8), device) for hole in sizes for size in (hole, fence_bytes)]
     return buffers[1::2]
 
 

@@ -233,7 +233,7 @@ def _own_facts(task: Task) -> Facts:
         device = profiler.device_spec(int(emulated) if emulated else None, can_swap=counts)
     in_use_bytes = profiler.memory_in_use() or 0
     if device is not None and counts:
-        _FENCES.extend(placement.leave_holes(device.holes, allocator.HOLE_BYTES, profiler.device_name()))
+        _FENCES.extend(placement.leave_holes([allocator.HOLE_BYTES] * device.holes, profiler.device_name()))
     if counts:
         tf.config.experimental.reset_memory_stats(profiler.device_name())
     return Facts(

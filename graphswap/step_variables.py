@@ -203,7 +203,7 @@ class StepVariables:
             self._layout.keep()
             self._layout.pack()
             self._batch += map(_on_device, arguments)
-            self._fences += placement.leave_holes(device.holes, allocator.HOLE_BYTES, profiler.device_name())
+            self._fences += placement.leave_holes([allocator.HOLE_BYTES] * device.holes, profiler.device_name())
 
     def _clear(self) -> None:
         """Takes from the device what `arrange` has put behind the variables."""

@@ -359,16 +359,21 @@ def test_a_model_larger_than_the_device_is_built_and_used():
     assert min(norms) > 1
 
 
-def make_and_fill():
-    """On a device of 16 MiB: variables of 12 MiB leave it; then one buffer takes nearly all of it."""
+def make_and_fill(small_count, rest):
+    """On a device of 16 MiB: variables of 4 MiB leave it, some of 48 KiB stay; then one buffer takes the rest of it."""
+    large, small = [], []
     with graphswap.host_variables():
-        variables = [tf.Variable(tf.zeros((1 << 20,))) for _ in range(3)]
-    filling = tf.raw_ops.Empty(shape=(15 << 20,), dtype=tf.uint8, init=False)
-    return int(tf.size(filling)) + sum(variable.tier == "host" for variable in variables)
+        for _ in range(4):
+            large.append(tf.Variable(tf.zeros((1 << 20,))))
+            small += [tf.Variable(tf.zeros((12 << 10,))) for _ in range(small_count)]
+    filling = tf.raw_ops.Empty(shape=(rest,), dtype=tf.uint8, init=False)
+    return len(filling), len([variable for variable in large if variable.tier == "host"]), len(small)
 
 
-def test_what_leaves_does_not_cut_the_memory_in_two():
-    assert emulated.call(16 << 20, __file__, "make_and_fill") == (15 << 20) + 3
+@pytest.mark.parametrize(("small_count", "rest"), [(0, 15 << 20), (7, 11 << 20)])
+def test_what_leaves_does_not_cut_the_memory_in_two(small_count, rest):
+    found = emulated.call(16 << 20, __file__, "make_and_fill", small_count, rest)
+    assert found == [rest, 4, 4 * small_count]
 
 
 def make_on_a_full_device():

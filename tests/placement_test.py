@@ -97,7 +97,7 @@ def count_bytes():
     large = tf.raw_ops.Empty(shape=[30 << 20], dtype=tf.uint8)  # of what is free, more than half
     found["most handed out"] = (in_use() - before) >> 20
     del large, fence
-    fences = placement.leave_holes(3, 1 << 20, DEVICE)
+    fences = placement.leave_holes([1 << 20] * 3, DEVICE)
     found["fences"] = in_use() - before
     result = tf.reduce_sum(outside)
     with_result = in_use()

@@ -116,7 +116,7 @@ def test_a_compiled_step_that_has_run_is_not_kept_for(is_compiled, kept):
 
 def free_in_one_piece(count, side):
     """Places all but one of a step's variables, and takes nearly all of the device's free memory as one buffer."""
-    fences = placement.leave_holes(1, 64 << 10, "CPU:0", 64 << 10)  # the hole is for the variables' own handles
+    fences = placement.leave_holes([64 << 10], "CPU:0", 64 << 10)  # the hole is for the variables' own handles
     weights = [tf.Variable(tf.fill((side, side), float(index))) for index in range(count)]
 
     def step(x):
