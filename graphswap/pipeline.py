@@ -303,8 +303,7 @@ class Session:
         for accepted, _, step in reversed(self._planned):
             if argument_shapes.accepts(accepted, shapes):
                 step.measured_seconds.append(seconds)
-                counted_peak = profiler.memory_in_use("peak")
-                step.measured_peak_bytes = counted_peak and -(-counted_peak // self._replicas_in_memory())
+                step.measured_peak_bytes = self._counted_peak()
                 watched = self._watched.get(shapes)
                 if watched is not None and (step.measured_peak_bytes or 0) > (watched.counted_bytes or 0):
                     watched.peak_bytes = step.measured_peak_bytes
@@ -314,6 +313,11 @@ class Session:
                     self._tighten(f"took {format_bytes(peak)}")
                 return step
         return None
+
+    def _counted_peak(self) -> int | None:
+        """The most that the allocator has counted, of one replica."""
+        counted = profiler.memory_in_use("peak")
+        return counted and -(-counted // self._replicas_in_memory())
 
     def _tighten(self, why: str) -> None:
         """Has the next call plan anew, for less."""
@@ -677,6 +681,7 @@ class Session:
         self._add_report(func_graph, shapes, step)
 
     def _add_report(self, func_graph, shapes: Shapes, step: StepReport) -> None:
+        step.earlier_peak_bytes = self._counted_peak() or 0
         self.report.steps.append(step)
         self._planned.append((argument_shapes.accepted(func_graph, len(shapes)), shapes, step))
         self._variables.try_out()

@@ -44,6 +44,8 @@ class StepReport:
         notes: What else the user should know: costs that could not be measured, plans that were tightened.
         measured_seconds: Lengths of the steps run so far.
         measured_peak_bytes: The most that the allocator has counted so far; None if it does not count.
+        earlier_peak_bytes: What it had counted before the step ran: of a model that was made on the device, say. A
+            measured peak that is no higher is that of the past; the step's own is at most as high.
         state_bytes: What the state of the training takes on disk beside variables that lie there, two steps' files.
         measured_host_bytes: The most that variables took of host memory in the first steps, both values of a step.
         measured_disk_bytes: The most that files of variables and of the state took.
@@ -70,6 +72,7 @@ class StepReport:
     free_bound_bytes: int | None = None
     measured_seconds: list[float] = dataclasses.field(default_factory=list)
     measured_peak_bytes: int | None = None
+    earlier_peak_bytes: int = 0
     state_bytes: int = 0
     measured_host_bytes: int = 0
     measured_disk_bytes: int = 0
@@ -152,13 +155,18 @@ class StepReport:
         self.recomputed_seconds *= factor
         self.time_scale = time_scale
 
+    def _measured_peak(self) -> str:
+        peak = self.measured_peak_bytes
+        if peak is None:
+            return "not counted by this device"
+        if peak > self.earlier_peak_bytes:
+            return format_bytes(peak)
+        return f"at most {format_bytes(peak)}, which were in use before it ran"
+
     def _rows(self) -> Sequence[tuple[str, str]]:
         measured = "not run yet"
         if self.step_seconds is not None:
             measured = f"{self.step_seconds:.3f} s (median of {max(1, len(self.measured_seconds) - 1)})"
-        peak = (
-            "not counted by this device" if self.measured_peak_bytes is None else format_bytes(self.measured_peak_bytes)
-        )
         plan = self.plan
         repeated = sum(len(decision.nodes) for decision in plan.recomputes)
         return [
@@ -166,7 +174,8 @@ class StepReport:
             (
                 "peak",
                 f"plain {format_bytes(self.plain_peak_bytes)} predicted, "
-                f"planned {format_bytes(self.predicted_peak_bytes)} predicted, measured {peak}",
+                f"planned {format_bytes(self.predicted_peak_bytes)} predicted, "
+                f"measured {self._measured_peak()}",
             ),
             (
                 "step",

@@ -149,6 +149,12 @@ def test_a_planned_step_after_it_has_run():
     assert text.endswith("note    tightened")
 
 
+def test_a_peak_of_before_the_step_is_not_called_its_own():
+    text = str(step_report(measured_peak_bytes=120 * MIB, earlier_peak_bytes=120 * MIB))
+    assert "measured at most 120.0MiB, which were in use before it ran" in text
+    assert "measured 121.0MiB" in str(step_report(measured_peak_bytes=121 * MIB, earlier_peak_bytes=120 * MIB))
+
+
 def test_every_round_is_reported():
     seen = Observation(2.0, (9.0, 1.0, 1.0, 1.0))
     step = step_report(rounds=[Round(seen, 1.0, 0.75, "the new plan is taken"), Round(seen)])
