@@ -22,7 +22,7 @@ style: $(VENV)/.dev
 # TensorFlow that it brings are partial, so it is told that anything may be there.
 typecheck: $(VENV)/.dev
 	@rm -rf build/typings && mkdir -p build/typings/graphswap build/typings/tensorflow
-	@ln -s $(addprefix $(CURDIR)/,$(wildcard graphswap/*.py) rewrites strategies tools) build/typings/graphswap
+	@ln -s $(addprefix $(CURDIR)/,$(wildcard graphswap/*.py) graphdef rewrites strategies tools) build/typings/graphswap
 	@echo 'def __getattr__(name: str): ...' >build/typings/tensorflow/__init__.pyi
 	$(BIN)/pyright --pythonpath $(BIN)/python
 

@@ -3,8 +3,9 @@
 import setuptools
 
 setuptools.setup(
-    packages=["graphswap", "graphswap.rewrites", "graphswap.strategies", "graphswap.tools"],
+    packages=["graphswap", "graphswap.graphdef", "graphswap.rewrites", "graphswap.strategies", "graphswap.tools"],
     package_dir={
+        "graphswap.graphdef": "graphdef",
         "graphswap.rewrites": "rewrites",
         "graphswap.strategies": "strategies",
         "graphswap.tools": "tools",

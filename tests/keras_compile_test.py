@@ -13,8 +13,9 @@ import tensorflow as tf
 from keras import layers
 
 import graphswap
-from graphswap import graphdef, keras_compile, strategies
+from graphswap import keras_compile, strategies
 from graphswap.cost_model import CostModel
+from graphswap.graphdef import tracing
 
 X, Y = np.ones((8, 4), "float32"), np.ones((8, 1), "float32")
 
@@ -116,7 +117,7 @@ def test_disable_leaves_keras_as_it_was():
         keras_compile.disable()
         keras_compile.disable()
         assert patched() == originals
-        assert not [t for t in graphdef.transform.FUNC_GRAPH_TRANSFORMS if isinstance(t, graphdef._Transform)]
+        assert not [t for t in tracing.transform.FUNC_GRAPH_TRANSFORMS if isinstance(t, tracing._Transform)]
     finally:
         keras_compile.enable()
 
