@@ -27,12 +27,12 @@ from graphswap.variables import FAR_DTYPES, SMALL_BYTES
 
 _TIERS = tiers.Tiers()
 """Of variables that no step has moved."""
-_FRONT_SHARE = 1 / 8
-"""Of a device's free memory: so much is set apart for what stays there of new variables, and as much lies between."""
+_FRONT_SHARE = 1 / 16
+"""Of a device's free memory: where what stays there of new variables comes to lie."""
 _FRONT_HOLES = 128
-"""For small values, and for handles, 256 bytes each."""
+"""At most, for small values, and for handles, 256 bytes each."""
 _FRONT_BYTES = 2 << 20
-"""For what else is made meanwhile and stays, such as constants; and a quarter of what is set apart at most."""
+"""At most, and a quarter of the front: for what else is made meanwhile and stays, such as constants."""
 
 _DO_NOT_CONVERT = tf.autograph.experimental.do_not_convert
 """For methods that a user's functions call: AutoGraph leaves only TensorFlow's own alone."""
@@ -376,14 +376,16 @@ def read_alone(variables: Sequence[Any]) -> Iterator[None]:
 def _leaving_front() -> Iterator[None]:
     """Leaves room for what stays of new variables: behind a value that leaves it would cut free memory in two.
 
-    Holes of the size of the largest that stays, and one larger one: what leaves does not lie there.
+    Holes of the size of the largest value that stays, with as much between them, and one larger hole. Larger values,
+    which are all that cut out pieces of a size that matters, lie behind.
     """
     limit, in_use = os.environ.get(MEMORY_VARIABLE), profiler.memory_in_use()
     fences = []
-    if limit is not None and in_use is not None:
-        room = int((int(limit) - in_use) * _FRONT_SHARE)
-        sizes = [min(_FRONT_BYTES, room // 4), *[SMALL_BYTES] * min(_FRONT_HOLES, room // SMALL_BYTES)]
+    room = 0 if limit is None or in_use is None else int((int(limit) - in_use) * _FRONT_SHARE)
+    if room >= 4 * SMALL_BYTES:
+        larger = min(_FRONT_BYTES, room // 4)
+        count = min(_FRONT_HOLES, (room - larger) // (2 * SMALL_BYTES))
         with tf.init_scope():
-            fences += placement.leave_holes(sizes, profiler.device_name(), SMALL_BYTES)
+            fences += placement.leave_holes([larger, *[SMALL_BYTES] * count], profiler.device_name(), SMALL_BYTES)
     yield
     del fences

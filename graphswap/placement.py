@@ -78,7 +78,7 @@ class Variables:
         """Puts all variables together, so that no holes are left between them. What was kept stays kept.
 
         Args:
-            first: Called while no value is on the device: what it makes there comes to lie in front of them.
+            first: Called while none of their values is on the device: what it makes there lies in front of them.
         """
         values = self._kept or [np.array(far_memory.array(value)) for value in self._read_all()]
         _write(self._variables, values, first)

@@ -45,7 +45,7 @@ class StepReport:
         measured_seconds: Lengths of the steps run so far.
         measured_peak_bytes: The most that the allocator has counted so far; None if it does not count.
         earlier_peak_bytes: What it had counted before the step ran: of a model that was made on the device, say. A
-            measured peak that is no higher is that of the past; the step's own is at most as high.
+            measured peak that is as high is that of the past; the step's own is at most as high.
         state_bytes: What the state of the training takes on disk beside variables that lie there, two steps' files.
         measured_host_bytes: The most that variables took of host memory in the first steps, both values of a step.
         measured_disk_bytes: The most that files of variables and of the state took.
@@ -159,7 +159,7 @@ class StepReport:
         peak = self.measured_peak_bytes
         if peak is None:
             return "not counted by this device"
-        if peak > self.earlier_peak_bytes:
+        if peak != self.earlier_peak_bytes:  # lower if somebody has reset the count since
             return format_bytes(peak)
         return f"at most {format_bytes(peak)}, which were in use before it ran"
 

@@ -14,10 +14,12 @@ from graphswap.host_variable import HostVariable, adopt, value_bytes, value_tier
 from graphswap.plan import Place
 from graphswap.report import StepReport
 from graphswap.sharded_value import Sharding
-from graphswap.variables import far_bytes, updates, values
+from graphswap.variables import SMALL_BYTES, far_bytes, updates, values
 
 _CHEAP = 0.05
 """Of a step: to keep values, or to settle them, takes no longer."""
+_HANDLES_BYTES = 4 * allocator.ALIGNMENT_BYTES
+"""What stays on the device of a variable that leaves it, at most."""
 _TRIALS = 3
 """Steps of a new plan before which values are kept, whatever that takes."""
 
@@ -47,7 +49,7 @@ class StepVariables:
         self._traced_tiers: list[tuple[tf.Variable, str]] = []  # where the variables were when the steps were traced
         self._layout = placement.Variables()  # of those on the device
         self._fences: list[Any] = []  # behind the holes for small buffers
-        self._batch: list[Any] = []  # the step's arguments, on the device
+        self._batch: list[Any] = []  # the step's arguments, where the device counts its bytes on it
         self._far: list[tuple[HostVariable, str, list[tf.Tensor]]] = []  # what was in which tier before the step
         self._trials = _TRIALS  # that are left
         self._keeping_seconds = self._settling_seconds = self._step_seconds = 0.0
@@ -60,6 +62,7 @@ class StepVariables:
         """
         other = StepVariables(far_tiers, self._state, self._is_compiled)
         other._used, other._hosted = self._used, self._hosted
+        other._fences, other._batch = self._fences, self._batch  # in each other's way
         return other
 
     # --- around a step -----------------------------------------------------------------------------------------
@@ -211,21 +214,21 @@ class StepVariables:
         self._batch.clear()  # planning's frames, which an error's traceback keeps alive, hold this list
 
     def _make_room(self, variables: Sequence[tf.Variable]) -> None:
-        """Lets those of them leave that are on the device: handles of far values come to lie in front of all others.
+        """Lets those of them leave that are on the emulated device: in front of all others there is room for handles.
 
-        Anywhere else they would cut the device's free memory in two.
+        Those of their far values or parts, made anywhere else, would cut the device's free memory in two.
         """
         leaving = [variable for variable in variables if value_tier(variable) == "device"]
-        if not leaving or profiler.memory_in_use() is None:
+        if not leaving or not profiler.is_emulated():
             return
         self._clear()
+        sizes = [len(leaving) * _HANDLES_BYTES]
 
-        def adopt_all() -> None:
-            for variable in leaving:
-                adopt(variable)
+        def leave_front() -> None:
+            self._fences += placement.leave_holes(sizes, profiler.device_name(), SMALL_BYTES)
 
         with tf.init_scope():
-            self._layout.pack(adopt_all)
+            self._layout.pack(leave_front)
 
     @property
     def batch(self) -> Sequence[Any]:
