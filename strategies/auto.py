@@ -51,7 +51,7 @@ class Auto:
         best = min(plans, key=lambda plan: simulate(graph, plan, cost_model).seconds)
         if not cost_model.device.runs_pairs:
             return best
-        return side_by_side.pair(graph, best, cost_model, memory_budget, self.planning_seconds / 2)
+        return side_by_side.pair(graph, best, cost_model, memory_budget, self.planning_seconds / 4)
 
     def _timed(self, shares: Mapping[Callable[[float], base.Strategy], float]) -> list[tuple[base.Strategy, float]]:
         """Strategies with their share of the time."""
