@@ -14,12 +14,10 @@ from graphswap.host_variable import HostVariable, adopt, value_bytes, value_tier
 from graphswap.plan import Place
 from graphswap.report import StepReport
 from graphswap.sharded_value import Sharding
-from graphswap.variables import SMALL_BYTES, far_bytes, updates, values
+from graphswap.variables import far_bytes, updates, values
 
 _CHEAP = 0.05
 """Of a step: to keep values, or to settle them, takes no longer."""
-_HANDLES_BYTES = 4 * allocator.ALIGNMENT_BYTES
-"""What stays on the device of a variable that leaves it, at most."""
 _TRIALS = 3
 """Steps of a new plan before which values are kept, whatever that takes."""
 
@@ -214,21 +212,22 @@ class StepVariables:
         self._batch.clear()  # planning's frames, which an error's traceback keeps alive, hold this list
 
     def _make_room(self, variables: Sequence[tf.Variable]) -> None:
-        """Lets those of them leave that are on the emulated device: in front of all others there is room for handles.
+        """Lets those of them leave that are on the emulated device: handles of far values come to lie in front.
 
-        Those of their far values or parts, made anywhere else, would cut the device's free memory in two.
+        They are made while no variable is there, which would fill a hole that was left for them. Anywhere else they
+        would cut the device's free memory in two.
         """
         leaving = [variable for variable in variables if value_tier(variable) == "device"]
         if not leaving or not profiler.is_emulated():
             return
         self._clear()
-        sizes = [len(leaving) * _HANDLES_BYTES]
 
-        def leave_front() -> None:
-            self._fences += placement.leave_holes(sizes, profiler.device_name(), SMALL_BYTES)
+        def adopt_all() -> None:
+            for variable in leaving:
+                adopt(variable)
 
         with tf.init_scope():
-            self._layout.pack(leave_front)
+            self._layout.pack(adopt_all)
 
     @property
     def batch(self) -> Sequence[Any]:
