@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 from graphswap import allocator as allocator_lib
 from graphswap import ir, liveness
-from graphswap.cost_model import CostModel, Workspace
-from graphswap.plan import Plan, Swap
+from graphswap.cost_model import CostModel, Link, Workspace
+from graphswap.plan import Plan, Prefetch, Swap
 
 VARIABLE, ARGUMENT, CONSTANT = range(3)  # in the order in which they come to the device
 
@@ -67,7 +67,7 @@ class Action(NamedTuple):
 
 
 class Copy(NamedTuple):
-    """A copy from one tier to the other: makes a version of a version."""
+    """A copy from one tier to the other: makes a version of a version. Its kind is "swap_out", "swap_in" or "fetch"."""
 
     kind: str
     inputs: Sequence[int]
@@ -77,6 +77,18 @@ class Copy(NamedTuple):
     tier: str
     piece_bytes: int  # what is on the device twice while the value comes back in pieces
     is_synchronous: bool  # whether nothing else runs meanwhile
+    seconds: float | None = None  # what it takes, if that is not the link's time
+
+    @property
+    def lane(self) -> tuple[str, str]:
+        """Copies of one lane run one after the other."""
+        return self.tier, "out" if self.kind == "swap_out" else "in"
+
+    def duration(self, link: Link) -> float:
+        """Seconds on the link."""
+        if self.seconds is not None:
+            return self.seconds
+        return link.out_seconds(self.nbytes) if self.kind == "swap_out" else link.in_seconds(self.nbytes)
 
 
 def _piece_bytes(value: ir.Value) -> int:
@@ -119,6 +131,9 @@ def plain(graph: ir.Graph, cost_model: CostModel) -> Plain:
             value, nbytes, tier = origin[node.name], attrs["nbytes"], attrs["tier"]
             synchronous = attrs.get("is_synchronous", False)
             actions[node.name] = Copy(kind, inputs, outputs, value, nbytes, tier, _piece_bytes(moved), synchronous)
+        elif node.op == ir.FETCH and dict(node.attrs).get(ir.IS_AHEAD):
+            run = Action("run", inputs, outputs, _facts(graph, node, cost_model, root_of))
+            actions[node.name] = _fetch(graph.by_name[node.name], run)
         else:
             kind = "recompute" if node.like else "run"
             waits = [version[name] for name in node.control_inputs if name in departing]
@@ -158,6 +173,15 @@ def _facts(graph: ir.Graph, node: ir.Node, cost_model: CostModel, root_of: Mappi
     )
 
 
+def _fetch(node: ir.Node, run: Action) -> Copy:
+    """The run of a FETCH as a copy beside compute."""
+    facts = run.facts
+    nbytes, tier = node.outputs[0].nbytes, str(dict(node.attrs)["tier"])
+    return Copy(
+        "fetch", run.inputs[:1], run.outputs, facts.name, nbytes, tier, facts.workspace.nbytes, False, facts.seconds
+    )
+
+
 @dataclasses.dataclass(slots=True)
 class _Transfer:
     """A Swap that is being carried out."""
@@ -192,6 +216,10 @@ def expand(graph: ir.Graph, plan: Plan, plain: Plain, names: Iterable[str] | Non
         switches[swap.in_before].append(transfer)
     for recompute in plan.recomputes:
         repeats[recompute.before].extend(recompute.nodes)
+    ahead = {(prefetch.node, prefetch.before) for prefetch in plan.prefetches}
+    fetches = collections.defaultdict[str, list[Prefetch]](list)
+    for prefetch in plan.prefetches:
+        fetches[prefetch.after].append(prefetch)
 
     first_of = {pair.second: pair.first for pair in plan.pairs}
     entries: list[Entry] = []
@@ -215,31 +243,50 @@ def expand(graph: ir.Graph, plan: Plan, plain: Plain, names: Iterable[str] | Non
         versions += 1
         return versions - 1
 
-    is_plain = {*switches, *repeats, *fences, *first_of, *outs, *ins}.isdisjoint
+    arrived: dict[tuple[str, str], int] = {}  # of a FETCH that is repeated: its version for that run
+    first_runs = {node for node, before in ahead if node == before}
+    handed_on: list[int] = []  # what FETCHes that have started before would wait for here
+    is_plain = {*switches, *repeats, *fences, *first_of, *outs, *ins, *fetches, *first_runs}.isdisjoint
     for name in names or plan.order or graph.position:
-        if is_plain((name,)):
+        if is_plain((name,)) and not handed_on:
             entries.append((name, bound(name)))
             continue
         for transfer in switches.get(name, ()):
             current[transfer.value] = transfer.back
         for repeated in repeats.get(name, ()):
+            if (repeated, name) in ahead:
+                current[plain.version[repeated]] = arrived[repeated, name]
+                continue
             action = bound(repeated)
+            if handed_on:
+                action, handed_on = action._replace(waits=handed_on), []
             outputs = range(versions, versions + len(action.outputs))
             versions += len(outputs)
             current.update(zip(action.outputs, outputs, strict=True))
             entries.append((name, action._replace(kind="recompute", outputs=outputs)))
-        action = bound(name)
         fenced = [transfer for transfer in fences.get(name, ()) if not transfer.swap.is_synchronous]
-        waits = [transfer.out for transfer in fenced if transfer.out is not None]
-        if waits or name in first_of:
-            action = action._replace(waits=waits or action.waits, beside=first_of.get(name, action.beside))
-        entries.append((name, action))
+        waits = handed_on + [transfer.out for transfer in fenced if transfer.out is not None]
+        if name in first_runs:
+            handed_on = waits
+        else:
+            action = bound(name)
+            if waits or name in first_of:
+                action = action._replace(waits=waits or action.waits, beside=first_of.get(name, action.beside))
+            entries.append((name, action))
+            handed_on = []
         for transfer in outs.get(name, ()):
             value = transfer.value
             if value not in handles:
                 transfer.out = handles[value] = copy(name, "swap_out", current.get(value, value), transfer.swap)
         for transfer in ins.get(name, ()):
             transfer.back = copy(name, "swap_in", handles[transfer.value], transfer.swap)
+        for prefetch in fetches.get(name, ()):
+            run: Any = plain.actions[prefetch.node]
+            if prefetch.before != prefetch.node:
+                run = run._replace(outputs=(versions,))
+                arrived[prefetch.node, prefetch.before] = versions
+                versions += 1
+            entries.append((name, _fetch(graph.by_name[prefetch.node], run)))
     return _without_unread(plan, plain, entries), versions
 
 
@@ -251,9 +298,11 @@ def _without_unread(plan: Plan, plain: Plain, entries: list[Entry]) -> list[Entr
     readers = collections.Counter(itertools.chain(plain.results, *(action.inputs for _, action in entries)))
     kept: list[Entry] = []
     for name, action in reversed(entries):
-        if isinstance(action, Action) and action.facts.name in repeated and not any(map(readers.get, action.outputs)):
+        name_of = action.facts.name if isinstance(action, Action) else action.value if action.kind == "fetch" else ""
+        if name_of in repeated and not any(map(readers.get, action.outputs)):
             readers.subtract(action.inputs)
-            _hand_on_waits(action, kept)
+            if isinstance(action, Action):
+                _hand_on_waits(action, kept)
         else:
             kept.append((name, action))
     return kept[::-1]

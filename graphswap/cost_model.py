@@ -216,6 +216,10 @@ class CostModel:
             + moved / self.device.memory_bytes_per_second
         )
 
+    def overlaps(self, node: ir.Node) -> bool:
+        """Whether what the node copies may arrive beside compute: a `FETCH` over a link that does so."""
+        return node.op == ir.FETCH and self.link(_tier(node)).overlaps
+
     def _update_seconds(self, graph: ir.Graph, node: ir.Node) -> float:
         """As much as it takes to pass all values through memory once, and those on the disk over their link."""
         attrs: Any = dict(node.attrs)

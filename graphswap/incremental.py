@@ -20,7 +20,7 @@ import numpy as np
 
 from graphswap import actions, ir, walk
 from graphswap.cost_model import NETWORK_LANE, CostModel
-from graphswap.plan import Decision, Plan, Recompute, Swap
+from graphswap.plan import Decision, Plan, Prefetch, Recompute, Swap
 
 _MOST_KEPT = 5_000
 """Parts, and likewise decisions: a plan of a search needs those of the one before."""
@@ -71,7 +71,7 @@ class Incremental:
         """What the step does under these decisions.
 
         Args:
-            decisions: Swaps and recomputes that `Plan.check` accepts.
+            decisions: Swaps, recomputes and prefetches that `Plan.check` accepts.
         """
         together: list[tuple[Decision, ...]] = []
         while True:
@@ -145,6 +145,11 @@ class Incremental:
             after = (position[decision.out_after] + 1, position[decision.in_after] + 1)
             places = {position[decision.freed_before], position[decision.in_before], *after}
             beside = {position[decision.out_after], position[decision.in_after]}
+        elif isinstance(decision, Prefetch):
+            changed, read = {self._plain.version[decision.node]}, set()
+            places = {position[decision.after] + 1, position[decision.before]}
+            node = position[decision.node]
+            beside = {position[decision.after], node, min(node + 1, last)}
         else:
             assert isinstance(decision, Recompute)
             changed, read, places, beside = set(), set(), {position[decision.before]}, set()
@@ -197,7 +202,9 @@ class Incremental:
         plan = Plan(decisions=decisions)
         repeated = {name for decision in plan.recomputes for name in decision.nodes}
         entries, _ = actions.expand(self._graph, plan, self._plain, names)
-        pruned = [position[name] for name in repeated.difference(_runs(entries))] if repeated else []
+        ahead = {decision.node for decision in plan.prefetches if decision.node == decision.before}
+        absent = (repeated | ahead).difference(_runs(entries)) if repeated or ahead else ()
+        pruned = [position[name] for name in absent]
 
         run = walk.Walk(self._plain, self._step, followed, self._cost_model)
         run.read(entries)
@@ -282,10 +289,10 @@ class Incremental:
             if isinstance(action, actions.Copy):
                 now = float(clock[place]) + delay
                 (source,), (target,) = action.inputs, action.outputs
-                link, lane = self._cost_model.link(action.tier), (action.tier, action.kind)
+                link, lane = self._cost_model.link(action.tier), action.lane
                 is_out = action.kind == "swap_out"
                 end = max(now, lanes.get(lane, 0.0), ready.get((number, source), 0.0))
-                end += link.out_seconds(action.nbytes) if is_out else link.in_seconds(action.nbytes)
+                end += action.duration(link)
                 swapped_bytes += action.nbytes if is_out else 0
                 lanes[lane] = ready[number, target] = end
                 if action.is_synchronous or not link.overlaps:

@@ -42,6 +42,8 @@ SWAP_IN = "SwapIn"
 
 FETCH = "Fetch"
 """Brings the value of a variable that lies in a far tier to the device. Reads the handle of its value there."""
+IS_AHEAD = "is_ahead"
+"""Attribute of a FETCH that runs beside compute, as a SWAP_IN does: only what reads its value waits for it."""
 VIEW = "View"
 """The same where it lies: what it makes takes no device bytes. Who reads it computes on the host."""
 STORE = "Store"

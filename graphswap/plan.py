@@ -8,6 +8,8 @@ what the user's nodes made:
   device bytes are free from there on; SwapIn starts right after `in_after`; `in_before` is the first
   consumer that reads the copy. A later Swap of the same value uses the far copy that is already there.
 * `Recompute`: the nodes are repeated, in this order, right before `before`; they read current copies.
+* `Prefetch`: a `FETCH` does not run where it stands, but starts right after an earlier node, beside compute; what reads
+  its value waits for it.
 * `Place`: a variable lives in a far tier between steps. It is carried out first: the other decisions name nodes of the
   graph that `rewrites.place` makes, and the plan's fingerprint is that graph's.
 * `Exchange`: values that the replicas sum together, as one block; carried out first, too. `rewrites.exchange` makes
@@ -16,7 +18,7 @@ what the user's nodes made:
 * `SideBySide`: `second`, which stands right after `first`, does not wait for it. Both ask for memory before either
   lets go of any.
 
-Between two nodes of the order stand first the SwapOuts and the SwapIns started by the earlier one, then
+Between two nodes of the order stand first the SwapOuts, the SwapIns and the FETCHes started by the earlier one, then
 the repeated nodes of the later one.
 """
 
@@ -24,7 +26,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from graphswap import bound, ir
@@ -74,6 +76,23 @@ class Recompute:
     """
 
     nodes: tuple[str, ...]
+    before: str
+    reason: str = ""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Prefetch:
+    """Starts a copy of a variable's value to the device before it is needed.
+
+    Attributes:
+        node: The `FETCH`.
+        after: The node after which the copy starts.
+        before: Which of its runs: the node right before which it is repeated, or itself for the first one.
+        reason: Why, for people.
+    """
+
+    node: str
+    after: str
     before: str
     reason: str = ""
 
@@ -139,7 +158,7 @@ class Shard:
     reason: str = ""
 
 
-Decision = Swap | Recompute | SideBySide | Place | Exchange | Shard
+Decision = Swap | Recompute | Prefetch | SideBySide | Place | Exchange | Shard
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -187,6 +206,10 @@ class Plan:
         return tuple(d for d in self.decisions if isinstance(d, Recompute))
 
     @property
+    def prefetches(self) -> tuple[Prefetch, ...]:
+        return tuple(d for d in self.decisions if isinstance(d, Prefetch))
+
+    @property
     def places(self) -> tuple[Place, ...]:
         return tuple(d for d in self.decisions if isinstance(d, Place))
 
@@ -224,7 +247,7 @@ class Plan:
         Raises:
             PlanError: If the text is no plan.
         """
-        known: tuple[Any, ...] = (Swap, Recompute, SideBySide, Place, Exchange, Shard)
+        known: tuple[Any, ...] = (Swap, Recompute, Prefetch, SideBySide, Place, Exchange, Shard)
         kinds = {kind.__name__: kind for kind in known}
         try:
             fields = json.loads(text)
@@ -262,12 +285,15 @@ class Plan:
                 raise PlanError(f"the plan's order must name every node of '{graph.name}' once; look at {odd}.")
             position = {name: i for i, name in enumerate(self.order)}
         paired: set[str] = set()
+        runs = {(name, repeat.before) for repeat in self.recomputes for name in repeat.nodes}
         for decision in self.decisions:
             try:
                 if isinstance(decision, Swap):
                     _check_swap(decision, graph, position)
                 elif isinstance(decision, Recompute):
                     _check_recompute(decision, graph, position)
+                elif isinstance(decision, Prefetch):
+                    _check_prefetch(decision, graph, position, runs)
                 elif isinstance(decision, Place):
                     _check_place(decision, graph)
                 elif isinstance(decision, Exchange):
@@ -298,6 +324,9 @@ class Plan:
                 lines.append(
                     f"  recompute  {', '.join(decision.nodes)}  before {decision.before}{_because(decision.reason)}"
                 )
+            elif isinstance(decision, Prefetch):
+                run = "" if decision.before == decision.node else f", before {decision.before}"
+                lines.append(f"  fetch      {decision.node}  after {decision.after}{run}{_because(decision.reason)}")
             elif isinstance(decision, Exchange):
                 values = ", ".join(decision.values)
                 lines.append(f"  exchange   {values}  {decision.ahead} ahead{_because(decision.reason)}")
@@ -349,6 +378,20 @@ def _check_recompute(recompute: Recompute, graph: ir.Graph, position: Mapping[st
             raise _Misfit(f"'{name}' would bring back what '{stored}' has stored.")
     if list(recompute.nodes) != sorted(set(recompute.nodes), key=position.__getitem__):
         raise _Misfit("expected the nodes in execution order, each once.")
+
+
+def _check_prefetch(
+    prefetch: Prefetch, graph: ir.Graph, position: Mapping[str, int], runs: Collection[tuple[str, str]]
+) -> None:
+    _check_names((prefetch.node, prefetch.after, prefetch.before), position)
+    node = graph.by_name[prefetch.node]
+    if node.op != ir.FETCH:
+        raise _Misfit(f"'{node.name}' ({node.op}) is no {ir.FETCH}.")
+    if prefetch.before != node.name and (node.name, prefetch.before) not in runs:
+        raise _Misfit(f"the plan does not repeat '{node.name}' before '{prefetch.before}'.")
+    needed = max((position[name] for name in (*map(ir.producer, node.inputs), *node.control_inputs)), default=-1)
+    if not needed <= position[prefetch.after] < position[prefetch.before]:
+        raise _Misfit("expected what the copy needs <= after < before in execution order.")
 
 
 def _check_place(place: Place, graph: ir.Graph) -> None:

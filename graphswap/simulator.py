@@ -28,7 +28,8 @@ class Step(NamedTuple):
 
     Attributes:
         name: Node name; a repeated node carries the name of the first one, a copy that of its value.
-        kind: "run", "exchange" for one that runs on the network beside others, "recompute", "swap_out" or "swap_in".
+        kind: "run", "exchange" for one that runs on the network beside others, "recompute", "swap_out", "swap_in", or
+            "fetch" for one that starts ahead.
         start: Seconds from the start of the step.
         end: Likewise.
         live_bytes: Device bytes in use at this step's worst moment.
@@ -271,10 +272,10 @@ class _Run:
 
     def _copy(self, action: actions.Copy) -> Step:
         (source,), (target,) = action.inputs, action.outputs
-        link, lane = self.cost.link(action.tier), (action.tier, action.kind)
+        link, lane = self.cost.link(action.tier), action.lane
         start = max(self.now, self.lanes.get(lane, 0.0), self.ready.get(source, 0.0))
+        end = start + action.duration(link)
         if action.kind == "swap_out":
-            end = start + link.out_seconds(action.nbytes)
             live = self.live
             self._look()
             if action.is_synchronous:
@@ -282,7 +283,6 @@ class _Run:
             elif (buffer := self.buffers[source]) is not None:
                 self.sources[target] = buffer
         else:
-            end = start + link.in_seconds(action.nbytes)
             buffer = self.buffers[target] = self._allocate(allocator_lib.rounded(action.nbytes), action.value)
             buffer.readers = self.readers[target]
             piece = self._allocate(allocator_lib.rounded(action.piece_bytes), "") if action.piece_bytes else None

@@ -19,7 +19,7 @@ def ordering(graph: ir.Graph, plan: Plan) -> ir.Graph:
     first_of = {pair.second: pair.first for pair in plan.pairs}
     nodes: list[ir.Node] = []
     stages: list[list[str]] = [[], []]  # of the chain: a node, or a pair
-    lanes: dict[str, str] = {}  # op of a copy -> the copy before it
+    lanes: dict[tuple[ir.Attr, bool], str] = {}  # tier, and whether a copy leaves -> the copy before it
     departing: list[str] = []  # SwapOuts since the last node of the chain
     for node in graph.nodes:
         if node.op in ir.RESIDENT_OPS:
@@ -27,8 +27,9 @@ def ordering(graph: ir.Graph, plan: Plan) -> ir.Graph:
             continue
         if floats(node):
             pair = stages[-1] if len(stages[-1]) > 1 else ()  # it starts after both
-            before = [lanes.get(node.op, ""), *(departing if node.op == ir.SWAP_IN else ()), *pair]
-            lanes[node.op] = node.name
+            lane = dict(node.attrs)["tier"], node.op == ir.SWAP_OUT
+            before = [lanes.get(lane, ""), *(() if node.op == ir.SWAP_OUT else departing), *pair]
+            lanes[lane] = node.name
             departing += [node.name] if node.op == ir.SWAP_OUT else []
         elif nodes and nodes[-1].name == first_of.get(node.name):
             before = [*stages[-3], *stages[-2]]
@@ -50,4 +51,7 @@ def floats(node: ir.Node) -> bool:
 
     The plan says what waits for them.
     """
-    return node.op in (ir.SWAP_OUT, ir.SWAP_IN) and not dict(node.attrs).get("is_synchronous")
+    attrs = dict(node.attrs)
+    if node.op == ir.FETCH:
+        return bool(attrs.get(ir.IS_AHEAD))
+    return node.op in (ir.SWAP_OUT, ir.SWAP_IN) and not attrs.get("is_synchronous")

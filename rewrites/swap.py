@@ -21,8 +21,8 @@ def swap(graph: ir.Graph, plan: Plan) -> ir.Graph:
         field: {} for field in ("out_after", "freed_before", "in_after", "in_before")
     }
     for decision in plan.swaps:
-        for field, anchors in by_anchor.items():
-            anchors.setdefault(getattr(decision, field), []).append(decision)
+        for field, at_anchor in by_anchor.items():
+            at_anchor.setdefault(getattr(decision, field), []).append(decision)
     taken = set(graph.by_name)
     origins = dict(ir.origin(graph))
     current: dict[str, str] = {}
@@ -30,7 +30,7 @@ def swap(graph: ir.Graph, plan: Plan) -> ir.Graph:
     fences: dict[Swap, str] = {}
     arrived: dict[Swap, str] = {}
     nodes: list[ir.Node] = []
-    anchor_of = _anchors(graph)
+    anchor_of = anchors(graph)
     passed: set[str] = set()
 
     for node in graph.nodes:
@@ -63,7 +63,7 @@ def swap(graph: ir.Graph, plan: Plan) -> ir.Graph:
     return graph.replace(nodes=tuple(nodes))
 
 
-def _anchors(graph: ir.Graph) -> dict[str, str]:
+def anchors(graph: ir.Graph) -> dict[str, str]:
     """For every node the user's node that it belongs to: repeated nodes belong to the next one."""
     anchors: dict[str, str] = {}
     anchor = ""
@@ -82,7 +82,7 @@ def _swap_out(graph: ir.Graph, decision: Swap, source: str, after: str, taken: s
         op=ir.SWAP_OUT,
         inputs=(source,),
         # Earlier, the copy would decide by chance whether a reader may write over its source.
-        control_inputs=() if ir.producer(source) == after else (_runs_before(graph, after),),
+        control_inputs=() if ir.producer(source) == after else (runs_before(graph, after),),
         outputs=(ir.Value("variant"),),
         device=device,
         attrs=_attrs(value, decision),
@@ -96,14 +96,14 @@ def _swap_in(graph: ir.Graph, decision: Swap, handle: str, after: str, taken: se
         name=ir.fresh_name(f"{decision.value.replace(':', '_')}/swap_in", taken),
         op=ir.SWAP_IN,
         inputs=(handle,),
-        control_inputs=(_runs_before(graph, after),),
+        control_inputs=(runs_before(graph, after),),
         outputs=(value,),
         device=device,
         attrs=_attrs(value, decision),
     )
 
 
-def _runs_before(graph: ir.Graph, after: str) -> str:
+def runs_before(graph: ir.Graph, after: str) -> str:
     """The node to wait for so as to run after another one: not for an exchange, which runs beside compute."""
     node = graph.by_name[after]
     return ir.producer(node.inputs[0]) if node.op == ir.EXCHANGE else after

@@ -84,7 +84,7 @@ Worth = tuple[float, float]
 def worth(problem: gaps.Gaps, state: fitting.Evictions, target: float) -> Worth:
     """What a state is worth."""
     seconds = state.outline.seconds
-    if problem.cost_model.link(problem.cost_model.far_tier).overlaps:
+    if problem.copies_beside:
         seconds = timing.estimated(problem, state.decisions, state.outline, target)
     return max(0.0, state.outline.peak_bytes - target), seconds
 

@@ -107,7 +107,7 @@ def free(strategy: base.Strategy, graph: ir.Graph, cost_model: CostModel, planni
     """
     deadline = time.monotonic() + planning_seconds
     problem = gaps.problem(graph, cost_model)
-    limit = (1 + TOLERANCE) * float(problem.clock[-1])
+    limit = _free_seconds(problem)
 
     def attempt(memory_budget: int) -> Plan | None:
         try:
@@ -140,7 +140,8 @@ def free_bound(problem: gaps.Gaps, seconds: float) -> int:
         seconds: For the solver.
     """
     most = float(problem.live.max())
-    program = relaxation.Relaxation(problem).program.least_budget(TOLERANCE * float(problem.clock[-1]), most)
+    relaxed = relaxation.Relaxation(problem).program
+    program = relaxed.least_budget(_free_seconds(problem) - relaxed.constant, most)
     proven = 0
     try:
         duals = solver.solve(program, 0.0, np.zeros(len(program.cost)), seconds).duals
@@ -149,6 +150,12 @@ def free_bound(problem: gaps.Gaps, seconds: float) -> int:
     else:
         proven = int(most * bound.certificate(program, duals).seconds(0.0))
     return max(proven, least_peak(problem).nbytes)
+
+
+def _free_seconds(problem: gaps.Gaps) -> float:
+    """The most that a step with a free budget takes: hardly more than the planned order as it is."""
+    late = problem.outline(()).seconds if problem.beside else float(problem.clock[-1])
+    return late + TOLERANCE * float(problem.clock[-1])
 
 
 def _as_it_is(problem: gaps.Gaps) -> Plan:

@@ -191,7 +191,7 @@ def placed(problem: gaps.Gaps, state: Evictions, memory_budget: int, target: flo
 
 def _timed(problem: gaps.Gaps, state: Evictions, target: float | None) -> Evictions:
     """The same evictions, their copies beside compute where the link allows it."""
-    if target is None or not problem.cost_model.link(problem.cost_model.far_tier).overlaps:
+    if target is None or not problem.copies_beside:
         return state
     decisions, outline = timing.timed(problem, state.decisions, target)
     return dataclasses.replace(state, decisions=decisions, outline=outline)

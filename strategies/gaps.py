@@ -65,13 +65,15 @@ class Gaps:
     Attributes:
         graph: The graph, its nodes in `order`.
         order: Node names.
+        beside: `FETCH`es that may run beside compute.
         storages: All storages.
         gaps: All gaps worth a look.
         starts: Of the gaps, shape (gaps,).
         ends: Likewise.
         sizes: Bytes, likewise.
         live: Bytes in use at each position, resident ones included, when nothing is evicted.
-        seconds: Seconds of each node, by position.
+        seconds: Seconds of each node, by position; none of what may arrive beside compute.
+        copies_beside: Whether anything may be copied beside compute.
     """
 
     def __init__(self, graph: ir.Graph, order: tuple[str, ...], cost_model: CostModel):
@@ -82,7 +84,11 @@ class Gaps:
         self.storages = liveness.storages(self.graph)
         self.root_of = liveness.roots(self.graph)
         self.storage_of = {storage.root: index for index, storage in enumerate(self.storages)}
-        self.seconds = np.array([cost_model.seconds(self.graph, node) for node in self.graph.nodes])
+        self.beside = frozenset(node.name for node in self.graph.nodes if cost_model.overlaps(node))
+        self.copies_beside = bool(self.beside) or cost_model.link(cost_model.far_tier).overlaps
+        self.seconds = np.array(
+            [0.0 if node.name in self.beside else cost_model.seconds(self.graph, node) for node in self.graph.nodes]
+        )
         self.clock = np.concatenate([[0.0], np.cumsum(self.seconds)])
         self.gaps = tuple(self._find_gaps())
         self.starts = np.array([gap.start for gap in self.gaps], int)

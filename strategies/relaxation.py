@@ -14,7 +14,8 @@ Fractions:
 
 What is absent at a check is so by a copy or must be recomputed; bytes that are not copied out yet, or were copied back
 early, are there.
-Bytes on links that do not run beside compute cost their seconds instead.
+Bytes on links that do not run beside compute cost their seconds instead. What is fetched beside compute is one more
+copy back, over the link of swaps; over another one it costs nothing.
 
 The optimum bounds all plans in this order that run one node at a time and repeat nodes right before a use that ends a
 gap. Chains are followed over `_DEPTH` nodes; what lies before is taken to be there, and nothing comes back early for a
@@ -121,7 +122,7 @@ class Relaxation:
         self.kept: dict[int, list[_Kept]] = {}
         self._depth = self._demands()
         for node, bucket in self._depth:
-            self.runs[node, bucket] = self._column(price=self._seconds(node))
+            self.runs[node, bucket] = self._column(price=self._spent(node))
         for storage in self._of_storage:
             self._add_gaps(storage)
         for storage in self._needed:
@@ -131,6 +132,7 @@ class Relaxation:
         for gap in self.stretches:
             self._all_at_once(gap)
         self._add_refunds()
+        self._add_fetches()
         self._add_flows()
         self.program = self._builder.program(constant=float(problem.seconds.sum()))
         self.prices = np.zeros(len(self.program.cost))
@@ -190,6 +192,11 @@ class Relaxation:
 
     def _seconds(self, node: str) -> float:
         return float(self._problem.seconds[self._problem.graph.position[node]])
+
+    def _spent(self, node: str) -> float:
+        """The same, with what it copies beside compute."""
+        problem = self._problem
+        return problem.cost_model.seconds(problem.graph, problem.graph.by_name[node])
 
     def _gigabytes(self, storage: int) -> float:
         return self._problem.storages[storage].nbytes * _UNIT
@@ -407,6 +414,26 @@ class Relaxation:
                 self._builder.row([(saved, 1.0), *runs], upper=0.0)
                 self._refunds[self._bucket(position[node.name])].append((saved, self._seconds(node.name)))
 
+    def _add_fetches(self) -> None:
+        """What is fetched beside compute takes its share of the link, each time that it runs."""
+        problem, graph = self._problem, self._problem.graph
+        far_tier = problem.cost_model.far_tier
+        for name in sorted(problem.beside):
+            node = graph.by_name[name]
+            if dict(node.attrs)["tier"] != far_tier:
+                continue
+            gigabytes = node.outputs[0].nbytes * _UNIT
+            for (repeated, bucket), run in self.runs.items():
+                if repeated == name:
+                    self._due[bucket].append((run, gigabytes))
+            bucket = self._bucket(graph.position[name])
+            readers = graph.consumers.get(name, ())
+            if not readers or self._bucket(graph.position[readers[0]]) != bucket:
+                continue  # it may come a bucket later than its memory is counted
+            self._due[bucket].append((self._builder.column(lower=1.0), gigabytes))
+            if name in self._superfluous:
+                self._due[bucket].append((self._superfluous[name], -gigabytes))
+
     # --- memory and links ------------------------------------------------------------------------------------------
 
     def _add_flows(self) -> None:
@@ -418,7 +445,7 @@ class Relaxation:
         for (node, bucket), run in self.runs.items():
             repeated[bucket].append((run, self._seconds(node)))
         total = sum(self._gigabytes(storage) for storage in (*self._of_storage, *self.kept)) + 1.0
-        total += sum(gigabytes for due in self._due for _, gigabytes in due)  # each time that one comes back
+        total += sum(max(0.0, gigabytes) for due in self._due for _, gigabytes in due)  # each time that one comes back
         out_speed, in_speed = link.out_bytes_per_second * _UNIT, link.in_bytes_per_second * _UNIT
         absent = born = must = out = due = back = None
 

@@ -1,10 +1,11 @@
-"""When the copies of swaps run, where they run beside compute.
+"""When copies run, where they run beside compute: those of swaps, and those of variables that are fetched.
 
 Evictions say what moves over which gap. This says when, so that little has to wait: copies off the device queue in the
 order in which their gaps begin, start as late as they can and still be complete by then, or as soon as the value is
 made, and free their source when they are complete; where memory is short, the next node waits
 for the one that is complete first. Copies back start as late as they can and still arrive in time, or, where that is
-too late for what comes together, up to a whole step earlier, as far as there is room; several margins are tried.
+too late for what comes together, up to a whole step earlier, as far as there is room; several margins are tried. A
+variable's value is copied back in the same way; as it has not been copied out, nothing but room holds it up.
 
 Known weaknesses: of copies back that compete for room, the one that is needed first gets it; the clock is that of a
 step that waits for no copy back.
@@ -24,7 +25,7 @@ import numpy as np
 from graphswap import ir
 from graphswap.cost_model import Link
 from graphswap.incremental import Outline
-from graphswap.plan import Decision, Recompute, Swap
+from graphswap.plan import Decision, Prefetch, Recompute, Swap
 from graphswap.strategies import gaps
 
 _MARGINS = (0.0, 0.02, 1.0)
@@ -36,20 +37,26 @@ _SHARES = (1.0, 0.96, 0.9)
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Move:
-    """A swap by positions."""
+    """A swap, or a value that is fetched, by positions."""
 
-    swap: Swap
+    decision: Swap | Prefetch
     nbytes: int
     piece_bytes: int  # beside them on the device while they come back
+    tier: str
+    in_seconds: float
     start: int  # out after, or as soon as it may be
-    idle: int  # the first position at which the value may be gone
+    idle: int  # the first position at which the value may be gone, or after which it may be fetched
     end: int  # the use that it must be back for
+
+    @property
+    def value(self) -> str:
+        return self.decision.value if isinstance(self.decision, Swap) else self.decision.node
 
 
 def timed(
     problem: gaps.Gaps, decisions: Sequence[Decision], memory_budget: float
 ) -> tuple[tuple[Decision, ...], Outline]:
-    """Gives every swap its times.
+    """Gives every swap its times, and has fetches start ahead.
 
     Args:
         problem: The gaps.
@@ -59,29 +66,28 @@ def timed(
     Returns:
         The decisions and their outline: of those that keep the budget the fastest, else the smallest.
     """
+    decisions = tuple(decision for decision in decisions if not isinstance(decision, Prefetch))
     tight = problem.outline(decisions)
-    best = (tuple(decisions), tight)
-    moves = _moves(problem, decisions)
-    link = problem.cost_model.link(problem.cost_model.far_tier)
-    if not moves or link.is_closed:
+    best = (decisions, tight)
+    copies = _copies(problem, decisions, tight, memory_budget)
+    if copies is None:
         return best
-    moves = _departing(moves, tight, link)
-    departures = _out(moves, tight, _repeats(problem, decisions), memory_budget, link)
-    others = [decision for decision in decisions if not isinstance(decision, Swap)]
+    others = [decision for decision in decisions if not (isinstance(decision, Swap) and _is_beside(problem, decision))]
     order = problem.order
     for share, margin in itertools.product(_SHARES, _MARGINS):
         if share < 1.0 and best[1].peak_bytes <= memory_budget and best[1] is not tight:
             break
-        after = _back(moves, departures, margin, share * memory_budget, link)
-        swaps = [
-            dataclasses.replace(
-                move.swap, out_after=order[move.start], freed_before=order[freed], in_after=order[first]
-            )
-            for move, freed, first in zip(moves, departures.freed, after, strict=True)
-        ]
-        found = (*others, *swaps)
+        found = list(others)
+        for move, freed, first in zip(
+            copies.moves, copies.freed, _back(copies, margin, share * memory_budget), strict=True
+        ):
+            if isinstance(move.decision, Swap):
+                times = {"out_after": order[move.start], "freed_before": order[freed], "in_after": order[first]}
+                found.append(dataclasses.replace(move.decision, **times))
+            else:
+                found.append(dataclasses.replace(move.decision, after=order[first]))
         outline = problem.outline(found)
-        best = min(best, (found, outline), key=lambda plan: _worth(plan[1], memory_budget))
+        best = min(best, (tuple(found), outline), key=lambda plan: _worth(plan[1], memory_budget))
     return best
 
 
@@ -94,25 +100,97 @@ def estimated(problem: gaps.Gaps, decisions: Sequence[Decision], tight: Outline,
         tight: Their outline.
         memory_budget: Likewise.
     """
-    moves = _moves(problem, decisions)
-    link = problem.cost_model.link(problem.cost_model.far_tier)
-    if not moves or link.is_closed:
+    copies = _copies(problem, decisions, tight, memory_budget)
+    if copies is None:
         return tight.seconds
-    moves = _departing(moves, tight, link)
-    departures = _out(moves, tight, _repeats(problem, decisions), memory_budget, link)
-    after = _back(moves, departures, _ESTIMATED_MARGIN, memory_budget, link)
-    return min(tight.seconds, _seconds(moves, departures.freed, after, tight.busy, link))
+    return min(tight.seconds, _seconds(copies, _back(copies, _ESTIMATED_MARGIN, memory_budget)))
 
 
-def _moves(problem: gaps.Gaps, decisions: Sequence[Decision]) -> list[_Move]:
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Copies:
+    """The copies of a plan, those off the device with their times.
+
+    Attributes:
+        moves: Swaps, then what is fetched.
+        freed: Of each move, the position at which its source is freed, or after which it may be fetched.
+        memory: Bytes in use at each position.
+        clock: Seconds at which each position starts, and the end, if no copy back is waited for.
+        busy: Seconds of each position, without what is fetched.
+        link: That of swaps.
+    """
+
+    moves: Sequence[_Move]
+    freed: Sequence[int]
+    memory: np.ndarray
+    clock: np.ndarray
+    busy: np.ndarray
+    link: Link
+
+
+def _copies(problem: gaps.Gaps, decisions: Sequence[Decision], tight: Outline, memory_budget: float) -> _Copies | None:
+    """What may run beside compute; None if nothing does."""
+    link = problem.cost_model.link(problem.cost_model.far_tier)
+    swaps = _swaps(problem, decisions)
+    fetches = _fetches(problem, decisions)
+    if not (swaps or fetches) or (swaps and link.is_closed):
+        return None
+    busy = tight.busy
+    if fetches:
+        busy = busy.copy()
+        for move in fetches:
+            busy[move.end] = max(0.0, busy[move.end] - move.in_seconds)
+    ran = np.concatenate([[0.0], np.cumsum(busy)])
+    freed, memory, clock = [], tight.live, ran
+    if swaps:
+        swaps = _departing(swaps, ran, link)
+        freed, memory, clock = _out(swaps, tight.live, ran, _repeats(problem, decisions), memory_budget, link)
+    return _Copies([*swaps, *fetches], [*freed, *(move.idle for move in fetches)], memory, clock, busy, link)
+
+
+def _is_beside(problem: gaps.Gaps, swap: Swap) -> bool:
+    return problem.cost_model.link(swap.tier).overlaps and not swap.is_synchronous
+
+
+def _swaps(problem: gaps.Gaps, decisions: Sequence[Decision]) -> list[_Move]:
     """The swaps in the order in which they are due to be gone."""
     place, value = problem.graph.position, problem.graph.value
     moves = []
     for swap in decisions:
-        if isinstance(swap, Swap):
+        if isinstance(swap, Swap) and _is_beside(problem, swap):
             places = (place[swap.out_after], place[swap.freed_before], place[swap.in_before])
-            moves.append(_Move(swap, value(swap.value).nbytes, _piece_bytes(value(swap.value)), *places))
+            moved = value(swap.value)
+            seconds = problem.cost_model.link(swap.tier).in_seconds(moved.nbytes)
+            moves.append(_Move(swap, moved.nbytes, _piece_bytes(moved), swap.tier, seconds, *places))
     return sorted(moves, key=lambda move: move.idle)
+
+
+def _fetches(problem: gaps.Gaps, decisions: Sequence[Decision]) -> list[_Move]:
+    """All runs of what may be fetched beside compute, each from the last use of the run before."""
+    if not problem.beside:
+        return []
+    graph, position, order = problem.graph, problem.graph.position, problem.order
+    uses = {name: set(problem.storages[problem.storage_of[name]].uses) for name in problem.beside}
+    runs = [(name, position[name]) for name in sorted(problem.beside, key=position.__getitem__)]
+    for decision in decisions:
+        if isinstance(decision, Recompute):
+            end = position[decision.before]
+            for name in decision.nodes:
+                if name in problem.beside:
+                    runs.append((name, end))
+                roots = {problem.root_of[reference] for reference in graph.by_name[name].inputs}
+                for read in roots & problem.beside:
+                    uses[read].add(end)
+    moves = []
+    for name, end in runs:
+        node = graph.by_name[name]
+        needs = [position[other] for other in (*map(ir.producer, node.inputs), *node.control_inputs)]
+        first = max([*needs, *(use for use in (*uses[name], position[name]) if use < end)], default=-1)
+        if 0 <= first < end:
+            before = name if end == position[name] else order[end]
+            tier, seconds = str(dict(node.attrs)["tier"]), problem.cost_model.seconds(graph, node)
+            decision = Prefetch(name, order[first], before)
+            moves.append(_Move(decision, node.outputs[0].nbytes, 0, tier, seconds, first, first, end))
+    return moves
 
 
 def _repeats(problem: gaps.Gaps, decisions: Sequence[Decision]) -> set[int]:
@@ -127,11 +205,10 @@ def _worth(outline: Outline, memory_budget: float) -> tuple[float, float]:
     return max(0.0, outline.peak_bytes - memory_budget), outline.seconds
 
 
-def _departing(moves: Sequence[_Move], tight: Outline, link: Link) -> list[_Move]:
+def _departing(moves: Sequence[_Move], ran: np.ndarray, link: Link) -> list[_Move]:
     """The moves, their copies off the device as late as they are complete when they are due, and in that order."""
-    ran = np.concatenate([[0.0], np.cumsum(tight.busy)])
     found = list(moves)
-    copies = {move.swap.value: number for number, move in reversed(list(enumerate(moves)))}  # the first of each value
+    copies = {move.value: number for number, move in reversed(list(enumerate(moves)))}  # the first of each value
     queue = sorted(copies.values())
     lane = np.inf
     latest = {}
@@ -146,38 +223,28 @@ def _departing(moves: Sequence[_Move], tight: Outline, link: Link) -> list[_Move
     return found
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Departures:
-    """The copies off the device.
+def _out(
+    moves: Sequence[_Move], live: np.ndarray, ran: np.ndarray, repeats: set[int], memory_budget: float, link: Link
+) -> tuple[list[int], np.ndarray, np.ndarray]:
+    """Lets sources go when their copies are complete, or earlier, waiting for them, where memory is short.
 
-    Attributes:
-        freed: Of each move, the position at which its source is freed.
-        memory: Bytes in use at each position.
-        clock: Seconds at which each position starts, and the end.
+    Returns:
+        At which position each is freed, bytes in use at each position, and when each starts.
     """
-
-    freed: Sequence[int]
-    memory: np.ndarray
-    clock: np.ndarray
-
-
-def _out(moves: Sequence[_Move], tight: Outline, repeats: set[int], memory_budget: float, link: Link) -> _Departures:
-    """Lets sources go when their copies are complete, or earlier, waiting for them, where memory is short."""
-    count = len(tight.live)
+    count = len(live)
     starting, idling = collections.defaultdict[int, list[int]](list), collections.defaultdict[int, list[int]](list)
     for number, move in enumerate(moves):
         starting[move.start + 1].append(number)
         idling[move.idle].append(number)
-    fullest = tight.live.copy()
+    fullest = live.copy()
     for position in repeats:  # what is repeated before a node runs before that node waits
         if position:
-            fullest[position - 1] = max(fullest[position - 1], tight.live[position])
+            fullest[position - 1] = max(fullest[position - 1], live[position])
     complete: dict[str, float] = {}  # value -> when its copy is out there
     pending: list[tuple[float, int]] = []  # idle, but not copied yet
     freed = [move.idle for move in moves]
     waiting = np.zeros(count + 1)  # changes of the bytes that are pending, by position
     delays = np.zeros(count + 1)
-    ran = np.concatenate([[0.0], np.cumsum(tight.busy)])
     pending_bytes, delay, lane = 0, 0.0, 0.0
     events = sorted({*starting, *idling})
     position = events[0]
@@ -185,11 +252,11 @@ def _out(moves: Sequence[_Move], tight: Outline, repeats: set[int], memory_budge
         now = ran[position] + delay
         for number in starting.get(position, ()):
             move = moves[number]
-            if move.swap.value not in complete:
+            if move.value not in complete:
                 lane = max(lane, now) + link.out_seconds(move.nbytes)
-                complete[move.swap.value] = lane
+                complete[move.value] = lane
         for number in idling.get(position, ()):
-            heapq.heappush(pending, (complete[moves[number].swap.value], number))
+            heapq.heappush(pending, (complete[moves[number].value], number))
             pending_bytes += moves[number].nbytes
             waiting[position] += moves[number].nbytes
         while pending:
@@ -212,59 +279,63 @@ def _out(moves: Sequence[_Move], tight: Outline, repeats: set[int], memory_budge
             upcoming.append(position + 1 + int(full.argmax()) if full.any() else count)
             upcoming.append(min(moves[number].end for _, number in pending) - 1)
         position = max(position + 1, min(upcoming))
-    return _Departures(freed, tight.live + np.cumsum(waiting)[:-1], ran + np.cumsum(delays))
+    return freed, live + np.cumsum(waiting)[:-1], ran + np.cumsum(delays)
 
 
-def _back(
-    moves: Sequence[_Move], departures: _Departures, margin: float, memory_budget: float, link: Link
-) -> list[int]:
-    """After which position each move's copy back starts."""
-    freed, memory, clock = departures.freed, departures.memory.copy(), departures.clock
+def _back(copies: _Copies, margin: float, memory_budget: float) -> list[int]:
+    """After which position each move's copy to the device starts."""
+    moves, memory, clock = copies.moves, copies.memory.copy(), copies.clock
     leaving = collections.Counter[int]()  # what is freed at a position is still there when copies start right before it
-    for move, position in zip(moves, freed, strict=True):
-        leaving[position] += move.nbytes
+    for move, position in zip(moves, copies.freed, strict=True):
+        if isinstance(move.decision, Swap):
+            leaving[position] += move.nbytes
     latest = [0] * len(moves)
-    lane = np.inf
+    lanes: dict[str, float] = {}
     for number in sorted(range(len(moves)), key=lambda number: -moves[number].end):
         move = moves[number]
-        lane = min(lane, float(clock[move.end])) - link.in_seconds(move.nbytes)
+        lane = lanes[move.tier] = min(lanes.get(move.tier, np.inf), float(clock[move.end])) - move.in_seconds
         latest[number] = int(np.searchsorted(clock, lane - margin * clock[-1], side="right")) - 2
     found = [0] * len(moves)
-    before = 0  # the copy that is needed before this one starts no later
+    before: dict[str, int] = {}  # tier -> the copy that is needed before this one starts no later
     for number in sorted(range(len(moves)), key=lambda number: moves[number].end):
         move = moves[number]
-        first = min(max(latest[number], freed[number], before if margin else 0), move.end - 1)
+        earlier = before.get(move.tier, 0)
+        first = min(max(latest[number], copies.freed[number], earlier if margin else 0), move.end - 1)
         at_first = move.nbytes + move.piece_bytes
         full = np.flatnonzero(memory[first + 1 : move.end] + move.nbytes > memory_budget)
         after = first + 1 + int(full[-1]) if len(full) else first
         while after < move.end - 1 and memory[after + 1] + leaving[after + 1] + at_first > memory_budget:
             after += 1
         memory[after + 1 : move.end] += move.nbytes
-        before = max(before, after)
+        before[move.tier] = max(earlier, after)
         found[number] = after
     return found
 
 
-def _seconds(moves: Sequence[_Move], freed: Sequence[int], after: Sequence[int], busy: np.ndarray, link: Link) -> float:
+def _seconds(copies: _Copies, after: Sequence[int]) -> float:
     """Seconds of the step: compute, and waiting for copies."""
-    ran = np.concatenate([[0.0], np.cumsum(busy)])
+    moves = copies.moves
+    ran = np.concatenate([[0.0], np.cumsum(copies.busy)])
     leave, arrive, go, use = range(4)  # in the order in which things happen before a position
-    events = [(move.start + 1, leave, number) for number, move in enumerate(moves)]
+    swaps = [number for number, move in enumerate(moves) if isinstance(move.decision, Swap)]
+    events = [(moves[number].start + 1, leave, number) for number in swaps]
     events += [(position + 1, arrive, number) for number, position in enumerate(after)]
-    events += [(position, go, number) for number, position in enumerate(freed)]
+    events += [(copies.freed[number], go, number) for number in swaps]
     events += [(move.end, use, number) for number, move in enumerate(moves)]
-    out = back = delay = now = 0.0
+    out = delay = now = 0.0
+    lanes: dict[str, float] = {}
     gone: dict[str, float] = {}  # value -> when its copy is out there
     there: dict[int, float] = {}
     for position, kind, number in sorted(events):
         now = float(ran[position]) + delay
         move = moves[number]
         if kind == leave:
-            if move.swap.value not in gone:
-                out = gone[move.swap.value] = max(out, now) + link.out_seconds(move.nbytes)
+            if move.value not in gone:
+                out = gone[move.value] = max(out, now) + copies.link.out_seconds(move.nbytes)
         elif kind == arrive:
-            back = there[number] = max(back, now, gone[move.swap.value]) + link.in_seconds(move.nbytes)
+            start = max(lanes.get(move.tier, 0.0), now, gone.get(move.value, 0.0))
+            lanes[move.tier] = there[number] = start + move.in_seconds
         else:
-            done = gone[move.swap.value] if kind == go else there[number]
+            done = gone[move.value] if kind == go else there[number]
             delay += max(0.0, done - now)
-    return max(float(ran[-1]) + delay, out, back)
+    return max(float(ran[-1]) + delay, out, *lanes.values())

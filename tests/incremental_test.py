@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from graphswap import rewrites
 from graphswap.cost_model import CostModel, DeviceSpec, Link
 from graphswap.incremental import Incremental
-from graphswap.plan import Plan
+from graphswap.plan import Place, Plan
 from graphswap.simulator import simulate
+from graphswap.variables import values
 
 LINKS = {"host": Link(1e9, 2e9, 1e-6, overlaps=True), "disk": Link(1e8, 1e8, 1e-5)}
 NETWORK = Link(1e9, 1e9, 1e-6, overlaps=True)
@@ -52,13 +53,20 @@ def check(graph, plan, cost_model, incremental):
 def random_plan(rng, graph):
     names = tuple(graph.position)
     makers = [testing.random_swap, testing.random_recompute]
-    return Plan(decisions=tuple(rng.choice(makers)(rng, graph, names) for _ in range(rng.randint(0, 6)))).check(graph)
+    plan = Plan(decisions=tuple(rng.choice(makers)(rng, graph, names) for _ in range(rng.randint(0, 6))))
+    ahead = testing.random_prefetches(rng, graph, names, plan)
+    return plan.replace(decisions=(*plan.decisions, *ahead)).check(graph)
 
 
 def graphs():
-    """Random steps, of one replica or of several."""
+    """Random steps, their variables on the device or not, of one replica or of several."""
     plain = testing.random_graphs()
-    return st.one_of(plain, st.builds(with_exchanges, RANDOMS, plain))
+    return st.one_of(plain, *(st.builds(change, RANDOMS, plain) for change in (with_places, with_exchanges)))
+
+
+def with_places(rng, graph):
+    places = [Place(variable, rng.choice(["host", "disk"])) for variable in values(graph) if rng.random() < 0.7]
+    return rewrites.place(graph, Plan(decisions=tuple(places)))
 
 
 def with_exchanges(rng, graph):
@@ -76,7 +84,7 @@ def test_it_says_what_the_simulator_says(graph, cost_model, rng):
 @pytest.mark.parametrize("seed", range(6))
 def test_it_says_so_for_long_steps(seed):
     rng = random.Random(seed)
-    graph = with_exchanges(rng, testing.random_graph(rng, layers=60))
+    graph = (with_places, with_exchanges)[seed % 2](rng, testing.random_graph(rng, layers=60))
     incremental = Incremental(graph, BESIDE_COMPUTE)
     for _ in range(30):
         check(graph, random_plan(rng, graph), BESIDE_COMPUTE, incremental)

@@ -70,7 +70,9 @@ def random_plan(rng: random.Random, graph: ir.Graph) -> Plan:
     decisions = [
         rng.choice([testing.random_swap, testing.random_recompute])(rng, graph, names) for _ in range(rng.randint(1, 6))
     ]
-    return Plan(order=order, decisions=(*decisions, *random_pairs(rng, graph, names))).check(graph)
+    plan = Plan(order=order, decisions=(*decisions, *random_pairs(rng, graph, names)))
+    ahead = testing.random_prefetches(rng, graph, names, plan)
+    return plan.replace(decisions=(*plan.decisions, *ahead)).check(graph)
 
 
 def random_pairs(rng: random.Random, graph: ir.Graph, names: tuple[str, ...]) -> list[SideBySide]:

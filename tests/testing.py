@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from graphswap import ir, parser
 from graphswap.collectives import packed
 from graphswap.cost_model import CostModel, DeviceSpec, Link, Profile
-from graphswap.plan import Exchange, Plan, Recompute, Swap
+from graphswap.plan import Exchange, Plan, Prefetch, Recompute, Swap
 from graphswap.strategies.auto import Auto
 from graphswap.strategies.base import Strategy
 from graphswap.strategies.checkmate import Checkmate
@@ -136,6 +136,22 @@ def random_recompute(rng: random.Random, graph: ir.Graph, names: tuple[str, ...]
     stored = {handle for handle, store in graph.stores.items() if store in names[:before]}
     pure = [n.name for n in nodes if not n.stateful and n.op not in ir.RESIDENT_OPS and stored.isdisjoint(n.inputs)]
     return Recompute(tuple(name for name in pure if rng.random() < 0.3), names[before])
+
+
+def random_prefetches(rng: random.Random, graph: ir.Graph, names: tuple[str, ...], plan: Plan) -> list[Prefetch]:
+    """Any valid prefetches of what a plan's step fetches."""
+    place = {name: at for at, name in enumerate(names)}
+    fetches = [node for node in graph.nodes if node.op == ir.FETCH]
+    runs = [(node.name, node.name) for node in fetches]
+    fetched = {node.name for node in fetches}
+    runs += [(name, repeat.before) for repeat in plan.recomputes for name in repeat.nodes if name in fetched]
+    found = []
+    for name, before in dict.fromkeys(runs):
+        node = graph.by_name[name]
+        first = max(place[other] for other in (*map(ir.producer, node.inputs), *node.control_inputs))
+        if rng.random() < 0.7:
+            found.append(Prefetch(name, names[rng.randint(first, place[before] - 1)], before))
+    return found
 
 
 class _Step:
