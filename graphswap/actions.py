@@ -67,7 +67,10 @@ class Action(NamedTuple):
 
 
 class Copy(NamedTuple):
-    """A copy from one tier to the other: makes a version of a version. Its kind is "swap_out", "swap_in" or "fetch"."""
+    """A copy from one tier to the other: makes a version of a version.
+
+    Its kind is "swap_out", "swap_in", "fetch" or "store".
+    """
 
     kind: str
     inputs: Sequence[int]
@@ -80,15 +83,20 @@ class Copy(NamedTuple):
     seconds: float | None = None  # what it takes, if that is not the link's time
 
     @property
+    def leaves(self) -> bool:
+        """Whether the value leaves the device."""
+        return self.kind in ("swap_out", "store")
+
+    @property
     def lane(self) -> tuple[str, str]:
         """Copies of one lane run one after the other."""
-        return self.tier, "out" if self.kind == "swap_out" else "in"
+        return self.tier, "out" if self.leaves else "in"
 
     def duration(self, link: Link) -> float:
         """Seconds on the link."""
         if self.seconds is not None:
             return self.seconds
-        return link.out_seconds(self.nbytes) if self.kind == "swap_out" else link.in_seconds(self.nbytes)
+        return link.out_seconds(self.nbytes) if self.leaves else link.in_seconds(self.nbytes)
 
 
 def _piece_bytes(value: ir.Value) -> int:
@@ -117,9 +125,12 @@ def plain(graph: ir.Graph, cost_model: CostModel) -> Plain:
     """Looks up all that the simulation needs of a graph."""
     root_of, origin = liveness.roots(graph), ir.origin(graph)
     version = {reference: number for number, reference in enumerate(origin)}
+    overlapping = {node.name for node in graph.nodes if dict(node.attrs).get(ir.OVERLAPS)}
+    stores = [node.name for node in graph.nodes if node.op == ir.STORE and node.name in overlapping]
+    version.update((name, number) for number, name in enumerate(stores, start=len(version)))  # what arrives out there
     departing = {
         node.name for node in graph.nodes if node.op == ir.SWAP_OUT and not dict(node.attrs).get("is_synchronous")
-    }
+    }.union(stores)
     actions: dict[str, Action | Copy] = {}
     for node in graph.nodes:
         inputs = tuple(version[reference] for reference in node.inputs)
@@ -131,9 +142,9 @@ def plain(graph: ir.Graph, cost_model: CostModel) -> Plain:
             value, nbytes, tier = origin[node.name], attrs["nbytes"], attrs["tier"]
             synchronous = attrs.get("is_synchronous", False)
             actions[node.name] = Copy(kind, inputs, outputs, value, nbytes, tier, _piece_bytes(moved), synchronous)
-        elif node.op == ir.FETCH and dict(node.attrs).get(ir.IS_AHEAD):
-            run = Action("run", inputs, outputs, _facts(graph, node, cost_model, root_of))
-            actions[node.name] = _fetch(graph.by_name[node.name], run)
+        elif node.name in overlapping:
+            run = Action("run", inputs, outputs or (version[node.name],), _facts(graph, node, cost_model, root_of))
+            actions[node.name] = _copied_beside(graph, node, run)
         else:
             kind = "recompute" if node.like else "run"
             waits = [version[name] for name in node.control_inputs if name in departing]
@@ -173,10 +184,13 @@ def _facts(graph: ir.Graph, node: ir.Node, cost_model: CostModel, root_of: Mappi
     )
 
 
-def _fetch(node: ir.Node, run: Action) -> Copy:
-    """The run of a FETCH as a copy beside compute."""
-    facts = run.facts
-    nbytes, tier = node.outputs[0].nbytes, str(dict(node.attrs)["tier"])
+def _copied_beside(graph: ir.Graph, node: ir.Node, run: Action) -> Copy:
+    """The run of a FETCH or STORE as a copy beside compute."""
+    facts, tier = run.facts, str(dict(node.attrs)["tier"])
+    if node.op == ir.STORE:
+        nbytes = graph.value(node.inputs[0]).nbytes
+        return Copy("store", run.inputs[:1], run.outputs, facts.name, nbytes, tier, 0, False, facts.seconds)
+    nbytes = node.outputs[0].nbytes
     return Copy(
         "fetch", run.inputs[:1], run.outputs, facts.name, nbytes, tier, facts.workspace.nbytes, False, facts.seconds
     )
@@ -216,6 +230,11 @@ def expand(graph: ir.Graph, plan: Plan, plain: Plain, names: Iterable[str] | Non
         switches[swap.in_before].append(transfer)
     for recompute in plan.recomputes:
         repeats[recompute.before].extend(recompute.nodes)
+    written_back = {write_back.node for write_back in plan.write_backs}
+    gone = collections.defaultdict[str, list[str]](list)
+    for write_back in plan.write_backs:
+        for name in {write_back.freed_before, *graph.waiting.get(write_back.node, ())}:
+            gone[name].append(write_back.node)
     ahead = {(prefetch.node, prefetch.before) for prefetch in plan.prefetches}
     fetches = collections.defaultdict[str, list[Prefetch]](list)
     for prefetch in plan.prefetches:
@@ -245,8 +264,10 @@ def expand(graph: ir.Graph, plan: Plan, plain: Plain, names: Iterable[str] | Non
 
     arrived: dict[tuple[str, str], int] = {}  # of a FETCH that is repeated: its version for that run
     first_runs = {node for node, before in ahead if node == before}
-    handed_on: list[int] = []  # what FETCHes that have started before would wait for here
-    is_plain = {*switches, *repeats, *fences, *first_of, *outs, *ins, *fetches, *first_runs}.isdisjoint
+    leaving: dict[str, int] = {}  # STORE -> the version that it makes in the far tier
+    handed_on: list[int] = []  # what FETCHes that have started before, and STOREs, would wait for where they stand
+    touched = {*switches, *repeats, *fences, *first_of, *outs, *ins, *fetches, *first_runs, *written_back, *gone}
+    is_plain = touched.isdisjoint
     for name in names or plan.order or graph.position:
         if is_plain((name,)) and not handed_on:
             entries.append((name, bound(name)))
@@ -266,8 +287,16 @@ def expand(graph: ir.Graph, plan: Plan, plain: Plain, names: Iterable[str] | Non
             entries.append((name, action._replace(kind="recompute", outputs=outputs)))
         fenced = [transfer for transfer in fences.get(name, ()) if not transfer.swap.is_synchronous]
         waits = handed_on + [transfer.out for transfer in fenced if transfer.out is not None]
+        waits += [leaving[store] for store in gone.get(name, ())]
         if name in first_runs:
             handed_on = waits
+        elif name in written_back:
+            handed_on = waits
+            leaving[name] = versions
+            entries.append(
+                (name, _copied_beside(graph, graph.by_name[name], bound(name)._replace(outputs=(versions,))))
+            )
+            versions += 1
         else:
             action = bound(name)
             if waits or name in first_of:
@@ -286,7 +315,7 @@ def expand(graph: ir.Graph, plan: Plan, plain: Plain, names: Iterable[str] | Non
                 run = run._replace(outputs=(versions,))
                 arrived[prefetch.node, prefetch.before] = versions
                 versions += 1
-            entries.append((name, _fetch(graph.by_name[prefetch.node], run)))
+            entries.append((name, _copied_beside(graph, graph.by_name[prefetch.node], run)))
     return _without_unread(plan, plain, entries), versions
 
 

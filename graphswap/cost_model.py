@@ -217,8 +217,8 @@ class CostModel:
         )
 
     def overlaps(self, node: ir.Node) -> bool:
-        """Whether what the node copies may arrive beside compute: a `FETCH` over a link that does so."""
-        return node.op == ir.FETCH and self.link(_tier(node)).overlaps
+        """Whether the node may run beside compute: it copies a variable over a link that does so."""
+        return node.op in (ir.FETCH, ir.STORE) and self.link(_tier(node)).overlaps
 
     def _update_seconds(self, graph: ir.Graph, node: ir.Node) -> float:
         """As much as it takes to pass all values through memory once, and those on the disk over their link."""

@@ -20,7 +20,7 @@ import numpy as np
 
 from graphswap import actions, ir, walk
 from graphswap.cost_model import NETWORK_LANE, CostModel
-from graphswap.plan import Decision, Plan, Prefetch, Recompute, Swap
+from graphswap.plan import Decision, Plan, Prefetch, Recompute, Swap, WriteBack
 
 _MOST_KEPT = 5_000
 """Parts, and likewise decisions: a plan of a search needs those of the one before."""
@@ -71,7 +71,7 @@ class Incremental:
         """What the step does under these decisions.
 
         Args:
-            decisions: Swaps, recomputes and prefetches that `Plan.check` accepts.
+            decisions: Those that move values or repeat nodes, and that `Plan.check` accepts.
         """
         together: list[tuple[Decision, ...]] = []
         while True:
@@ -140,16 +140,26 @@ class Incremental:
             return found
         position, last = self._graph.position, len(self._names) - 1
         buffer_of = self._step.buffer_of
+        waiting = ""  # the node that waits for a copy: if it is repeated, and this run is left out, another one waits
         if isinstance(decision, Swap):
             changed, read = {self._plain.version[decision.value]}, set()
             after = (position[decision.out_after] + 1, position[decision.in_after] + 1)
             places = {position[decision.freed_before], position[decision.in_before], *after}
             beside = {position[decision.out_after], position[decision.in_after]}
-        elif isinstance(decision, Prefetch):
-            changed, read = {self._plain.version[decision.node]}, set()
-            places = {position[decision.after] + 1, position[decision.before]}
+            waiting = decision.freed_before
+        elif isinstance(decision, Prefetch | WriteBack):
             node = position[decision.node]
-            beside = {position[decision.after], node, min(node + 1, last)}
+            # What would have waited where it stood, the next one does, be it a repeat.
+            places, beside = {node, min(node + 1, last)}, set()
+            if isinstance(decision, Prefetch):
+                changed, read = {self._plain.version[decision.node]}, set()
+                places |= {position[decision.after] + 1, position[decision.before]}
+                beside.add(position[decision.after])
+            else:
+                changed, read = set(), {self._plain.actions[decision.node].inputs[0]}
+                places.add(position.get(decision.freed_before, node))
+                places.update(position[name] for name in self._graph.waiting.get(decision.node, ()))
+                waiting = decision.freed_before
         else:
             assert isinstance(decision, Recompute)
             changed, read, places, beside = set(), set(), {position[decision.before]}, set()
@@ -161,6 +171,8 @@ class Incremental:
         moved = {buffer_of[version] for version in changed} - {-1}
         buffers = self._closure(moved.union(buffer_of[version] for version in read)) - self._step.untouched | moved
         names = {place for place in places if place <= last}.union(beside, *(self._step.touching[b] for b in buffers))
+        if waiting:
+            read = read.union(self._plain.actions[waiting].outputs)
         _make_room(self._reaches)
         found = self._reaches[decision] = _Reach(
             frozenset(buffers), frozenset(places), frozenset(names), frozenset(changed), frozenset(read)
@@ -202,8 +214,9 @@ class Incremental:
         plan = Plan(decisions=decisions)
         repeated = {name for decision in plan.recomputes for name in decision.nodes}
         entries, _ = actions.expand(self._graph, plan, self._plain, names)
-        ahead = {decision.node for decision in plan.prefetches if decision.node == decision.before}
-        absent = (repeated | ahead).difference(_runs(entries)) if repeated or ahead else ()
+        moved = {decision.node for decision in plan.prefetches if decision.node == decision.before}
+        moved.update(decision.node for decision in plan.write_backs)
+        absent = (repeated | moved).difference(_runs(entries)) if repeated or moved else ()
         pruned = [position[name] for name in absent]
 
         run = walk.Walk(self._plain, self._step, followed, self._cost_model)
@@ -290,10 +303,9 @@ class Incremental:
                 now = float(clock[place]) + delay
                 (source,), (target,) = action.inputs, action.outputs
                 link, lane = self._cost_model.link(action.tier), action.lane
-                is_out = action.kind == "swap_out"
                 end = max(now, lanes.get(lane, 0.0), ready.get((number, source), 0.0))
                 end += action.duration(link)
-                swapped_bytes += action.nbytes if is_out else 0
+                swapped_bytes += action.nbytes if action.kind == "swap_out" else 0
                 lanes[lane] = ready[number, target] = end
                 if action.is_synchronous or not link.overlaps:
                     delay = end - clock[place]
@@ -322,7 +334,7 @@ class _Reach(NamedTuple):
         places: Positions before which it inserts something or makes something wait.
         names: Positions of the nodes to run.
         changed: Versions that it moves or makes again.
-        read: Versions that what it repeats reads.
+        read: Versions that what it repeats reads, or that the node makes which waits for it.
     """
 
     buffers: frozenset[int]

@@ -42,13 +42,14 @@ SWAP_IN = "SwapIn"
 
 FETCH = "Fetch"
 """Brings the value of a variable that lies in a far tier to the device. Reads the handle of its value there."""
-IS_AHEAD = "is_ahead"
-"""Attribute of a FETCH that runs beside compute, as a SWAP_IN does: only what reads its value waits for it."""
 VIEW = "View"
 """The same where it lies: what it makes takes no device bytes. Who reads it computes on the host."""
 STORE = "Store"
 """Gives such a variable a new value: its first input. The others are the handles of the value of before and of memory
 for the new one; without any, it is sent away."""
+OVERLAPS = "overlaps"
+"""Attribute of a FETCH or STORE that runs beside compute, as copies of swaps do. What reads the fetched value waits for
+it, and so does what the plan says is to wait."""
 UPDATE = "Update"
 """Gives variables in far tiers new values that are computed where they lie, element by element.
 
@@ -220,6 +221,15 @@ class Graph:
             for value in dict.fromkeys(node.inputs):
                 found.setdefault(value, []).append(node.name)
         return {value: tuple(names) for value, names in found.items()}
+
+    @functools.cached_property
+    def waiting(self) -> Mapping[str, tuple[str, ...]]:
+        """Node to the names of those that wait for it by a control input, in execution order."""
+        found: dict[str, list[str]] = {}
+        for node in self.nodes:
+            for name in node.control_inputs:
+                found.setdefault(name, []).append(node.name)
+        return {name: tuple(names) for name, names in found.items()}
 
     @functools.cached_property
     def stores(self) -> Mapping[str, str]:

@@ -10,6 +10,8 @@ what the user's nodes made:
 * `Recompute`: the nodes are repeated, in this order, right before `before`; they read current copies.
 * `Prefetch`: a `FETCH` does not run where it stands, but starts right after an earlier node, beside compute; what reads
   its value waits for it.
+* `WriteBack`: a `STORE` does not keep others from running; `freed_before` waits until it is complete, and the new
+  value's device bytes are free from there on.
 * `Place`: a variable lives in a far tier between steps. It is carried out first: the other decisions name nodes of the
   graph that `rewrites.place` makes, and the plan's fingerprint is that graph's.
 * `Exchange`: values that the replicas sum together, as one block; carried out first, too. `rewrites.exchange` makes
@@ -24,9 +26,10 @@ the repeated nodes of the later one.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import json
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from graphswap import bound, ir
@@ -98,6 +101,22 @@ class Prefetch:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class WriteBack:
+    """Lets a variable's new value leave for its far tier beside compute.
+
+    Attributes:
+        node: The `STORE`.
+        freed_before: The node that waits for the copy; "" if its bytes stay in use until the step's end, or until one
+            that waits for it anyway.
+        reason: Why, for people.
+    """
+
+    node: str
+    freed_before: str = ""
+    reason: str = ""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class SideBySide:
     """Runs two neighbours at the same time, for devices on which one node alone leaves cores idle.
 
@@ -158,7 +177,7 @@ class Shard:
     reason: str = ""
 
 
-Decision = Swap | Recompute | Prefetch | SideBySide | Place | Exchange | Shard
+Decision = Swap | Recompute | Prefetch | WriteBack | SideBySide | Place | Exchange | Shard
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -210,6 +229,10 @@ class Plan:
         return tuple(d for d in self.decisions if isinstance(d, Prefetch))
 
     @property
+    def write_backs(self) -> tuple[WriteBack, ...]:
+        return tuple(d for d in self.decisions if isinstance(d, WriteBack))
+
+    @property
     def places(self) -> tuple[Place, ...]:
         return tuple(d for d in self.decisions if isinstance(d, Place))
 
@@ -247,7 +270,7 @@ class Plan:
         Raises:
             PlanError: If the text is no plan.
         """
-        known: tuple[Any, ...] = (Swap, Recompute, Prefetch, SideBySide, Place, Exchange, Shard)
+        known: tuple[Any, ...] = (Swap, Recompute, Prefetch, WriteBack, SideBySide, Place, Exchange, Shard)
         kinds = {kind.__name__: kind for kind in known}
         try:
             fields = json.loads(text)
@@ -285,7 +308,8 @@ class Plan:
                 raise PlanError(f"the plan's order must name every node of '{graph.name}' once; look at {odd}.")
             position = {name: i for i, name in enumerate(self.order)}
         paired: set[str] = set()
-        runs = {(name, repeat.before) for repeat in self.recomputes for name in repeat.nodes}
+        overlapping = {decision.node for decision in (*self.prefetches, *self.write_backs)}
+        runs = collections.Counter((name, repeat.before) for repeat in self.recomputes for name in repeat.nodes)
         for decision in self.decisions:
             try:
                 if isinstance(decision, Swap):
@@ -294,6 +318,8 @@ class Plan:
                     _check_recompute(decision, graph, position)
                 elif isinstance(decision, Prefetch):
                     _check_prefetch(decision, graph, position, runs)
+                elif isinstance(decision, WriteBack):
+                    _check_write_back(decision, graph, position)
                 elif isinstance(decision, Place):
                     _check_place(decision, graph)
                 elif isinstance(decision, Exchange):
@@ -306,6 +332,8 @@ class Plan:
                     _check_pair(decision, graph, position)
                     if not paired.isdisjoint((decision.first, decision.second)):
                         raise _Misfit("a node is in two pairs.")
+                    if not overlapping.isdisjoint((decision.first, decision.second)):
+                        raise _Misfit("one of the two is a copy that runs beside compute anyway.")
                     paired.update((decision.first, decision.second))
             except _Misfit as misfit:
                 raise PlanError(f"{decision} does not fit graph '{graph.name}': {misfit}") from None
@@ -327,6 +355,9 @@ class Plan:
             elif isinstance(decision, Prefetch):
                 run = "" if decision.before == decision.node else f", before {decision.before}"
                 lines.append(f"  fetch      {decision.node}  after {decision.after}{run}{_because(decision.reason)}")
+            elif isinstance(decision, WriteBack):
+                gone = f"  gone before {decision.freed_before}" if decision.freed_before else ""
+                lines.append(f"  store      {decision.node}  beside compute{gone}{_because(decision.reason)}")
             elif isinstance(decision, Exchange):
                 values = ", ".join(decision.values)
                 lines.append(f"  exchange   {values}  {decision.ahead} ahead{_because(decision.reason)}")
@@ -381,17 +412,26 @@ def _check_recompute(recompute: Recompute, graph: ir.Graph, position: Mapping[st
 
 
 def _check_prefetch(
-    prefetch: Prefetch, graph: ir.Graph, position: Mapping[str, int], runs: Collection[tuple[str, str]]
+    prefetch: Prefetch, graph: ir.Graph, position: Mapping[str, int], runs: Mapping[tuple[str, str], int]
 ) -> None:
     _check_names((prefetch.node, prefetch.after, prefetch.before), position)
     node = graph.by_name[prefetch.node]
     if node.op != ir.FETCH:
         raise _Misfit(f"'{node.name}' ({node.op}) is no {ir.FETCH}.")
-    if prefetch.before != node.name and (node.name, prefetch.before) not in runs:
-        raise _Misfit(f"the plan does not repeat '{node.name}' before '{prefetch.before}'.")
+    if prefetch.before != node.name and runs.get((node.name, prefetch.before)) != 1:
+        raise _Misfit(f"the plan does not repeat '{node.name}' once before '{prefetch.before}'.")
     needed = max((position[name] for name in (*map(ir.producer, node.inputs), *node.control_inputs)), default=-1)
     if not needed <= position[prefetch.after] < position[prefetch.before]:
         raise _Misfit("expected what the copy needs <= after < before in execution order.")
+
+
+def _check_write_back(write_back: WriteBack, graph: ir.Graph, position: Mapping[str, int]) -> None:
+    _check_names((write_back.node, *([write_back.freed_before] if write_back.freed_before else [])), position)
+    node = graph.by_name[write_back.node]
+    if node.op != ir.STORE:
+        raise _Misfit(f"'{node.name}' ({node.op}) is no {ir.STORE}.")
+    if write_back.freed_before and position[write_back.freed_before] <= position[node.name]:
+        raise _Misfit("expected node < freed_before in execution order.")
 
 
 def _check_place(place: Place, graph: ir.Graph) -> None:

@@ -29,7 +29,7 @@ class Step(NamedTuple):
     Attributes:
         name: Node name; a repeated node carries the name of the first one, a copy that of its value.
         kind: "run", "exchange" for one that runs on the network beside others, "recompute", "swap_out", "swap_in", or
-            "fetch" for one that starts ahead.
+            "fetch" and "store" for those that run beside compute.
         start: Seconds from the start of the step.
         end: Likewise.
         live_bytes: Device bytes in use at this step's worst moment.
@@ -275,7 +275,7 @@ class _Run:
         link, lane = self.cost.link(action.tier), action.lane
         start = max(self.now, self.lanes.get(lane, 0.0), self.ready.get(source, 0.0))
         end = start + action.duration(link)
-        if action.kind == "swap_out":
+        if action.leaves:
             live = self.live
             self._look()
             if action.is_synchronous:

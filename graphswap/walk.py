@@ -159,7 +159,7 @@ class Walk:
         self._copied.add(target)
         buffer = self._buffers.get(source)
         live = self.live
-        if action.kind == "swap_out":
+        if action.leaves:
             if action.is_synchronous:
                 self._release(buffer)
             elif buffer is not None:

@@ -11,8 +11,8 @@ from graphswap.rewrites.exchange import exchange as exchange
 from graphswap.rewrites.host_update import PS_TIER as PS_TIER
 from graphswap.rewrites.host_update import host_update as host_update
 from graphswap.rewrites.ordering import ordering
+from graphswap.rewrites.overlap import overlap
 from graphswap.rewrites.place import place as place
-from graphswap.rewrites.prefetch import prefetch
 from graphswap.rewrites.prune import prune
 from graphswap.rewrites.recompute import recompute
 from graphswap.rewrites.schedule import schedule
@@ -23,8 +23,8 @@ PASSES: tuple[pass_manager.RewritePass, ...] = (
     schedule,  # positions in the plan mean the planned order
     recompute,
     swap,  # after recompute: repeated nodes read what came back, too
+    overlap,  # after swap: copies that start at one place are in the plan's order
     prune,  # after swap: a value that is swapped out has a reader
-    prefetch,  # after all that names the places of copies
     ordering,  # last: chains whatever was inserted
 )
 

@@ -27,8 +27,9 @@ def ordering(graph: ir.Graph, plan: Plan) -> ir.Graph:
             continue
         if floats(node):
             pair = stages[-1] if len(stages[-1]) > 1 else ()  # it starts after both
-            lane = dict(node.attrs)["tier"], node.op == ir.SWAP_OUT
-            before = [lanes.get(lane, ""), *(() if node.op == ir.SWAP_OUT else departing), *pair]
+            is_out = node.op in (ir.SWAP_OUT, ir.STORE)
+            lane = dict(node.attrs)["tier"], is_out
+            before = [lanes.get(lane, ""), *(() if is_out else departing), *pair]
             lanes[lane] = node.name
             departing += [node.name] if node.op == ir.SWAP_OUT else []
         elif nodes and nodes[-1].name == first_of.get(node.name):
@@ -52,6 +53,6 @@ def floats(node: ir.Node) -> bool:
     The plan says what waits for them.
     """
     attrs = dict(node.attrs)
-    if node.op == ir.FETCH:
-        return bool(attrs.get(ir.IS_AHEAD))
+    if node.op in (ir.FETCH, ir.STORE):
+        return bool(attrs.get(ir.OVERLAPS))
     return node.op in (ir.SWAP_OUT, ir.SWAP_IN) and not attrs.get("is_synchronous")

@@ -16,7 +16,7 @@ def prune(graph: ir.Graph, plan: Plan) -> ir.Graph:
     TensorFlow would not run them either. What such a node waited for, the next node waits for; what waited
     for it, waits for the node before it.
     """
-    users = [node for node in graph.nodes if not node.like and node.op not in (ir.SWAP_OUT, ir.SWAP_IN)]
+    users = [_as_it_was(node) for node in graph.nodes if not node.like and node.op not in (ir.SWAP_OUT, ir.SWAP_IN)]
     must_run = liveness.waited_for(graph.replace(nodes=tuple(users)))
     repeated = {name for decision in plan.recomputes for name in decision.nodes} - must_run
     readers = collections.Counter(graph.outputs)
@@ -37,12 +37,27 @@ def _without(graph: ir.Graph, unread: set[str]) -> ir.Graph:
     for node in graph.nodes:
         waits = [name for wait in node.control_inputs for name in stand_in.get(wait, (wait,))]
         if node.name in unread:
-            handed_on += tuple(name for name in node.control_inputs if graph.by_name[name].op == ir.SWAP_OUT)
-            before = next((other.name for other in reversed(nodes) if other.op not in (ir.SWAP_OUT, ir.SWAP_IN)), None)
+            handed_on += tuple(name for name in node.control_inputs if _leaves(graph.by_name[name]))
+            before = next((other.name for other in reversed(nodes) if not _is_copy(other)), None)
             stand_in[node.name] = () if before is None else (before,)
             continue
-        if node.op not in (ir.SWAP_OUT, ir.SWAP_IN):
+        if not _is_copy(node):
             waits, handed_on = [*handed_on, *waits], ()
         controls = tuple(dict.fromkeys(waits))
         nodes.append(node if controls == node.control_inputs else dataclasses.replace(node, control_inputs=controls))
     return graph.replace(nodes=tuple(nodes))
+
+
+def _as_it_was(node: ir.Node) -> ir.Node:
+    """A FETCH that starts ahead waits first of all for a node that it did not wait for in the user's graph."""
+    if node.op == ir.FETCH and _is_copy(node):
+        return dataclasses.replace(node, control_inputs=node.control_inputs[1:])
+    return node
+
+
+def _is_copy(node: ir.Node) -> bool:
+    return node.op in (ir.SWAP_OUT, ir.SWAP_IN) or bool(dict(node.attrs).get(ir.OVERLAPS))
+
+
+def _leaves(node: ir.Node) -> bool:
+    return _is_copy(node) and node.op in (ir.SWAP_OUT, ir.STORE)

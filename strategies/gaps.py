@@ -65,7 +65,7 @@ class Gaps:
     Attributes:
         graph: The graph, its nodes in `order`.
         order: Node names.
-        beside: `FETCH`es that may run beside compute.
+        beside: `FETCH`es and `STORE`s that may run beside compute.
         storages: All storages.
         gaps: All gaps worth a look.
         starts: Of the gaps, shape (gaps,).

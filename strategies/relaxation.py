@@ -15,7 +15,7 @@ Fractions:
 What is absent at a check is so by a copy or must be recomputed; bytes that are not copied out yet, or were copied back
 early, are there.
 Bytes on links that do not run beside compute cost their seconds instead. What is fetched beside compute is one more
-copy back, over the link of swaps; over another one it costs nothing.
+copy back, and what is stored one more copy off the device, over the link of swaps; over another one they cost nothing.
 
 The optimum bounds all plans in this order that run one node at a time and repeat nodes right before a use that ends a
 gap. Chains are followed over `_DEPTH` nodes; what lies before is taken to be there, and nothing comes back early for a
@@ -114,6 +114,7 @@ class Relaxation:
         self._superfluous: dict[str, int] = {}  # node -> column: its first run is left out
         self._refunds: list[list[tuple[int, float]]] = [[] for _ in range(count)]  # runs that become superfluous
         self._fetches: dict[tuple[int, int], int] = {}
+        self._stored = 0.0  # GB that leave beside compute for good
         self._dropped_at_birth: dict[int, int | None] = {}  # storage that nobody reads before its first gap ends
         self._there: dict[tuple[int, int], tuple[list[tuple[int, float]], float]] = {}  # (storage, bucket) -> terms
 
@@ -133,6 +134,7 @@ class Relaxation:
             self._all_at_once(gap)
         self._add_refunds()
         self._add_fetches()
+        self._add_stores()
         self._add_flows()
         self.program = self._builder.program(constant=float(problem.seconds.sum()))
         self.prices = np.zeros(len(self.program.cost))
@@ -420,7 +422,7 @@ class Relaxation:
         far_tier = problem.cost_model.far_tier
         for name in sorted(problem.beside):
             node = graph.by_name[name]
-            if dict(node.attrs)["tier"] != far_tier:
+            if node.op != ir.FETCH or dict(node.attrs)["tier"] != far_tier:
                 continue
             gigabytes = node.outputs[0].nbytes * _UNIT
             for (repeated, bucket), run in self.runs.items():
@@ -434,6 +436,23 @@ class Relaxation:
             if name in self._superfluous:
                 self._due[bucket].append((self._superfluous[name], -gigabytes))
 
+    def _add_stores(self) -> None:
+        """What is stored beside compute takes its share of the link, and stays on the device until it is gone."""
+        problem, graph = self._problem, self._problem.graph
+        results = {problem.root_of[reference] for reference in graph.outputs}
+        for name in sorted(problem.beside):
+            node, place = graph.by_name[name], graph.position[name]
+            if node.op != ir.STORE or dict(node.attrs)["tier"] != problem.cost_model.far_tier:
+                continue
+            root = problem.root_of[node.inputs[0]]
+            if problem.stays(root) or root in results:
+                continue  # its bytes are on the device anyway
+            storage = problem.storages[problem.storage_of[root]]
+            one, gigabytes = self._builder.column(lower=1.0), graph.value(node.inputs[0]).nbytes * _UNIT
+            self._born[self._bucket(place)].append((one, gigabytes))
+            self._out[int(np.searchsorted(self.checks, storage.uses[-1], side="right"))].append((one, gigabytes))
+            self._stored += gigabytes
+
     # --- memory and links ------------------------------------------------------------------------------------------
 
     def _add_flows(self) -> None:
@@ -445,7 +464,9 @@ class Relaxation:
         for (node, bucket), run in self.runs.items():
             repeated[bucket].append((run, self._seconds(node)))
         total = sum(self._gigabytes(storage) for storage in (*self._of_storage, *self.kept)) + 1.0
-        total += sum(max(0.0, gigabytes) for due in self._due for _, gigabytes in due)  # each time that one comes back
+        total += self._stored + sum(
+            max(0.0, gigabytes) for due in self._due for _, gigabytes in due
+        )  # each time that one comes back
         out_speed, in_speed = link.out_bytes_per_second * _UNIT, link.in_bytes_per_second * _UNIT
         absent = born = must = out = due = back = None
 
@@ -475,7 +496,8 @@ class Relaxation:
                 born, must = running(born, self._born[bucket]), running(must, self._out[bucket])
                 out = carried(out, out_speed, seconds, extra)
                 builder.row([(out, 1.0), (born, -1.0)], upper=0.0)
-                leaving = builder.column(total)  # is not copied out yet though its gap has begun
+                # What is not copied out yet though its gap has begun; what is stored is when the step ends.
+                leaving = builder.column(0.0 if bucket == count and self._stored else total)
                 builder.row([(out, 1.0), (leaving, 1.0), (must, -1.0)], lower=0.0)
                 due = running(due, self._due[bucket])
                 back = carried(back, in_speed, seconds, extra)

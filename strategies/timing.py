@@ -1,11 +1,12 @@
-"""When copies run, where they run beside compute: those of swaps, and those of variables that are fetched.
+"""When copies run, where they run beside compute: those of swaps, and of variables that are fetched and stored.
 
 Evictions say what moves over which gap. This says when, so that little has to wait: copies off the device queue in the
 order in which their gaps begin, start as late as they can and still be complete by then, or as soon as the value is
 made, and free their source when they are complete; where memory is short, the next node waits
 for the one that is complete first. Copies back start as late as they can and still arrive in time, or, where that is
 too late for what comes together, up to a whole step earlier, as far as there is room; several margins are tried. A
-variable's value is copied back in the same way; as it has not been copied out, nothing but room holds it up.
+variable's value is copied back in the same way; as it has not been copied out, nothing but room holds it up. Its new
+value is one more copy off the device, which nothing waits for but room.
 
 Known weaknesses: of copies back that compete for room, the one that is needed first gets it; the clock is that of a
 step that waits for no copy back.
@@ -23,9 +24,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from graphswap import ir
-from graphswap.cost_model import Link
 from graphswap.incremental import Outline
-from graphswap.plan import Decision, Prefetch, Recompute, Swap
+from graphswap.plan import Decision, Prefetch, Recompute, Swap, WriteBack
 from graphswap.strategies import gaps
 
 _MARGINS = (0.0, 0.02, 1.0)
@@ -37,16 +37,25 @@ _SHARES = (1.0, 0.96, 0.9)
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Move:
-    """A swap, or a value that is fetched, by positions."""
+    """A swap, or a value that is fetched or stored, by positions."""
 
-    decision: Swap | Prefetch
+    decision: Swap | Prefetch | WriteBack
     nbytes: int
     piece_bytes: int  # beside them on the device while they come back
     tier: str
+    out_seconds: float
     in_seconds: float
     start: int  # out after, or as soon as it may be
     idle: int  # the first position at which the value may be gone, or after which it may be fetched
-    end: int  # the use that it must be back for
+    end: int  # the use that it must be back for; the number of positions if it stays away
+
+    @property
+    def leaves(self) -> bool:
+        return not isinstance(self.decision, Prefetch)
+
+    @property
+    def arrives(self) -> bool:
+        return not isinstance(self.decision, WriteBack)
 
     @property
     def value(self) -> str:
@@ -56,7 +65,7 @@ class _Move:
 def timed(
     problem: gaps.Gaps, decisions: Sequence[Decision], memory_budget: float
 ) -> tuple[tuple[Decision, ...], Outline]:
-    """Gives every swap its times, and has fetches start ahead.
+    """Gives every swap its times, has fetches start ahead, and stores run beside compute.
 
     Args:
         problem: The gaps.
@@ -66,7 +75,7 @@ def timed(
     Returns:
         The decisions and their outline: of those that keep the budget the fastest, else the smallest.
     """
-    decisions = tuple(decision for decision in decisions if not isinstance(decision, Prefetch))
+    decisions = tuple(decision for decision in decisions if not isinstance(decision, Prefetch | WriteBack))
     tight = problem.outline(decisions)
     best = (decisions, tight)
     copies = _copies(problem, decisions, tight, memory_budget)
@@ -84,8 +93,11 @@ def timed(
             if isinstance(move.decision, Swap):
                 times = {"out_after": order[move.start], "freed_before": order[freed], "in_after": order[first]}
                 found.append(dataclasses.replace(move.decision, **times))
-            else:
+            elif isinstance(move.decision, Prefetch):
                 found.append(dataclasses.replace(move.decision, after=order[first]))
+            else:
+                gone = order[freed] if freed < len(order) else ""
+                found.append(dataclasses.replace(move.decision, freed_before=gone))
         outline = problem.outline(found)
         best = min(best, (tuple(found), outline), key=lambda plan: _worth(plan[1], memory_budget))
     return best
@@ -111,12 +123,11 @@ class _Copies:
     """The copies of a plan, those off the device with their times.
 
     Attributes:
-        moves: Swaps, then what is fetched.
+        moves: Swaps and what is stored, then what is fetched.
         freed: Of each move, the position at which its source is freed, or after which it may be fetched.
         memory: Bytes in use at each position.
         clock: Seconds at which each position starts, and the end, if no copy back is waited for.
-        busy: Seconds of each position, without what is fetched.
-        link: That of swaps.
+        busy: Seconds of each position, without what is fetched and stored.
     """
 
     moves: Sequence[_Move]
@@ -124,27 +135,27 @@ class _Copies:
     memory: np.ndarray
     clock: np.ndarray
     busy: np.ndarray
-    link: Link
 
 
 def _copies(problem: gaps.Gaps, decisions: Sequence[Decision], tight: Outline, memory_budget: float) -> _Copies | None:
     """What may run beside compute; None if nothing does."""
-    link = problem.cost_model.link(problem.cost_model.far_tier)
-    swaps = _swaps(problem, decisions)
-    fetches = _fetches(problem, decisions)
-    if not (swaps or fetches) or (swaps and link.is_closed):
+    swaps, fetches, stores = _swaps(problem, decisions), _fetches(problem, decisions), _stores(problem)
+    if not (swaps or fetches or stores) or (swaps and problem.cost_model.link(problem.cost_model.far_tier).is_closed):
         return None
     busy = tight.busy
-    if fetches:
+    if problem.beside:
         busy = busy.copy()
         for move in fetches:
             busy[move.end] = max(0.0, busy[move.end] - move.in_seconds)
+        for move in stores:
+            busy[move.start + 1] = max(0.0, busy[move.start + 1] - move.out_seconds)
     ran = np.concatenate([[0.0], np.cumsum(busy)])
+    leaving = sorted([*swaps, *stores], key=lambda move: move.idle)
     freed, memory, clock = [], tight.live, ran
-    if swaps:
-        swaps = _departing(swaps, ran, link)
-        freed, memory, clock = _out(swaps, tight.live, ran, _repeats(problem, decisions), memory_budget, link)
-    return _Copies([*swaps, *fetches], [*freed, *(move.idle for move in fetches)], memory, clock, busy, link)
+    if leaving:
+        leaving = _departing(leaving, ran)
+        freed, memory, clock = _out(leaving, tight.live, ran, _repeats(problem, decisions), memory_budget)
+    return _Copies([*leaving, *fetches], [*freed, *(move.idle for move in fetches)], memory, clock, busy)
 
 
 def _is_beside(problem: gaps.Gaps, swap: Swap) -> bool:
@@ -152,16 +163,17 @@ def _is_beside(problem: gaps.Gaps, swap: Swap) -> bool:
 
 
 def _swaps(problem: gaps.Gaps, decisions: Sequence[Decision]) -> list[_Move]:
-    """The swaps in the order in which they are due to be gone."""
+    """The swaps that run beside compute."""
     place, value = problem.graph.position, problem.graph.value
     moves = []
     for swap in decisions:
         if isinstance(swap, Swap) and _is_beside(problem, swap):
             places = (place[swap.out_after], place[swap.freed_before], place[swap.in_before])
             moved = value(swap.value)
-            seconds = problem.cost_model.link(swap.tier).in_seconds(moved.nbytes)
-            moves.append(_Move(swap, moved.nbytes, _piece_bytes(moved), swap.tier, seconds, *places))
-    return sorted(moves, key=lambda move: move.idle)
+            link = problem.cost_model.link(swap.tier)
+            seconds = link.out_seconds(moved.nbytes), link.in_seconds(moved.nbytes)
+            moves.append(_Move(swap, moved.nbytes, _piece_bytes(moved), swap.tier, *seconds, *places))
+    return moves
 
 
 def _fetches(problem: gaps.Gaps, decisions: Sequence[Decision]) -> list[_Move]:
@@ -169,19 +181,20 @@ def _fetches(problem: gaps.Gaps, decisions: Sequence[Decision]) -> list[_Move]:
     if not problem.beside:
         return []
     graph, position, order = problem.graph, problem.graph.position, problem.order
-    uses = {name: set(problem.storages[problem.storage_of[name]].uses) for name in problem.beside}
-    runs = [(name, position[name]) for name in sorted(problem.beside, key=position.__getitem__)]
+    fetches = [name for name in problem.beside if graph.by_name[name].op == ir.FETCH]
+    uses = {name: set(problem.storages[problem.storage_of[name]].uses) for name in fetches}
+    runs = [(name, position[name]) for name in sorted(fetches, key=position.__getitem__)]
     for decision in decisions:
         if isinstance(decision, Recompute):
             end = position[decision.before]
             for name in decision.nodes:
-                if name in problem.beside:
+                if name in uses:
                     runs.append((name, end))
                 roots = {problem.root_of[reference] for reference in graph.by_name[name].inputs}
-                for read in roots & problem.beside:
+                for read in roots & uses.keys():
                     uses[read].add(end)
     moves = []
-    for name, end in runs:
+    for name, end in dict.fromkeys(runs):
         node = graph.by_name[name]
         needs = [position[other] for other in (*map(ir.producer, node.inputs), *node.control_inputs)]
         first = max([*needs, *(use for use in (*uses[name], position[name]) if use < end)], default=-1)
@@ -189,7 +202,34 @@ def _fetches(problem: gaps.Gaps, decisions: Sequence[Decision]) -> list[_Move]:
             before = name if end == position[name] else order[end]
             tier, seconds = str(dict(node.attrs)["tier"]), problem.cost_model.seconds(graph, node)
             decision = Prefetch(name, order[first], before)
-            moves.append(_Move(decision, node.outputs[0].nbytes, 0, tier, seconds, first, first, end))
+            moves.append(_Move(decision, node.outputs[0].nbytes, 0, tier, 0.0, seconds, first, first, end))
+    return moves
+
+
+def _stores(problem: gaps.Gaps) -> list[_Move]:
+    """What may be stored beside compute."""
+    moves, results = [], {problem.root_of[reference] for reference in problem.graph.outputs}
+    for name in problem.beside:
+        node, place = problem.graph.by_name[name], problem.graph.position[name]
+        if node.op != ir.STORE:
+            continue
+        root = problem.root_of[node.inputs[0]]
+        if not problem.stays(root) and root not in results:
+            storage = problem.storages[problem.storage_of[root]]
+            tier, seconds = str(dict(node.attrs)["tier"]), problem.cost_model.seconds(problem.graph, node)
+            moves.append(
+                _Move(
+                    WriteBack(name),
+                    storage.nbytes,
+                    0,
+                    tier,
+                    seconds,
+                    0.0,
+                    place - 1,
+                    storage.uses[-1] + 1,
+                    len(problem.order),
+                )
+            )
     return moves
 
 
@@ -205,31 +245,34 @@ def _worth(outline: Outline, memory_budget: float) -> tuple[float, float]:
     return max(0.0, outline.peak_bytes - memory_budget), outline.seconds
 
 
-def _departing(moves: Sequence[_Move], ran: np.ndarray, link: Link) -> list[_Move]:
+def _departing(moves: Sequence[_Move], ran: np.ndarray) -> list[_Move]:
     """The moves, their copies off the device as late as they are complete when they are due, and in that order."""
     found = list(moves)
     copies = {move.value: number for number, move in reversed(list(enumerate(moves)))}  # the first of each value
     queue = sorted(copies.values())
-    lane = np.inf
+    lanes: dict[str, float] = {}
     latest = {}
     for number in reversed(queue):
-        lane = min(lane, float(ran[moves[number].idle])) - link.out_seconds(moves[number].nbytes)
+        move = moves[number]
+        lane = lanes[move.tier] = min(lanes.get(move.tier, np.inf), float(ran[move.idle])) - move.out_seconds
         latest[number] = int(np.searchsorted(ran, lane, side="right")) - 2
-    before = 0
+    before: dict[str, int] = {}
     for number in queue:
         move = moves[number]
-        before = min(max(move.start, latest[number], before), move.idle - 1)
-        found[number] = dataclasses.replace(move, start=before)
+        start = before[move.tier] = min(max(move.start, latest[number], before.get(move.tier, 0)), move.idle - 1)
+        if move.arrives:
+            found[number] = dataclasses.replace(move, start=start)
     return found
 
 
 def _out(
-    moves: Sequence[_Move], live: np.ndarray, ran: np.ndarray, repeats: set[int], memory_budget: float, link: Link
+    moves: Sequence[_Move], live: np.ndarray, ran: np.ndarray, repeats: set[int], memory_budget: float
 ) -> tuple[list[int], np.ndarray, np.ndarray]:
     """Lets sources go when their copies are complete, or earlier, waiting for them, where memory is short.
 
     Returns:
-        At which position each is freed, bytes in use at each position, and when each starts.
+        At which position each is freed, the number of positions if it never is; bytes in use at each position, and when
+        each starts.
     """
     count = len(live)
     starting, idling = collections.defaultdict[int, list[int]](list), collections.defaultdict[int, list[int]](list)
@@ -242,10 +285,11 @@ def _out(
             fullest[position - 1] = max(fullest[position - 1], live[position])
     complete: dict[str, float] = {}  # value -> when its copy is out there
     pending: list[tuple[float, int]] = []  # idle, but not copied yet
-    freed = [move.idle for move in moves]
+    freed = [move.idle if move.arrives else count for move in moves]
     waiting = np.zeros(count + 1)  # changes of the bytes that are pending, by position
     delays = np.zeros(count + 1)
-    pending_bytes, delay, lane = 0, 0.0, 0.0
+    pending_bytes, delay = 0, 0.0
+    lanes: dict[str, float] = {}
     events = sorted({*starting, *idling})
     position = events[0]
     while position < count:
@@ -253,8 +297,8 @@ def _out(
         for number in starting.get(position, ()):
             move = moves[number]
             if move.value not in complete:
-                lane = max(lane, now) + link.out_seconds(move.nbytes)
-                complete[move.value] = lane
+                lanes[move.tier] = max(lanes.get(move.tier, 0.0), now) + move.out_seconds
+                complete[move.value] = lanes[move.tier]
         for number in idling.get(position, ()):
             heapq.heappush(pending, (complete[moves[number].value], number))
             pending_bytes += moves[number].nbytes
@@ -283,21 +327,22 @@ def _out(
 
 
 def _back(copies: _Copies, margin: float, memory_budget: float) -> list[int]:
-    """After which position each move's copy to the device starts."""
+    """After which position each move's copy to the device starts; 0 for those that stay away."""
     moves, memory, clock = copies.moves, copies.memory.copy(), copies.clock
     leaving = collections.Counter[int]()  # what is freed at a position is still there when copies start right before it
     for move, position in zip(moves, copies.freed, strict=True):
-        if isinstance(move.decision, Swap):
+        if move.leaves:
             leaving[position] += move.nbytes
     latest = [0] * len(moves)
     lanes: dict[str, float] = {}
-    for number in sorted(range(len(moves)), key=lambda number: -moves[number].end):
+    arriving = [number for number, move in enumerate(moves) if move.arrives]
+    for number in sorted(arriving, key=lambda number: -moves[number].end):
         move = moves[number]
         lane = lanes[move.tier] = min(lanes.get(move.tier, np.inf), float(clock[move.end])) - move.in_seconds
         latest[number] = int(np.searchsorted(clock, lane - margin * clock[-1], side="right")) - 2
     found = [0] * len(moves)
     before: dict[str, int] = {}  # tier -> the copy that is needed before this one starts no later
-    for number in sorted(range(len(moves)), key=lambda number: moves[number].end):
+    for number in sorted(arriving, key=lambda number: moves[number].end):
         move = moves[number]
         earlier = before.get(move.tier, 0)
         first = min(max(latest[number], copies.freed[number], earlier if margin else 0), move.end - 1)
@@ -317,13 +362,14 @@ def _seconds(copies: _Copies, after: Sequence[int]) -> float:
     moves = copies.moves
     ran = np.concatenate([[0.0], np.cumsum(copies.busy)])
     leave, arrive, go, use = range(4)  # in the order in which things happen before a position
-    swaps = [number for number, move in enumerate(moves) if isinstance(move.decision, Swap)]
-    events = [(moves[number].start + 1, leave, number) for number in swaps]
-    events += [(position + 1, arrive, number) for number, position in enumerate(after)]
-    events += [(copies.freed[number], go, number) for number in swaps]
-    events += [(move.end, use, number) for number, move in enumerate(moves)]
-    out = delay = now = 0.0
-    lanes: dict[str, float] = {}
+    events = [(move.start + 1, leave, number) for number, move in enumerate(moves) if move.leaves]
+    events += [(copies.freed[number], go, number) for _, _, number in events if copies.freed[number] < len(ran) - 1]
+    for number, move in enumerate(moves):
+        if move.arrives:
+            events += [(after[number] + 1, arrive, number), (move.end, use, number)]
+    delay = now = 0.0
+    outs: dict[str, float] = {}
+    ins: dict[str, float] = {}
     gone: dict[str, float] = {}  # value -> when its copy is out there
     there: dict[int, float] = {}
     for position, kind, number in sorted(events):
@@ -331,11 +377,11 @@ def _seconds(copies: _Copies, after: Sequence[int]) -> float:
         move = moves[number]
         if kind == leave:
             if move.value not in gone:
-                out = gone[move.value] = max(out, now) + copies.link.out_seconds(move.nbytes)
+                outs[move.tier] = gone[move.value] = max(outs.get(move.tier, 0.0), now) + move.out_seconds
         elif kind == arrive:
-            start = max(lanes.get(move.tier, 0.0), now, gone.get(move.value, 0.0))
-            lanes[move.tier] = there[number] = start + move.in_seconds
+            start = max(ins.get(move.tier, 0.0), now, gone.get(move.value, 0.0))
+            ins[move.tier] = there[number] = start + move.in_seconds
         else:
             done = gone[move.value] if kind == go else there[number]
             delay += max(0.0, done - now)
-    return max(float(ran[-1]) + delay, out, *lanes.values())
+    return max(float(ran[-1]) + delay, *outs.values(), *ins.values())

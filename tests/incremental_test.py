@@ -55,7 +55,8 @@ def random_plan(rng, graph):
     makers = [testing.random_swap, testing.random_recompute]
     plan = Plan(decisions=tuple(rng.choice(makers)(rng, graph, names) for _ in range(rng.randint(0, 6))))
     ahead = testing.random_prefetches(rng, graph, names, plan)
-    return plan.replace(decisions=(*plan.decisions, *ahead)).check(graph)
+    back = testing.random_write_backs(rng, graph, names)
+    return plan.replace(decisions=(*plan.decisions, *ahead, *back)).check(graph)
 
 
 def graphs():

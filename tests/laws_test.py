@@ -72,7 +72,10 @@ def random_plan(rng: random.Random, graph: ir.Graph) -> Plan:
     ]
     plan = Plan(order=order, decisions=(*decisions, *random_pairs(rng, graph, names)))
     ahead = testing.random_prefetches(rng, graph, names, plan)
-    return plan.replace(decisions=(*plan.decisions, *ahead)).check(graph)
+    back = testing.random_write_backs(rng, graph, names)
+    paired = {name for pair in plan.pairs for name in (pair.first, pair.second)}
+    beside = [decision for decision in (*ahead, *back) if decision.node not in paired]
+    return plan.replace(decisions=(*plan.decisions, *beside)).check(graph)
 
 
 def random_pairs(rng: random.Random, graph: ir.Graph, names: tuple[str, ...]) -> list[SideBySide]:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from graphswap import ir, parser
 from graphswap.collectives import packed
 from graphswap.cost_model import CostModel, DeviceSpec, Link, Profile
-from graphswap.plan import Exchange, Plan, Prefetch, Recompute, Swap
+from graphswap.plan import Exchange, Plan, Prefetch, Recompute, Swap, WriteBack
 from graphswap.strategies.auto import Auto
 from graphswap.strategies.base import Strategy
 from graphswap.strategies.checkmate import Checkmate
@@ -146,11 +146,21 @@ def random_prefetches(rng: random.Random, graph: ir.Graph, names: tuple[str, ...
     fetched = {node.name for node in fetches}
     runs += [(name, repeat.before) for repeat in plan.recomputes for name in repeat.nodes if name in fetched]
     found = []
-    for name, before in dict.fromkeys(runs):
+    for name, before in (run for run in dict.fromkeys(runs) if runs.count(run) == 1):
         node = graph.by_name[name]
         first = max(place[other] for other in (*map(ir.producer, node.inputs), *node.control_inputs))
         if rng.random() < 0.7:
             found.append(Prefetch(name, names[rng.randint(first, place[before] - 1)], before))
+    return found
+
+
+def random_write_backs(rng: random.Random, graph: ir.Graph, names: tuple[str, ...]) -> list[WriteBack]:
+    """Any valid ones, likewise."""
+    place = {name: at for at, name in enumerate(names)}
+    found = []
+    for node in graph.nodes:
+        if node.op == ir.STORE and rng.random() < 0.7:
+            found.append(WriteBack(node.name, rng.choice(["", *names[place[node.name] + 1 :]])))
     return found
 
 

@@ -1,4 +1,4 @@
-"""Moves FETCHes to where the plan has them start, from where they run beside compute."""
+"""Lets copies of variables run beside compute, from where the plan says, instead of where they stand."""
 
 from __future__ import annotations
 
@@ -11,17 +11,22 @@ from graphswap.rewrites.ordering import floats
 from graphswap.rewrites.swap import anchors, runs_before
 
 
-def prefetch(graph: ir.Graph, plan: Plan) -> ir.Graph:
-    """Returns the graph with the plan's `Prefetch` decisions carried out.
+def overlap(graph: ir.Graph, plan: Plan) -> ir.Graph:
+    """Returns the graph with the plan's `Prefetch` and `WriteBack` decisions carried out.
 
-    A FETCH that starts ahead stands behind the copies that start after the same node, and runs after that one. What
+    A FETCH that starts ahead stands behind the copies that start after the same node, and runs after that one. A STORE
+    that is written back stays, and the node that the plan names waits for it. Neither is in the way of others: what
     would have been gone before it ran, the next node waits for; copies that would have started right after it start
     after the node before it. A run that nobody reads is not there any more.
     """
-    if not plan.prefetches:
+    if not (plan.prefetches or plan.write_backs):
         return graph
     starts = {(decision.node, decision.before): decision.after for decision in plan.prefetches}
     places = {run: place for place, run in enumerate(starts)}
+    stores = {decision.node for decision in plan.write_backs}
+    fences: dict[str, list[str]] = {}  # node -> what is written back by then
+    for decision in plan.write_backs:
+        fences.setdefault(decision.freed_before, []).append(decision.node)
     anchor_of = anchors(graph)
     starting_after: dict[str, list[tuple[int, ir.Node]]] = {}  # a node -> FETCHes, each with its decision's place
     ahead: set[str] = set()
@@ -34,20 +39,29 @@ def prefetch(graph: ir.Graph, plan: Plan) -> ir.Graph:
     nodes: list[ir.Node] = []
     starting: list[ir.Node] = []
     previous = ""  # the last node that others may wait for: no copy beside compute
-    stood_after: dict[str, str] = {}  # first run of a FETCH that starts ahead -> the node before its place
+    stood_after: dict[str, str] = {}  # what runs beside compute now -> the node before its place
     handed_on: tuple[str, ...] = ()
     for node in graph.nodes:
         if node.op not in (ir.SWAP_OUT, ir.SWAP_IN):
             nodes += (_started(graph, fetch, runs_before(graph, previous)) for fetch in starting)
             starting = []
-        if node.name in ahead:
+        if node.name in ahead or node.name in stores:
             handed_on += tuple(name for name in node.control_inputs if _is_copy_out(graph, name))
+            handed_on += tuple(fences.get(node.name, ()))
             stood_after[node.name] = runs_before(graph, previous)
+        if node.name in stores:
+            kept = (name for name in node.control_inputs if not _is_copy_out(graph, name))
+            nodes.append(_beside(_waiting(node, kept)))
         elif floats(node):
             nodes.append(_waiting(node, (stood_after.get(name, name) for name in node.control_inputs)))
-        else:
-            repeats = {name for name in ahead.intersection(node.control_inputs) if graph.by_name[name].like}
-            nodes.append(_waiting(node, (*(n for n in node.control_inputs if n not in repeats), *handed_on)))
+        elif node.name not in ahead:
+            # What a repeat has to do with the node before it, or that one with a repeat, is their order alone.
+            passed = {
+                name for name in stood_after.keys() & {*node.control_inputs} if node.like or graph.by_name[name].like
+            }
+            kept = (name for name in node.control_inputs if name not in passed)
+            fenced = fences.get(node.name, ()) if not node.like else ()
+            nodes.append(_waiting(node, (*kept, *handed_on, *fenced)))
             previous, handed_on = node.name, ()
         starting += [fetch for _, fetch in sorted(starting_after.get(node.name, ()), key=lambda entry: entry[0])]
     return graph.replace(nodes=tuple(nodes))
@@ -56,8 +70,11 @@ def prefetch(graph: ir.Graph, plan: Plan) -> ir.Graph:
 def _started(graph: ir.Graph, fetch: ir.Node, previous: str) -> ir.Node:
     """A FETCH that starts after a node and beside the next ones."""
     kept = () if fetch.like else (name for name in fetch.control_inputs if not _is_copy_out(graph, name))
-    attrs = tuple(sorted((*fetch.attrs, (ir.IS_AHEAD, True))))
-    return _waiting(dataclasses.replace(fetch, attrs=attrs), (*kept, previous))
+    return _waiting(_beside(fetch), (previous, *kept))
+
+
+def _beside(node: ir.Node) -> ir.Node:
+    return dataclasses.replace(node, attrs=tuple(sorted((*node.attrs, (ir.OVERLAPS, True)))))
 
 
 def _waiting(node: ir.Node, names: Iterable[str]) -> ir.Node:
