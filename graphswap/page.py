@@ -18,7 +18,7 @@ import numpy as np
 from graphswap import ir, liveness
 from graphswap.options import format_bytes
 from graphswap.picture import Picture, decided, moments
-from graphswap.plan import Exchange, Place, Recompute, Shard, SideBySide, Swap
+from graphswap.plan import Exchange, Place, Prefetch, Recompute, Shard, SideBySide, Swap, WriteBack
 from graphswap.simulator import Timeline
 
 _BUCKETS = 2000
@@ -33,6 +33,8 @@ _KINDS = {
     "recompute": "runs again",
     "swap_out": "swap out",
     "swap_in": "swap in",
+    "fetch": "fetch",
+    "store": "store",
     "exchange": "exchange",
 }
 _LEGEND = {"recompute": "Nodes that run again", "side by side": "Nodes that run side by side"}
@@ -47,6 +49,8 @@ _COLOURS = {
     "side by side": "#2ba36a",
     "swap out": "#9a6ae0",
     "swap in": "#16a0b0",
+    "fetch": "#4f8f2f",
+    "store": "#a8893c",
 }
 
 
@@ -110,7 +114,7 @@ class _Act:
         spans: Lane, start and end of each of its bars, in unscaled seconds.
     """
 
-    decision: Swap | Recompute | SideBySide
+    decision: Swap | Recompute | Prefetch | WriteBack | SideBySide
     kind: str
     value: str
     nbytes: int
@@ -139,7 +143,9 @@ def _acts(picture: Picture) -> list[_Act]:
     return sorted(acts, key=lambda act: act.nbytes, reverse=True)
 
 
-def _described(graph: ir.Graph, decision: Swap | Recompute | SideBySide) -> tuple[str, str, int, str]:
+def _described(
+    graph: ir.Graph, decision: Swap | Recompute | Prefetch | WriteBack | SideBySide
+) -> tuple[str, str, int, str]:
     """Kind, value, bytes and what happens."""
     if isinstance(decision, Swap):
         what = (
@@ -153,6 +159,15 @@ def _described(graph: ir.Graph, decision: Swap | Recompute | SideBySide) -> tupl
         company = f", with {others} more nodes," if others > 1 else ", with one more node," if others else ""
         what = f"runs again{company} right before {_short(decision.before)}"
         return "recompute", value, sum(map(_own_bytes, nodes)), what
+    if isinstance(decision, Prefetch):
+        node = graph.by_name[decision.node]
+        needed = "" if decision.before == decision.node else f", needed by {_short(decision.before)}"
+        what = f"starts after {_short(decision.after)}{needed}"
+        return "fetch", str(dict(node.attrs)["variable"]), node.outputs[0].nbytes, what
+    if isinstance(decision, WriteBack):
+        node = graph.by_name[decision.node]
+        gone = f"gone before {_short(decision.freed_before)}" if decision.freed_before else "there until the step's end"
+        return "store", str(dict(node.attrs)["variable"]), graph.value(node.inputs[0]).nbytes, gone
     return "side by side", decision.first, 0, f"runs at the same time as {_short(decision.second)}"
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from graphswap.picture import Picture, decided, moments
-from graphswap.plan import Decision, Plan, Swap
+from graphswap.plan import Decision, Plan, Prefetch, Swap, WriteBack
 from graphswap.simulator import Step, Timeline
 
 _Event = dict[str, Any]
@@ -68,6 +68,8 @@ def _counter(levels: Iterable[tuple[float, int]]) -> Iterator[_Event]:
 def _lane(step: Step, decision: Decision | None) -> str:
     if isinstance(decision, Swap):
         return f"swap out to {decision.tier}" if step.kind == "swap_out" else f"swap in from {decision.tier}"
+    if isinstance(decision, Prefetch | WriteBack):
+        return "fetch variables" if step.kind == "fetch" else "store variables"
     return "network" if step.kind == "exchange" else "compute"
 
 

@@ -9,10 +9,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar
 
 from graphswap import ir
-from graphswap.plan import Decision, Plan, Recompute, Swap
+from graphswap.plan import Decision, Plan, Prefetch, Recompute, Swap
 from graphswap.simulator import Timeline
 
-_Kind = TypeVar("_Kind", Swap, Recompute)
+_Kind = TypeVar("_Kind", Swap, Recompute, Prefetch)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +71,7 @@ def moments(timeline: Timeline) -> list[float]:
 
 
 def decided(graph: ir.Graph, plan: Plan, timeline: Timeline) -> list[Decision | None]:
-    """For each step of the timeline the swap or the recompute that it carries out; None for the user's nodes.
+    """For each step of the timeline the decision that it carries out; None for the user's nodes.
 
     Args:
         graph: The user's graph.
@@ -81,6 +81,8 @@ def decided(graph: ir.Graph, plan: Plan, timeline: Timeline) -> list[Decision | 
     position = {name: place for place, name in enumerate(plan.order)} or graph.position
     outs = _queues((swap.value, position[swap.out_after], swap) for swap in plan.swaps)
     ins = _queues((swap.value, position[swap.in_after], swap) for swap in plan.swaps)
+    fetches = _queues((fetch.node, position[fetch.after], fetch) for fetch in plan.prefetches)
+    stores = {store.node: store for store in plan.write_backs}
     repeats = _queues((name, position[repeat.before], repeat) for repeat in plan.recomputes for name in repeat.nodes)
     found: list[Decision | None] = []
     last = -1  # of the user's nodes so far
@@ -93,8 +95,11 @@ def decided(graph: ir.Graph, plan: Plan, timeline: Timeline) -> list[Decision | 
             while position[queue[0].before] <= last:  # repeats that nobody would have read were left out
                 queue.popleft()
             found.append(queue.popleft())
+        elif step.kind == "store":
+            found.append(stores[step.name])
         else:
-            found.append((outs if step.kind == "swap_out" else ins)[step.name].popleft())
+            queues = {"swap_out": outs, "swap_in": ins, "fetch": fetches}[step.kind]
+            found.append(queues[step.name].popleft())
     return found
 
 

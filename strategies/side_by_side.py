@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from graphswap import ir
 from graphswap.cost_model import CostModel, flops
-from graphswap.plan import Decision, Plan, PlanError, Recompute, SideBySide, Swap
+from graphswap.plan import Decision, Plan, PlanError, Prefetch, Recompute, SideBySide, Swap, WriteBack
 from graphswap.simulator import NoRoom
 from graphswap.strategies import gaps
 
@@ -164,6 +164,17 @@ def _with(graph: ir.Graph, plan: Plan, pairs: Sequence[_Pair]) -> Plan:
                 ),
                 in_after=min(start, names[place[use] - 1], key=place.__getitem__),
                 in_before=use,
+            )
+        elif isinstance(decision, Prefetch):
+            run = first_of.get(decision.before, decision.before)
+            start = names[place[decision.after] - (decision.after in second_of)]
+            decision = dataclasses.replace(
+                decision, before=run, after=min(start, names[place[run] - 1], key=place.__getitem__)
+            )
+        elif isinstance(decision, WriteBack) and decision.freed_before:
+            after = names[min(place[decision.node] + 1, len(names) - 1)]
+            decision = dataclasses.replace(
+                decision, freed_before=max(decision.freed_before, after, key=place.__getitem__)
             )
         decisions.append(decision)
     together = (SideBySide(found.first, found.second) for found in pairs)

@@ -86,7 +86,7 @@ def timed(
     for share, margin in itertools.product(_SHARES, _MARGINS):
         if share < 1.0 and best[1].peak_bytes <= memory_budget and best[1] is not tight:
             break
-        found = list(others)
+        found: list[Decision] = list(others)
         for move, freed, first in zip(
             copies.moves, copies.freed, _back(copies, margin, share * memory_budget), strict=True
         ):

@@ -99,6 +99,24 @@ RUNS = [
 ]
 
 
+def train_beside_compute(budget):
+    """The same with an accelerator whose copies run beside compute, and which is not the host."""
+    import dataclasses
+    from unittest import mock
+
+    from graphswap import profiler
+
+    measured = profiler.device_spec
+
+    def spec(*arguments, **settings):
+        device = measured(*arguments, **settings)
+        links = {tier: dataclasses.replace(link, overlaps=True) for tier, link in device.links.items()}
+        return dataclasses.replace(device, links=links, computes_there=False, runs_pairs=False)
+
+    with mock.patch.object(profiler, "device_spec", spec):
+        return train(budget)
+
+
 def train_all(has_budget):
     return [train(budget if has_budget else None, **settings) for _, budget, settings in RUNS]
 
@@ -118,6 +136,16 @@ def test_a_model_larger_than_the_device_trains(tmp_path):
     assert taken, mixed["text"]
     assert (taken[1], taken[3]) == (taken[2], taken[4])
     assert (mixed["losses"], mixed["variables"]) == (plain["losses"], plain["variables"])
+
+
+def test_copies_of_variables_run_beside_compute():
+    device_bytes = 12 << 20
+    ours = emulated.call(device_bytes, __file__, "train_beside_compute", "auto")
+    plain = emulated.call(1 << 30, __file__, "train", None)
+    assert plain["peak"] > 16 << 20 > device_bytes >= ours["peak"]
+    assert ours["stored"] and not ours["updated_there"]
+    assert re.search(r"stored per step, \d+ copies of them beside compute", ours["text"]), ours["text"]
+    assert (ours["losses"], ours["variables"]) == (plain["losses"], plain["variables"])
 
 
 def test_optimizers_and_their_settings_compute_the_same_bits():
