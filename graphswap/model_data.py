@@ -144,7 +144,7 @@ def choose(
     def once(name: str) -> float:
         if there and journeys[name] <= 1:  # only its update reads it
             return 0.0
-        return min(link.in_seconds(known[name].nbytes) for link in links)
+        return min(0.0 if link.overlaps else link.in_seconds(known[name].nbytes) for link in links)
 
     def travelling(name: str) -> float:
         # Twice where there are two tiers: what stays makes room for something else to move from one to the other.

@@ -1,3 +1,4 @@
+import model_data_test
 import pytest
 import testing
 
@@ -11,6 +12,16 @@ def test_a_plan_beside_its_bound():
     cells = bounds.row("chain", "v100", 60, found)
     assert len(cells) == len(bounds.COLUMNS)
     assert cells[2].startswith("60 %, ")
+
+
+def test_variables_in_host_memory():
+    step = model_data_test.step(64)
+    found = bounds.measure(step, "v100", 80, planning_seconds=5.0, is_away=True)
+    assert found["bound_seconds"] <= found["planned_seconds"] < found["in_turn_seconds"]
+    assert found["planned_peak_bytes"] <= found["budget_bytes"]
+    cells = bounds.row("mlp", "v100", 80, found, is_away=True)
+    assert len(cells) == len(bounds.AWAY_COLUMNS)
+    assert {node.op for node in bounds.away(step).nodes} >= {"Fetch", "Store"}
 
 
 def test_a_budget_that_no_plan_keeps():

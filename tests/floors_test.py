@@ -65,7 +65,7 @@ STEPS = {
         {"auto"},
         {"__init__"},
     ),
-    "rewrites": ({"far_update", "pass_manager"}, None, {"__init__"}),
+    "rewrites": ({"far_update", "ordering", "pass_manager", "swap"}, None, {"__init__"}),
     "tools": (
         {"__init__"},
         {"architectures", "planning"},

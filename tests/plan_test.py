@@ -4,7 +4,7 @@ import pytest
 import tiny_graphs
 
 from graphswap import parser
-from graphswap.plan import Declined, Plan, PlanError, Recompute, SideBySide, Swap
+from graphswap.plan import Declined, Plan, PlanError, Prefetch, Recompute, SideBySide, Swap, WriteBack
 
 CHAIN = parser.parse(tiny_graphs.CHAIN)
 DIAMOND = parser.parse(tiny_graphs.DIAMOND)
@@ -149,6 +149,60 @@ def test_check_says_what_does_not_fit(plan, graph, message):
     with pytest.raises(PlanError) as error:
         plan.check(graph)
     assert str(error.value) == f"{plan.decisions[0]} does not fit graph '{graph.name}': {message}"
+
+
+FAR = parser.parse("""
+graph far(%x) -> (%y) after(%store) {
+  %w = Placeholder() {"store_of": "v", "tier": "host"} : (resource[])
+  %spare = Placeholder() : (resource[])
+  %x = Placeholder() : (float32[8])
+  %a = Relu(%x) : (float32[8])
+  %fetch = Fetch(%w) {"tier": "host", "variable": "v"} after(%a) : (float32[8])
+  %b = Relu(%a) : (float32[8])
+  %y = Add(%b, %fetch) : (float32[8])
+  %store = Store!(%y, %w, %spare) {"tier": "host", "variable": "v"} after(%fetch) : ()
+  %end = NoOp() : ()
+}
+""")
+LATE = "expected what the copy needs <= after < before in execution order."
+
+
+def test_copies_of_variables_beside_compute():
+    ahead = Prefetch("fetch", "a", "fetch"), Prefetch("fetch", "b", "y", reason="hidden")
+    plan = Plan(decisions=(Recompute(("fetch",), "y"), *ahead, WriteBack("store", "end"))).check(FAR)
+    assert (plan.prefetches, plan.write_backs) == (ahead, plan.decisions[-1:])
+    assert Plan.from_json(plan.to_json()) == plan
+    assert str(plan).splitlines()[2:] == [
+        "  fetch      fetch  after a",
+        "  fetch      fetch  after b, before y  (hidden)",
+        "  store      store  beside compute  gone before end",
+    ]
+    assert str(Plan(decisions=(WriteBack("store"),))).splitlines()[1] == "  store      store  beside compute"
+
+
+@pytest.mark.parametrize(
+    ("decision", "message"),
+    [
+        (Prefetch("b", "a", "b"), "'b' (Relu) is no Fetch."),
+        (Prefetch("fetch", "a", "y"), "the plan does not repeat 'fetch' once before 'y'."),
+        (Prefetch("fetch", "x", "fetch"), LATE),
+        (Prefetch("fetch", "b", "fetch"), LATE),
+        (Prefetch("fetch", "z", "fetch"), "there is no node 'z'."),
+        (WriteBack("fetch"), "'fetch' (Fetch) is no Store."),
+        (WriteBack("store", "y"), "expected node < freed_before in execution order."),
+        (WriteBack("store", "z"), "there is no node 'z'."),
+    ],
+)
+def test_check_refuses_copies_of_variables_that_do_not_fit(decision, message):
+    with pytest.raises(PlanError) as error:
+        Plan(decisions=(decision,)).check(FAR)
+    assert str(error.value) == f"{decision} does not fit graph 'far': {message}"
+
+
+def test_a_copy_beside_compute_is_in_no_pair():
+    plan = Plan(decisions=(SideBySide("fetch", "b"), Prefetch("fetch", "a", "fetch")))
+    with pytest.raises(PlanError, match="one of the two is a copy that runs beside compute anyway"):
+        plan.check(FAR)
 
 
 def test_check_refuses_the_plan_of_another_graph():

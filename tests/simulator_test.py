@@ -6,7 +6,7 @@ import tiny_graphs
 from graphswap import parser
 from graphswap.allocator import Allocator
 from graphswap.cost_model import CostModel, DeviceSpec, Link, Profile, Workspace
-from graphswap.plan import Plan, Recompute, SideBySide, Swap
+from graphswap.plan import Plan, Prefetch, Recompute, SideBySide, Swap, WriteBack
 from graphswap.simulator import NoRoom, simulate
 
 # A unit takes two seconds to the host and one back; to the disk and from there four each.
@@ -556,3 +556,73 @@ def test_an_output_is_written_over_the_input_that_its_kernel_reuses(call, units)
     }}
     """
     assert run(graph).peak_bytes == units * 256
+
+
+# --- variables in far tiers -------------------------------------------------------------------------------------
+
+
+# The handles' nodes take a second each, too: everything else starts at 3.
+FAR = """
+graph far(%x) -> (%loss) after(%store) {
+  %w = Placeholder() {"store_of": "v", "tier": "host"} : (resource[])
+  %spare = Placeholder() : (resource[])
+  %x = Placeholder() : (float32[8,8])
+  %a = MatMul(%x, %x) : (float32[8,8])
+  %b = MatMul(%a, %a) : (float32[8,8])
+  %fetch = Fetch(%w) {"tier": "host", "variable": "v"} : (float32[8,8])
+  %y = MatMul(%b, %fetch) : (float32[8,8])
+  %new = MatMul(%y, %fetch) : (float32[8,8])
+  %store = Store!(%new, %w, %spare) {"tier": "host", "variable": "v"} after(%fetch, %y, %new) : ()
+  %c = MatMul(%y, %y) : (float32[8,8])
+  %loss = MatMul(%c, %c) : (float32[8,8])
+}
+"""
+
+
+def test_variables_are_fetched_and_stored_in_turn():
+    assert table(run(FAR))[3:] == [
+        "a run 3 4 2",
+        "b run 4 5 3",
+        "fetch run 5 6 3",  # x b, and v
+        "y run 6 7 4",
+        "new run 7 8 4",  # x y v, and its new value
+        "store run 8 10 3",
+        "c run 10 11 3",
+        "loss run 11 12 3",
+    ]
+
+
+def test_a_fetch_that_starts_ahead_and_a_store_that_is_written_back():
+    timeline = run(FAR, Prefetch("fetch", "a", "fetch"), WriteBack("store", "loss"))
+    assert table(timeline)[3:] == [
+        "a run 3 4 2",
+        "fetch fetch 4 5 3",
+        "b run 4 5 4",
+        "y run 5 6 4",
+        "new run 6 7 4",
+        "store store 7 9 3",
+        "c run 7 8 4",  # x y c, and the new value that is on its way
+        "loss run 9 10 3",  # waits for it
+    ]
+    assert (timeline.seconds, timeline.swapped_bytes) == (10.0, 0)
+    assert run(FAR, WriteBack("store")).seconds == 10.0
+    assert live(run(FAR, WriteBack("store")))["loss"] == 4
+
+
+def test_a_fetch_that_starts_late_stalls_its_reader_and_queues_with_what_comes_back():
+    swap_x = Swap("x", "a", "b", "b", "c")
+    text = FAR.replace("%c = MatMul(%y, %y)", "%c = MatMul(%y, %x)")
+    timeline = run(text, swap_x, Prefetch("fetch", "b", "fetch"))
+    assert table(timeline)[3:8] == [
+        "a run 3 4 2",
+        "x swap_out 4 6 2",
+        "b run 6 7 3",  # the argument stays, whoever reads a copy of it
+        "x swap_in 7 8 3",
+        "fetch fetch 8 9 4",
+    ]
+    assert table(timeline)[8] == "y run 9 10 5"
+
+
+def test_who_waits_for_a_store_waits_for_one_that_is_written_back():
+    text = FAR.replace("%c = MatMul(%y, %y)", "%c = MatMul(%y, %y) after(%store)")
+    assert table(run(text, WriteBack("store")))[-2:] == ["c run 10 11 3", "loss run 11 12 3"]

@@ -1,11 +1,12 @@
 """On a chain in which every node takes a second, and a MiB two to the host and one back."""
 
+import model_data_test
 import pytest
 import testing
 
-from graphswap import parser
+from graphswap import parser, rewrites
 from graphswap.cost_model import Link
-from graphswap.plan import Plan, Recompute, Swap
+from graphswap.plan import Place, Plan, Prefetch, Recompute, Swap, WriteBack
 from graphswap.simulator import simulate
 from graphswap.strategies import gaps, timing
 
@@ -101,3 +102,47 @@ def test_a_copy_that_is_due_later_lets_others_go_first():
     swaps, _ = timing.timed(problem, problem.decide(evicted), 12 * MIB)
     starts = [(swap.value, swap.out_after) for swap in swaps if isinstance(swap, Swap)]
     assert starts == [("soon", "soon"), ("late", "soon")]
+
+
+# A gibibyte a second takes a thousandth of a node's second for a MiB, a MiB a second as long as a node.
+STEP = model_data_test.step(256)
+FAR = rewrites.place(STEP, Plan(decisions=tuple(Place(name, "host") for name in model_data_test.ALL)))
+
+
+def far(speed, budget_mib=100.0, overlaps=True):
+    """The step with all variables in host memory, nodes of a second each: with its copies timed, and without."""
+    model = testing.seconds_per_node(1.0, Link(speed * MIB, speed * MIB, 0.0, overlaps=overlaps))
+    problem = gaps.problem(FAR, model)
+    decisions, outline = timing.timed(problem, (), budget_mib * MIB)
+    found = simulate(problem.graph, Plan(decisions=decisions).check(problem.graph), model)
+    assert (found.seconds, found.peak_bytes) == (pytest.approx(outline.seconds), outline.peak_bytes)
+    return problem, decisions, outline, problem.outline(())
+
+
+def test_variables_come_and_go_beside_compute():
+    """A quarter of a MiB takes a quarter of a second, and every node a second: all but the last store is hidden."""
+    problem, decisions, outline, late = far(speed=1)
+    copies = [node for node in FAR.nodes if node.op in ("Fetch", "Store")]
+    assert late.seconds == len(problem.order) - 0.75 * len(copies)
+    assert outline.seconds == len(problem.order) - len(copies) + 0.25
+    prefetches = [decision for decision in decisions if isinstance(decision, Prefetch)]
+    assert {decision.node for decision in prefetches} == {node.name for node in copies if node.op == "Fetch"}
+    assert sum(isinstance(decision, WriteBack) for decision in decisions) == len(copies) - len(prefetches)
+
+
+def test_without_room_copies_stay_where_they_are():
+    _, _, outline, late = far(speed=1, budget_mib=0)
+    assert outline.peak_bytes == late.peak_bytes
+
+
+def test_on_a_slow_link_the_step_takes_as_long_as_the_link():
+    """Weights are fetched first; then slots are, beside which new values leave."""
+    problem, _, outline, late = far(speed=1 / 64)
+    least = 16.0 * (model_data_test.LAYERS + 2 * model_data_test.LAYERS)
+    assert least <= outline.seconds <= least + len(problem.order) < late.seconds
+
+
+def test_over_a_link_in_the_way_nothing_is_moved():
+    problem, decisions, outline, late = far(speed=1, overlaps=False)
+    assert not decisions
+    assert outline.seconds == late.seconds == float(problem.clock[-1])
