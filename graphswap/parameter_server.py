@@ -278,7 +278,7 @@ class WorkerSession:
         latency = seconds(4, ps, worker)
         out, back = (nbytes / max(1e-9, seconds(nbytes, *way) - latency) for way in ((worker, ps), (ps, worker)))
         server.look(self._workers.own(), forgets=True)
-        return Link(out, back, latency)
+        return Link(out, back, latency, overlaps=True)
 
 
 def _key(arguments: Sequence[Any]) -> tuple[Any, ...]:

@@ -185,7 +185,7 @@ class StepReport:
             (
                 "plan",
                 f"{plan.strategy or 'none'}: {len(plan.swaps)} swaps ({format_bytes(self.swapped_bytes)} out), "
-                f"{repeated} nodes repeated ({self.recomputed_seconds:.3f} s)",
+                f"{repeated} nodes repeated ({self.recomputed_seconds:.3f} s){self._beside()}",
             ),
             ("away", self._away()),
             ("far", self._far()),
@@ -215,13 +215,13 @@ class StepReport:
         there = sum(access.is_updated_there for access in used)
         return (
             f"{len(self.plan.places)} variables ({', '.join(where)}{f'; {there} updated there' if there else ''}): "
-            f"{fetched} fetched and {stored} stored per step{self._beside()}"
+            f"{fetched} fetched and {stored} stored per step"
         )
 
     def _beside(self) -> str:
         """How many of the copies of variables run beside compute."""
         copies = len(self.plan.prefetches) + len(self.plan.write_backs)
-        return f", {copies} copies of them beside compute" if copies else ""
+        return f", {copies} copies of variables beside compute" if copies else ""
 
     def _far(self) -> str:
         """What variables outside of the device take where they are."""

@@ -115,6 +115,7 @@ class Relaxation:
         self._refunds: list[list[tuple[int, float]]] = [[] for _ in range(count)]  # runs that become superfluous
         self._fetches: dict[tuple[int, int], int] = {}
         self._stored = 0.0  # GB that leave beside compute for good
+        self._awaited = np.zeros(count)  # GB that may still be on their way when a bucket ends, though they are due
         self._dropped_at_birth: dict[int, int | None] = {}  # storage that nobody reads before its first gap ends
         self._there: dict[tuple[int, int], tuple[list[tuple[int, float]], float]] = {}  # (storage, bucket) -> terms
 
@@ -268,7 +269,7 @@ class Relaxation:
             if number == 0 and problem.gaps[gap].start == problem.storages[storage].born:
                 self._dropped_at_birth[storage] = stretches[0].dropped
         assert copied is not None
-        row([(moved, 1.0), (copied, -1.0)], lower=0.0)
+        row([(moved, 1.0), (copied, -1.0)], lower=0.0, upper=0.0)
 
     def _end_stretch(self, storage: int, stretch: Stretch, after: Stretch | None) -> None:
         """What is present in the next stretch and was not in this one is fetched or made again."""
@@ -429,9 +430,9 @@ class Relaxation:
                 if repeated == name:
                     self._due[bucket].append((run, gigabytes))
             bucket = self._bucket(graph.position[name])
+            # Its memory is taken from where it stands, or earlier; it need not be there before its first reader.
             readers = graph.consumers.get(name, ())
-            if not readers or self._bucket(graph.position[readers[0]]) != bucket:
-                continue  # it may come a bucket later than its memory is counted
+            self._awaited[bucket : self._bucket(graph.position[readers[0]]) if readers else None] += gigabytes
             self._due[bucket].append((self._builder.column(lower=1.0), gigabytes))
             if name in self._superfluous:
                 self._due[bucket].append((self._superfluous[name], -gigabytes))
@@ -501,7 +502,7 @@ class Relaxation:
                 builder.row([(out, 1.0), (leaving, 1.0), (must, -1.0)], lower=0.0)
                 due = running(due, self._due[bucket])
                 back = carried(back, in_speed, seconds, extra)
-                builder.row([(back, 1.0), (due, -1.0)], lower=0.0)
+                builder.row([(back, 1.0), (due, -1.0)], lower=-float(self._awaited[bucket]))
                 early = [(back, -1.0), (due, 1.0), (leaving, -1.0)]
             elif not link.is_closed:
                 spent += [(c, -v / out_speed) for c, v in self._born[bucket]]

@@ -144,7 +144,7 @@ def test_copies_of_variables_run_beside_compute():
     plain = emulated.call(1 << 30, __file__, "train", None)
     assert plain["peak"] > 16 << 20 > device_bytes >= ours["peak"]
     assert ours["stored"] and not ours["updated_there"]
-    assert re.search(r"stored per step, \d+ copies of them beside compute", ours["text"]), ours["text"]
+    assert re.search(r"nodes repeated \(\S+ s\), \d+ copies of variables beside compute", ours["text"]), ours["text"]
     assert (ours["losses"], ours["variables"]) == (plain["losses"], plain["variables"])
 
 

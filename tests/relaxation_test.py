@@ -3,12 +3,14 @@
 import math
 import random
 
+import model_data_test
 import pytest
 import testing
 
-from graphswap import bound, parser
+from graphswap import bound, ir, parser, rewrites
 from graphswap.cost_model import CostModel, DeviceSpec, Link, Profile, Workspace
-from graphswap.strategies import gaps, relaxation, solver, timing
+from graphswap.plan import Place, Plan
+from graphswap.strategies import fitting, gaps, relaxation, solver, timing
 
 MIB = 1 << 20
 # The prices against idle choices cost the bound up to 1e-4 of what they price: of all runs and copies, 1e-3 of a step.
@@ -135,3 +137,48 @@ def test_no_evictions_get_below_the_bound(seed):
         fastest = min(seconds for peak, seconds in outcomes if peak <= budget)
         solution = solver.solve(relaxed.program, budget, relaxed.prices, 60.0)
         assert bound.certificate(relaxed.program, solution.duals).seconds(budget) <= fastest + 1e-9
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_no_copies_of_variables_get_below_the_bound(seed):
+    """Variables lie in far tiers; some links work beside compute, and are fast or the slowest thing of all."""
+    rng = random.Random(seed)
+    step = model_data_test.step(rng.choice([8, 512]))
+    away = [Place(name, rng.choice(["host", "disk"])) for name in model_data_test.ALL if rng.random() < 0.8]
+    graph = rewrites.place(step, Plan(decisions=tuple(away)))
+    speed = 10 ** rng.uniform(8.0, 10.5)
+    links = {tier: Link(speed, speed, 0.0, overlaps=rng.random() < 0.7) for tier in ("host", "disk")}
+    problem = gaps.problem(graph, CostModel(DeviceSpec(launch_seconds=1e-5, links=links)))
+    relaxed = relaxation.Relaxation(problem)
+    outcomes = []
+    for share in (0.0, 0.2, 0.5, 1.0) * 3:
+        evicted = {}
+        for gap in range(len(problem.gaps)):
+            way = rng.choice(["swap", gaps.SWAP_AGAIN, "recompute", "recompute", gaps.AGAIN])
+            if rng.random() < share and (way in gaps.SWAPS or problem.is_repeatable(gap)):
+                evicted[gap] = way
+        decisions = fitting.at_worst_swapped(problem, evicted).decisions
+        tight = problem.outline(decisions)
+        room = rng.choice([0.0, 0.5, 1.0]) * (problem.live.max() - tight.peak_bytes)
+        _, timed = timing.timed(problem, decisions, tight.peak_bytes + room)
+        outcomes += [(outline.peak_bytes, outline.seconds) for outline in (tight, timed)]
+    for budget in sorted({peak for peak, _ in outcomes})[::4]:
+        fastest = min(seconds for peak, seconds in outcomes if peak <= budget)
+        solution = solver.solve(relaxed.program, budget, relaxed.prices, 60.0)
+        assert bound.certificate(relaxed.program, solution.duals).seconds(budget) <= fastest + 1e-9
+
+
+@pytest.mark.parametrize("speed", [1e9, 1e12])
+def test_the_bound_counts_copies_of_variables(speed):
+    """On a slow link it is the link's time, on a fast one the compute's."""
+    link = Link(speed, speed, 0.0, overlaps=True)
+    placed = tuple(Place(name) for name in model_data_test.ALL)
+    graph = rewrites.place(model_data_test.step(8), Plan(decisions=placed))
+    problem = gaps.problem(graph, CostModel(DeviceSpec(launch_seconds=1e-6, links={"host": link})))
+    relaxed = relaxation.Relaxation(problem)
+    budget = 2 * int(problem.live.max())
+    found = bound.certificate(relaxed.program, solver.solve(relaxed.program, budget, relaxed.prices, 60.0).duals)
+    _, timed = timing.timed(problem, (), budget)
+    assert timed.seconds * 0.9 <= found.seconds(budget) <= timed.seconds
+    copied = sum(node.outputs[0].nbytes for node in graph.nodes if node.op == ir.FETCH) / speed
+    assert (found.seconds(budget) > copied) and (copied > problem.clock[-1]) == (speed == 1e9)
