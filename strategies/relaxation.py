@@ -114,6 +114,7 @@ class Relaxation:
         self._superfluous: dict[str, int] = {}  # node -> column: its first run is left out
         self._refunds: list[list[tuple[int, float]]] = [[] for _ in range(count)]  # runs that become superfluous
         self._fetches: dict[tuple[int, int], int] = {}
+        self._has_stores = any(problem.graph.by_name[name].op == ir.STORE for name in problem.beside)
         self._stored = 0.0  # GB that leave beside compute for good
         self._awaited = np.zeros(count)  # GB that may still be on their way when a bucket ends, though they are due
         self._dropped_at_birth: dict[int, int | None] = {}  # storage that nobody reads before its first gap ends
@@ -269,7 +270,8 @@ class Relaxation:
             if number == 0 and problem.gaps[gap].start == problem.storages[storage].born:
                 self._dropped_at_birth[storage] = stretches[0].dropped
         assert copied is not None
-        row([(moved, 1.0), (copied, -1.0)], lower=0.0, upper=0.0)
+        # Where values are stored, too, bytes that are moved for nothing could pass for theirs.
+        row([(moved, 1.0), (copied, -1.0)], lower=0.0, upper=0.0 if self._has_stores else np.inf)
 
     def _end_stretch(self, storage: int, stretch: Stretch, after: Stretch | None) -> None:
         """What is present in the next stretch and was not in this one is fetched or made again."""
