@@ -75,12 +75,11 @@ class Copy(NamedTuple):
     kind: str
     inputs: Sequence[int]
     outputs: Sequence[int]
-    value: str
+    value: str  # or the FETCH or STORE
     nbytes: int
     tier: str
-    piece_bytes: int  # what is on the device twice while the value comes back in pieces
+    piece_bytes: int  # beside it on the device while it comes: a piece of it, or the workspace of a FETCH
     is_synchronous: bool  # whether nothing else runs meanwhile
-    seconds: float | None = None  # what it takes, if that is not the link's time
 
     @property
     def leaves(self) -> bool:
@@ -94,8 +93,6 @@ class Copy(NamedTuple):
 
     def duration(self, link: Link) -> float:
         """Seconds on the link."""
-        if self.seconds is not None:
-            return self.seconds
         return link.out_seconds(self.nbytes) if self.leaves else link.in_seconds(self.nbytes)
 
 
@@ -125,7 +122,7 @@ def plain(graph: ir.Graph, cost_model: CostModel) -> Plain:
     """Looks up all that the simulation needs of a graph."""
     root_of, origin = liveness.roots(graph), ir.origin(graph)
     version = {reference: number for number, reference in enumerate(origin)}
-    overlapping = {node.name for node in graph.nodes if dict(node.attrs).get(ir.OVERLAPS)}
+    overlapping = {node.name for node in graph.nodes if ir.OVERLAPS in dict(node.attrs)}
     stores = [node.name for node in graph.nodes if node.op == ir.STORE and node.name in overlapping]
     version.update((name, number) for number, name in enumerate(stores, start=len(version)))  # what arrives out there
     departing = {
@@ -189,11 +186,9 @@ def _copied_beside(graph: ir.Graph, node: ir.Node, run: Action) -> Copy:
     facts, tier = run.facts, str(dict(node.attrs)["tier"])
     if node.op == ir.STORE:
         nbytes = graph.value(node.inputs[0]).nbytes
-        return Copy("store", run.inputs[:1], run.outputs, facts.name, nbytes, tier, 0, False, facts.seconds)
+        return Copy("store", run.inputs[:1], run.outputs, facts.name, nbytes, tier, 0, False)
     nbytes = node.outputs[0].nbytes
-    return Copy(
-        "fetch", run.inputs[:1], run.outputs, facts.name, nbytes, tier, facts.workspace.nbytes, False, facts.seconds
-    )
+    return Copy("fetch", run.inputs[:1], run.outputs, facts.name, nbytes, tier, facts.workspace.nbytes, False)
 
 
 @dataclasses.dataclass(slots=True)

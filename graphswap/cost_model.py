@@ -195,8 +195,13 @@ class CostModel:
     far_tier: str = "host"
 
     def seconds(self, graph: ir.Graph, node: ir.Node) -> float:
-        """Seconds that the node computes. A repeated node costs what the first one costs."""
-        measured = self.profile and self.profile.seconds.get(node.like or node.name)
+        """Seconds that the node computes. A repeated node costs what the first one costs.
+
+        What may run beside compute takes its link's time: how long others wait for it hangs on when it starts.
+        """
+        measured = None
+        if self.profile is not None and not self.overlaps(node):
+            measured = self.profile.seconds.get(node.like or node.name)
         if measured is not None:
             return measured
         if node.op == ir.FETCH:

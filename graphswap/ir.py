@@ -49,7 +49,8 @@ STORE = "Store"
 for the new one; without any, it is sent away."""
 OVERLAPS = "overlaps"
 """Attribute of a FETCH or STORE that runs beside compute, as copies of swaps do. What reads the fetched value waits for
-it, and so does what the plan says is to wait."""
+it, and so does what the plan says is to wait. Its value is the node that it waits for only so as not to start earlier,
+or ""."""
 UPDATE = "Update"
 """Gives variables in far tiers new values that are computed where they lie, element by element.
 

@@ -17,7 +17,7 @@ from collections.abc import Collection, Sequence
 from graphswap import ir, rewrites, simulator, strategies
 from graphswap.cost_model import CostModel, Link
 from graphswap.plan import Place, Plan
-from graphswap.strategies import budgets, gaps
+from graphswap.strategies import budgets, gaps, timing
 from graphswap.strategies.base import InfeasibleBudgetError, Placing, Strategy
 from graphswap.variables import far_bytes, trips, values, worth_moving
 
@@ -154,7 +154,9 @@ def choose(
         list(itertools.accumulate((sum(map(found, group)) for group in left), initial=0.0))
         for found in (once, travelling)
     )
-    as_it_is = simulator.simulate(rewrites.place(graph, Plan(decisions=places(0))), Plan(), cost_model)
+    unmoved = gaps.problem(rewrites.place(graph, Plan(decisions=places(0))), cost_model)
+    as_it_is = simulator.simulate(unmoved.graph, Plan(), cost_model)
+    least_seconds = timing.timed(unmoved, (), math.inf)[1].seconds  # with what is away already copied beside compute
     if as_it_is.peak_bytes <= memory_budget * _EASY:
         return places(0)
     stop = time.monotonic() + planning_seconds
@@ -163,7 +165,7 @@ def choose(
     def is_worth(count: int) -> bool:
         """Whether with so many away the step could be noticeably faster: copies cost something, the rest never less."""
         now = seconds(counts[best])
-        saved = min(now - as_it_is.seconds - least[count], abs(most[counts[best]] - most[count]))
+        saved = min(now - least_seconds - least[count], abs(most[counts[best]] - most[count]))
         return math.isinf(now) or saved > _NEGLIGIBLE * now
 
     while reach and time.monotonic() < stop:

@@ -163,12 +163,18 @@ def _described(
         node = graph.by_name[decision.node]
         needed = "" if decision.before == decision.node else f", needed by {_short(decision.before)}"
         what = f"starts after {_short(decision.after)}{needed}"
-        return "fetch", str(dict(node.attrs)["variable"]), node.outputs[0].nbytes, what
+        return "fetch", _variable(node), node.outputs[0].nbytes, what
     if isinstance(decision, WriteBack):
         node = graph.by_name[decision.node]
         gone = f"gone before {_short(decision.freed_before)}" if decision.freed_before else "there until the step's end"
-        return "store", str(dict(node.attrs)["variable"]), graph.value(node.inputs[0]).nbytes, gone
+        return "store", _variable(node), graph.value(node.inputs[0]).nbytes, gone
     return "side by side", decision.first, 0, f"runs at the same time as {_short(decision.second)}"
+
+
+def _variable(node: ir.Node) -> str:
+    """What a FETCH or STORE is about; on a parameter server, what is read there."""
+    attrs = dict(node.attrs)
+    return str(attrs.get("variable") or attrs.get("value") or node.inputs[0])
 
 
 def _own_bytes(node: ir.Node) -> int:

@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from graphswap import ir
 from graphswap.picture import Picture, decided, moments
 from graphswap.plan import Decision, Plan, Prefetch, Swap, WriteBack
 from graphswap.simulator import Step, Timeline
@@ -38,7 +39,7 @@ def _simulated(picture: Picture, plan: Plan, timeline: Timeline) -> Iterator[_Ev
     scale = picture.time_scale
     lanes = {"compute": 1}
     for step, decision in zip(timeline.steps, decided(picture.graph, plan, timeline), strict=True):
-        lane = lanes.setdefault(_lane(step, decision), len(lanes) + 1)
+        lane = lanes.setdefault(_lane(picture.graph, step, decision), len(lanes) + 1)
         start, end = _nanoseconds(step.start * scale), _nanoseconds(step.end * scale)
         yield {
             "ph": "X",
@@ -65,11 +66,12 @@ def _counter(levels: Iterable[tuple[float, int]]) -> Iterator[_Event]:
             last = nbytes
 
 
-def _lane(step: Step, decision: Decision | None) -> str:
+def _lane(graph: ir.Graph, step: Step, decision: Decision | None) -> str:
     if isinstance(decision, Swap):
         return f"swap out to {decision.tier}" if step.kind == "swap_out" else f"swap in from {decision.tier}"
     if isinstance(decision, Prefetch | WriteBack):
-        return "fetch variables" if step.kind == "fetch" else "store variables"
+        tier = dict(graph.by_name[decision.node].attrs)["tier"]
+        return f"variables from {tier}" if step.kind == "fetch" else f"variables to {tier}"
     return "network" if step.kind == "exchange" else "compute"
 
 

@@ -98,8 +98,11 @@ def decided(graph: ir.Graph, plan: Plan, timeline: Timeline) -> list[Decision | 
         elif step.kind == "store":
             found.append(stores[step.name])
         else:
-            queues = {"swap_out": outs, "swap_in": ins, "fetch": fetches}[step.kind]
-            found.append(queues[step.name].popleft())
+            queue = {"swap_out": outs, "swap_in": ins, "fetch": fetches}[step.kind][step.name]
+            if step.kind == "fetch":  # runs that nobody would have read were left out
+                while len(queue) > 1 and position[queue[1].after] <= last:
+                    queue.popleft()
+            found.append(queue.popleft())
     return found
 
 

@@ -252,6 +252,11 @@ class Plan:
         """The plan without its pairs, in the same order."""
         return self.replace(decisions=tuple(d for d in self.decisions if not isinstance(d, SideBySide)))
 
+    def in_turn(self) -> Plan:
+        """The plan without its pairs, and with the copies of variables where they stand."""
+        beside = SideBySide | Prefetch | WriteBack
+        return self.replace(decisions=tuple(d for d in self.decisions if not isinstance(d, beside)))
+
     def replace(self, **changes: Any) -> Plan:
         return dataclasses.replace(self, **changes)
 
@@ -308,6 +313,7 @@ class Plan:
                 raise PlanError(f"the plan's order must name every node of '{graph.name}' once; look at {odd}.")
             position = {name: i for i, name in enumerate(self.order)}
         paired: set[str] = set()
+        copied: set[tuple[str, str]] = set()  # runs of copies beside compute
         overlapping = {decision.node for decision in (*self.prefetches, *self.write_backs)}
         runs = collections.Counter((name, repeat.before) for repeat in self.recomputes for name in repeat.nodes)
         for decision in self.decisions:
@@ -316,10 +322,15 @@ class Plan:
                     _check_swap(decision, graph, position)
                 elif isinstance(decision, Recompute):
                     _check_recompute(decision, graph, position)
-                elif isinstance(decision, Prefetch):
-                    _check_prefetch(decision, graph, position, runs)
-                elif isinstance(decision, WriteBack):
-                    _check_write_back(decision, graph, position)
+                elif isinstance(decision, Prefetch | WriteBack):
+                    if isinstance(decision, Prefetch):
+                        _check_prefetch(decision, graph, position, runs)
+                    else:
+                        _check_write_back(decision, graph, position)
+                    run = decision.node, decision.before if isinstance(decision, Prefetch) else ""
+                    if run in copied:
+                        raise _Misfit("another decision is about the same copy.")
+                    copied.add(run)
                 elif isinstance(decision, Place):
                     _check_place(decision, graph)
                 elif isinstance(decision, Exchange):
@@ -418,6 +429,8 @@ def _check_prefetch(
     node = graph.by_name[prefetch.node]
     if node.op != ir.FETCH:
         raise _Misfit(f"'{node.name}' ({node.op}) is no {ir.FETCH}.")
+    if any(graph.by_name[name].op == ir.STORE for name in node.control_inputs):
+        raise _Misfit(f"'{node.name}' waits for a {ir.STORE}.")
     if prefetch.before != node.name and runs.get((node.name, prefetch.before)) != 1:
         raise _Misfit(f"the plan does not repeat '{node.name}' once before '{prefetch.before}'.")
     needed = max((position[name] for name in (*map(ir.producer, node.inputs), *node.control_inputs)), default=-1)

@@ -505,7 +505,7 @@ class Planner:
                     plan = strategies.Greedy(planning_seconds=0.0).plan(graph, cost_model, frugal_budget)
                 else:
                     plan = budgets.smallest(self._strategy(), graph, cost_model)
-                rewritten = rewrites.rewrite(graph, plan.one_by_one())
+                rewritten = rewrites.rewrite(graph, plan.in_turn())
                 rewritten = rewritten if parts is None else parts.merged(rewritten)
                 fingerprint = graph.fingerprint
                 profile = profiler.measure_step(func_graph, rewritten, arguments, self._tiers, cost_model, fingerprint)

@@ -27,9 +27,8 @@ def ordering(graph: ir.Graph, plan: Plan) -> ir.Graph:
             continue
         if floats(node):
             pair = stages[-1] if len(stages[-1]) > 1 else ()  # it starts after both
-            is_out = node.op in (ir.SWAP_OUT, ir.STORE)
-            lane = dict(node.attrs)["tier"], is_out
-            before = [lanes.get(lane, ""), *(() if is_out else departing), *pair]
+            lane = dict(node.attrs)["tier"], leaves(node)
+            before = [lanes.get(lane, ""), *(() if leaves(node) else departing), *pair]
             lanes[lane] = node.name
             departing += [node.name] if node.op == ir.SWAP_OUT else []
         elif nodes and nodes[-1].name == first_of.get(node.name):
@@ -54,5 +53,10 @@ def floats(node: ir.Node) -> bool:
     """
     attrs = dict(node.attrs)
     if node.op in (ir.FETCH, ir.STORE):
-        return bool(attrs.get(ir.OVERLAPS))
+        return ir.OVERLAPS in attrs
     return node.op in (ir.SWAP_OUT, ir.SWAP_IN) and not attrs.get("is_synchronous")
+
+
+def leaves(node: ir.Node) -> bool:
+    """Whether the node takes a value off the device."""
+    return node.op in (ir.SWAP_OUT, ir.STORE)

@@ -50,8 +50,7 @@ def overlap(graph: ir.Graph, plan: Plan) -> ir.Graph:
             handed_on += tuple(fences.get(node.name, ()))
             stood_after[node.name] = runs_before(graph, previous)
         if node.name in stores:
-            kept = (name for name in node.control_inputs if not _is_copy_out(graph, name))
-            nodes.append(_beside(_waiting(node, kept)))
+            nodes.append(_started(graph, node, stood_after[node.name]))
         elif floats(node):
             nodes.append(_waiting(node, (stood_after.get(name, name) for name in node.control_inputs)))
         elif node.name not in ahead:
@@ -67,14 +66,15 @@ def overlap(graph: ir.Graph, plan: Plan) -> ir.Graph:
     return graph.replace(nodes=tuple(nodes))
 
 
-def _started(graph: ir.Graph, fetch: ir.Node, previous: str) -> ir.Node:
-    """A FETCH that starts after a node and beside the next ones."""
-    kept = () if fetch.like else (name for name in fetch.control_inputs if not _is_copy_out(graph, name))
-    return _waiting(_beside(fetch), (previous, *kept))
+def _started(graph: ir.Graph, node: ir.Node, previous: str) -> ir.Node:
+    """A FETCH or STORE that starts after a node and beside the next ones.
 
-
-def _beside(node: ir.Node) -> ir.Node:
-    return dataclasses.replace(node, attrs=tuple(sorted((*node.attrs, (ir.OVERLAPS, True)))))
+    Not earlier: a STORE may not come before what fetches the old value once more.
+    """
+    kept = [] if node.like else [name for name in node.control_inputs if not _is_copy_out(graph, name)]
+    added = "" if previous in kept else previous
+    attrs = tuple(sorted((*node.attrs, (ir.OVERLAPS, added))))
+    return _waiting(dataclasses.replace(node, attrs=attrs), (*kept, previous))
 
 
 def _waiting(node: ir.Node, names: Iterable[str]) -> ir.Node:

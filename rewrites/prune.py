@@ -7,6 +7,7 @@ import dataclasses
 
 from graphswap import ir, liveness
 from graphswap.plan import Plan
+from graphswap.rewrites.ordering import floats, leaves
 
 
 def prune(graph: ir.Graph, plan: Plan) -> ir.Graph:
@@ -37,7 +38,8 @@ def _without(graph: ir.Graph, unread: set[str]) -> ir.Graph:
     for node in graph.nodes:
         waits = [name for wait in node.control_inputs for name in stand_in.get(wait, (wait,))]
         if node.name in unread:
-            handed_on += tuple(name for name in node.control_inputs if _leaves(graph.by_name[name]))
+            copies = (name for name in node.control_inputs if _is_copy(graph.by_name[name]))
+            handed_on += tuple(name for name in copies if leaves(graph.by_name[name]))
             before = next((other.name for other in reversed(nodes) if not _is_copy(other)), None)
             stand_in[node.name] = () if before is None else (before,)
             continue
@@ -49,15 +51,10 @@ def _without(graph: ir.Graph, unread: set[str]) -> ir.Graph:
 
 
 def _as_it_was(node: ir.Node) -> ir.Node:
-    """A FETCH that starts ahead waits first of all for a node that it did not wait for in the user's graph."""
-    if node.op == ir.FETCH and _is_copy(node):
-        return dataclasses.replace(node, control_inputs=node.control_inputs[1:])
-    return node
+    """The node without what it waits for only so as not to start earlier."""
+    added = dict(node.attrs).get(ir.OVERLAPS)
+    return dataclasses.replace(node, control_inputs=tuple(name for name in node.control_inputs if name != added))
 
 
 def _is_copy(node: ir.Node) -> bool:
-    return node.op in (ir.SWAP_OUT, ir.SWAP_IN) or bool(dict(node.attrs).get(ir.OVERLAPS))
-
-
-def _leaves(node: ir.Node) -> bool:
-    return _is_copy(node) and node.op in (ir.SWAP_OUT, ir.STORE)
+    return node.op in (ir.SWAP_OUT, ir.SWAP_IN) or floats(node)

@@ -72,7 +72,7 @@ class Gaps:
         ends: Likewise.
         sizes: Bytes, likewise.
         live: Bytes in use at each position, resident ones included, when nothing is evicted.
-        seconds: Seconds of each node, by position; none of what may arrive beside compute.
+        seconds: Seconds of each node, by position; none of what may arrive or leave beside compute.
         copies_beside: Whether anything may be copied beside compute.
     """
 

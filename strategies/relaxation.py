@@ -47,7 +47,7 @@ _DEPTH = 6
 _UNIT = 1e-9
 """Bytes are counted in GB, so that all coefficients are of similar size."""
 _HORIZON = 10.0
-"""The bound holds for plans of at most so many times the step's compute."""
+"""The bound holds for plans of at most so many times the step's compute and copies of variables."""
 _PRICE = 1e-4
 """Of what it costs at worst: what a copy or a repeated node costs at least, so that no idle ones are chosen."""
 
@@ -443,17 +443,21 @@ class Relaxation:
         """What is stored beside compute takes its share of the link, and stays on the device until it is gone."""
         problem, graph = self._problem, self._problem.graph
         results = {problem.root_of[reference] for reference in graph.outputs}
-        for name in sorted(problem.beside):
+        claimed: set[str] = set()
+        for name in sorted(problem.beside, key=graph.position.__getitem__):
             node, place = graph.by_name[name], graph.position[name]
             if node.op != ir.STORE or dict(node.attrs)["tier"] != problem.cost_model.far_tier:
                 continue
             root = problem.root_of[node.inputs[0]]
             if problem.stays(root) or root in results:
                 continue  # its bytes are on the device anyway
-            storage = problem.storages[problem.storage_of[root]]
+            last = problem.storages[problem.storage_of[root]].uses[-1]
+            is_first = root not in claimed  # the same bytes are on the device once, however often they are stored
+            claimed.add(root)
             one, gigabytes = self._builder.column(lower=1.0), graph.value(node.inputs[0]).nbytes * _UNIT
             self._born[self._bucket(place)].append((one, gigabytes))
-            self._out[int(np.searchsorted(self.checks, storage.uses[-1], side="right"))].append((one, gigabytes))
+            due = int(np.searchsorted(self.checks, last, side="right")) if is_first else len(self.checks)
+            self._out[due].append((one, gigabytes))
             self._stored += gigabytes
 
     # --- memory and links ------------------------------------------------------------------------------------------
@@ -462,7 +466,8 @@ class Relaxation:
         builder, link, count = self._builder, self._link, len(self.checks)
         needed = (self._problem.live[self.checks] - self._idle_small_bytes()[self.checks]) * _UNIT
         clock = self._problem.clock[[0, *(self.checks + 1), len(self._problem.order)]]
-        horizon = _HORIZON * (float(clock[-1]) or self._copying_seconds())
+        beside = sum(map(self._spent, sorted(self._problem.beside)))
+        horizon = _HORIZON * (float(clock[-1]) + beside or self._copying_seconds())
         repeated: list[list[tuple[int, float]]] = [[] for _ in range(count + 1)]
         for (node, bucket), run in self.runs.items():
             repeated[bucket].append((run, self._seconds(node)))

@@ -8,8 +8,9 @@ too late for what comes together, up to a whole step earlier, as far as there is
 variable's value is copied back in the same way; as it has not been copied out, nothing but room holds it up. Its new
 value is one more copy off the device, which nothing waits for but room.
 
-Known weaknesses: of copies back that compete for room, the one that is needed first gets it; the clock is that of a
-step that waits for no copy back.
+Known weaknesses: what is read once more after it is stored may be written over there if its copy happens to be
+complete, so that less memory is used than planned; of copies back that compete for room, the one that is needed first
+gets it; the clock is that of a step that waits for no copy back.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ def timed(
     for share, margin in itertools.product(_SHARES, _MARGINS):
         if share < 1.0 and best[1].peak_bytes <= memory_budget and best[1] is not tight:
             break
-        found: list[Decision] = list(others)
+        found: list[Decision] = [*others, *_stored_at_leisure(problem)]
         for move, freed, first in zip(
             copies.moves, copies.freed, _back(copies, margin, share * memory_budget), strict=True
         ):
@@ -140,7 +141,7 @@ class _Copies:
 def _copies(problem: gaps.Gaps, decisions: Sequence[Decision], tight: Outline, memory_budget: float) -> _Copies | None:
     """What may run beside compute; None if nothing does."""
     swaps, fetches, stores = _swaps(problem, decisions), _fetches(problem, decisions), _stores(problem)
-    if not (swaps or fetches or stores) or (swaps and problem.cost_model.link(problem.cost_model.far_tier).is_closed):
+    if not (swaps or problem.beside) or (swaps and problem.cost_model.link(problem.cost_model.far_tier).is_closed):
         return None
     busy = tight.busy
     if problem.beside:
@@ -196,6 +197,8 @@ def _fetches(problem: gaps.Gaps, decisions: Sequence[Decision]) -> list[_Move]:
     moves = []
     for name, end in dict.fromkeys(runs):
         node = graph.by_name[name]
+        if any(graph.by_name[other].op == ir.STORE for other in node.control_inputs):
+            continue  # of a value that this step stores
         needs = [position[other] for other in (*map(ir.producer, node.inputs), *node.control_inputs)]
         first = max([*needs, *(use for use in (*uses[name], position[name]) if use < end)], default=-1)
         if 0 <= first < end:
@@ -207,30 +210,37 @@ def _fetches(problem: gaps.Gaps, decisions: Sequence[Decision]) -> list[_Move]:
 
 
 def _stores(problem: gaps.Gaps) -> list[_Move]:
-    """What may be stored beside compute."""
-    moves, results = [], {problem.root_of[reference] for reference in problem.graph.outputs}
-    for name in problem.beside:
-        node, place = problem.graph.by_name[name], problem.graph.position[name]
+    """What may be stored beside compute, but what is on the device anyway: that nobody waits for."""
+    graph, free = problem.graph, {store.node for store in _stored_at_leisure(problem)}
+    moves = []
+    for name in sorted(problem.beside - free, key=graph.position.__getitem__):
+        node, place = graph.by_name[name], graph.position[name]
         if node.op != ir.STORE:
             continue
-        root = problem.root_of[node.inputs[0]]
-        if not problem.stays(root) and root not in results:
-            storage = problem.storages[problem.storage_of[root]]
-            tier, seconds = str(dict(node.attrs)["tier"]), problem.cost_model.seconds(problem.graph, node)
-            moves.append(
-                _Move(
-                    WriteBack(name),
-                    storage.nbytes,
-                    0,
-                    tier,
-                    seconds,
-                    0.0,
-                    place - 1,
-                    storage.uses[-1] + 1,
-                    len(problem.order),
-                )
+        storage = problem.storages[problem.storage_of[problem.root_of[node.inputs[0]]]]
+        moves.append(
+            _Move(
+                WriteBack(name),
+                nbytes=storage.nbytes,
+                piece_bytes=0,
+                tier=str(dict(node.attrs)["tier"]),
+                out_seconds=problem.cost_model.seconds(graph, node),
+                in_seconds=0.0,
+                start=place - 1,
+                idle=storage.uses[-1] + 1,
+                end=len(problem.order),
             )
+        )
     return moves
+
+
+def _stored_at_leisure(problem: gaps.Gaps) -> list[WriteBack]:
+    """Stores beside compute of what is small, or a result of the step."""
+    graph, results = problem.graph, {problem.root_of[reference] for reference in problem.graph.outputs}
+    stores = [name for name in problem.beside if graph.by_name[name].op == ir.STORE]
+    roots = {name: problem.root_of[graph.by_name[name].inputs[0]] for name in stores}
+    free = [name for name, root in roots.items() if problem.stays(root) or root in results]
+    return [WriteBack(name) for name in sorted(free, key=graph.position.__getitem__)]
 
 
 def _repeats(problem: gaps.Gaps, decisions: Sequence[Decision]) -> set[int]:
@@ -305,7 +315,7 @@ def _out(
             waiting[position] += moves[number].nbytes
         while pending:
             done, number = pending[0]
-            is_due = any(moves[other].end <= position + 1 for _, other in pending)
+            is_due = any(moves[other].arrives and moves[other].end <= position + 1 for _, other in pending)
             if not (done <= now or fullest[position] + pending_bytes > memory_budget or is_due):
                 break
             heapq.heappop(pending)
@@ -321,7 +331,7 @@ def _out(
             upcoming.append(int(np.searchsorted(ran, pending[0][0] - delay)))
             full = fullest[position + 1 : upcoming[0]] + pending_bytes > memory_budget
             upcoming.append(position + 1 + int(full.argmax()) if full.any() else count)
-            upcoming.append(min(moves[number].end for _, number in pending) - 1)
+            upcoming.append(min((moves[n].end for _, n in pending if moves[n].arrives), default=count) - 1)
         position = max(position + 1, min(upcoming))
     return freed, live + np.cumsum(waiting)[:-1], ran + np.cumsum(delays)
 

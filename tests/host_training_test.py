@@ -40,7 +40,22 @@ def embedded(vocabulary=2000, width=128):
     return Tied(), tokens[:, :-1], tokens[:, 1:], loss
 
 
-MODELS = {"dense": dense, "embedded": embedded}
+def convolutional(blocks=6, width=128, size=16, batch=16):
+    """Kernels that can leave the device between activations of many sizes, and small variables that stay."""
+    from keras import Input, Model
+    from keras import layers as kl
+
+    random = np.random.default_rng(0)
+    x = inputs = Input((size, size, 3))
+    for block in range(blocks):
+        x = kl.Conv2D(width, 3, padding="same", strides=1 + block % 2)(x)
+        x = kl.Activation("relu")(kl.BatchNormalization()(x))
+    outputs = kl.Dense(10)(kl.GlobalAveragePooling2D()(x))
+    images, targets = random.normal(size=(batch, size, size, 3)), random.normal(size=(batch, 10))
+    return Model(inputs, outputs), images.astype("float32"), targets.astype("float32"), "mse"
+
+
+MODELS = {"dense": dense, "embedded": embedded, "convolutional": convolutional}
 
 
 def train(
@@ -77,6 +92,7 @@ def train(
     if budget:
         report = graphswap.report(model)
         result |= {"text": str(report), "placed": max(len(step.plan.places) for step in report.steps)}
+        result["predicted"] = [step.predicted_peak_bytes for step in report.steps]
         graphs = [step.file.graph for step in report.steps if step.file is not None]
         stores = [(graph, name) for graph in graphs for name in graph.stores.values()]
         result["updated_there"] = sum(graph.by_name[name].op == ir.UPDATE for graph, name in stores)
@@ -136,6 +152,18 @@ def test_a_model_larger_than_the_device_trains(tmp_path):
     assert taken, mixed["text"]
     assert (taken[1], taken[3]) == (taken[2], taken[4])
     assert (mixed["losses"], mixed["variables"]) == (plain["losses"], plain["variables"])
+
+
+def test_the_first_plan_holds_and_its_peak_is_true():
+    """Small variables stay among activations of many sizes: where they lie must not cut the device's free memory."""
+    device_bytes = 16 << 20
+    ours = emulated.call(device_bytes, __file__, "train", "auto", "Adam", "convolutional")
+    plain = emulated.call(1 << 30, __file__, "train", None, "Adam", "convolutional")
+    assert ours["placed"], ours["text"]
+    assert "planned again" not in ours["text"]
+    (predicted,) = ours["predicted"]
+    assert 0.97 * predicted <= ours["peak"] <= device_bytes < plain["peak"]
+    assert (ours["losses"], ours["variables"]) == (plain["losses"], plain["variables"])
 
 
 def test_copies_of_variables_run_beside_compute():

@@ -1,11 +1,13 @@
 import testing
 
-from graphswap import ir, parser
+from graphswap import ir, parser, rewrites
+from graphswap.cost_model import CostModel
 from graphswap.plan import Plan, Prefetch, Recompute, Swap, WriteBack
 from graphswap.rewrites.overlap import overlap
 from graphswap.rewrites.prune import prune
 from graphswap.rewrites.recompute import recompute
 from graphswap.rewrites.swap import swap
+from graphswap.simulator import simulate
 
 STEP = parser.parse("""
 graph step(%x, %w, %store, %spare) -> (%loss) after(%new/store) {
@@ -39,7 +41,7 @@ def lines(*decisions):
 
 
 PLAIN = [str(node) for node in STEP.nodes[STEP.position["a"] :]]
-AHEAD = '%fetch = Fetch(%store) {"overlaps": true, "tier": "host", "variable": "w"} after(%a) : (float32[8,8])'
+AHEAD = '%fetch = Fetch(%store) {"overlaps": "a", "tier": "host", "variable": "w"} after(%a) : (float32[8,8])'
 
 
 def test_a_plan_without_such_copies_returns_the_same_object():
@@ -55,7 +57,7 @@ def test_a_fetch_starts_ahead():
 def test_a_repeated_fetch_starts_ahead_and_is_all_that_its_reader_waits_for():
     found = lines(Recompute(("fetch",), "back"), Prefetch("fetch", "y", "back"))
     again = (
-        '%fetch/recompute = Fetch(%store) {"overlaps": true, "tier": "host", "variable": "w"} like(%fetch) '
+        '%fetch/recompute = Fetch(%store) {"overlaps": "y", "tier": "host", "variable": "w"} like(%fetch) '
         "after(%y) : (float32[8,8])"
     )
     expected = [line.replace("%grad, %fetch", "%grad, %fetch/recompute") for line in PLAIN]
@@ -65,13 +67,43 @@ def test_a_repeated_fetch_starts_ahead_and_is_all_that_its_reader_waits_for():
 
 
 def test_a_store_keeps_only_the_named_node_waiting():
-    found = lines(WriteBack("new/store", "end"))
-    expected = [line.replace('Store!(%new, %store, %spare) {"', 'Store!(%new, %store, %spare) {"overlaps": true, "')
-                for line in PLAIN]  # fmt: skip
-    expected[-1] = "%end = NoOp!(%last) after(%new/store) : ()"
-    assert found == expected
-    expected[-1] = PLAIN[-1]
+    """It starts where it stands, after the node before it, so not before what fetches the old value once more."""
+    old, new = (
+        f"%new/store = Store!(%new, %store, %spare) {attrs} after(%fetch, %y, %back{previous}) : ()"
+        for attrs, previous in (
+            ('{"tier": "host", "variable": "w"}', ""),
+            ('{"overlaps": "new", "tier": "host", "variable": "w"}', ", %new"),
+        )
+    )
+    expected = [new if line == old else line for line in PLAIN]
     assert lines(WriteBack("new/store")) == expected
+    expected[-1] = "%end = NoOp!(%last) after(%new/store) : ()"
+    assert lines(WriteBack("new/store", "end")) == expected
+
+
+def test_a_store_waits_for_a_repeated_fetch_before_it():
+    text = str(STEP).replace(
+        "  %new/store =", "  %c = MatMul(%back, %y) : (float32[8,8])\n  %d = Relu(%c) : (float32[8,8])\n  %new/store ="
+    )
+    graph = parser.parse(text)
+    again, late = Recompute(("fetch", "y"), "c"), Prefetch("fetch", "new", "c")
+    for decisions in ((again,), (again, late)):
+        plan = Plan(decisions=(*decisions, WriteBack("new/store"))).check(graph)
+        rewritten = rewrites.rewrite(graph, plan)
+        before = {"new/store"}
+        for node in reversed(rewritten.nodes):
+            if node.name in before:
+                before.update((*map(ir.producer, node.inputs), *node.control_inputs))
+        assert {node.name for node in rewritten.nodes if node.op == ir.FETCH} == {"fetch", "fetch/recompute"} <= before
+
+
+def test_a_wait_of_the_user_s_own_is_kept():
+    graph = parser.parse(
+        str(STEP).replace('"variable": "w"} : (float32[8,8])', '"variable": "w"} after(%a) : (float32[8,8])', 1)
+    )
+    plan = Plan(decisions=(Recompute(("a",), "b"), Prefetch("fetch", "a", "fetch"))).check(graph)
+    model = CostModel()
+    assert simulate(rewrites.rewrite(graph, plan), Plan(), model) == simulate(graph, plan, model)
 
 
 def test_what_the_fetch_would_have_waited_for_the_next_node_does():

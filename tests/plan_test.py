@@ -199,6 +199,17 @@ def test_check_refuses_copies_of_variables_that_do_not_fit(decision, message):
     assert str(error.value) == f"{decision} does not fit graph 'far': {message}"
 
 
+def test_check_refuses_two_decisions_about_one_copy_and_a_fetch_of_what_was_stored():
+    for decision in (Prefetch("fetch", "a", "fetch"), WriteBack("store")):
+        with pytest.raises(PlanError, match="another decision is about the same copy"):
+            Plan(decisions=(decision, decision)).check(FAR)
+    graph = parser.parse(
+        str(FAR).replace("  %end =", '  %more = Fetch(%w) {"tier": "ps"} after(%store) : (float32[8])\n  %end =')
+    )
+    with pytest.raises(PlanError, match="'more' waits for a Store"):
+        Plan(decisions=(Prefetch("more", "store", "more"),)).check(graph)
+
+
 def test_a_copy_beside_compute_is_in_no_pair():
     plan = Plan(decisions=(SideBySide("fetch", "b"), Prefetch("fetch", "a", "fetch")))
     with pytest.raises(PlanError, match="one of the two is a copy that runs beside compute anyway"):

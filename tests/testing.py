@@ -149,6 +149,8 @@ def random_prefetches(rng: random.Random, graph: ir.Graph, names: tuple[str, ...
     for name, before in (run for run in dict.fromkeys(runs) if runs.count(run) == 1):
         node = graph.by_name[name]
         first = max(place[other] for other in (*map(ir.producer, node.inputs), *node.control_inputs))
+        if any(graph.by_name[other].op == ir.STORE for other in node.control_inputs):
+            continue
         if rng.random() < 0.7:
             found.append(Prefetch(name, names[rng.randint(first, place[before] - 1)], before))
     return found

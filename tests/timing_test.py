@@ -5,7 +5,7 @@ import pytest
 import testing
 
 from graphswap import parser, rewrites
-from graphswap.cost_model import Link
+from graphswap.cost_model import CostModel, Link, Profile
 from graphswap.plan import Place, Plan, Prefetch, Recompute, Swap, WriteBack
 from graphswap.simulator import simulate
 from graphswap.strategies import gaps, timing
@@ -130,9 +130,39 @@ def test_variables_come_and_go_beside_compute():
     assert sum(isinstance(decision, WriteBack) for decision in decisions) == len(copies) - len(prefetches)
 
 
-def test_without_room_copies_stay_where_they_are():
+def test_without_room_no_more_memory_is_taken_than_by_copies_in_turn():
     _, _, outline, late = far(speed=1, budget_mib=0)
     assert outline.peak_bytes == late.peak_bytes
+
+
+def test_nothing_waits_for_a_store_that_there_is_room_for():
+    """The last node takes as long as ten copies, beside which the last store ends."""
+    problem = far(speed=1)[0]
+    last = problem.order[-1]
+    model = CostModel(problem.cost_model.device, Profile("", {last: 10.0}, {}))
+    problem = gaps.Gaps(problem.graph, problem.order, model)
+    decisions, outline = timing.timed(problem, (), 100 * MIB)
+    assert any(isinstance(decision, WriteBack) and not decision.freed_before for decision in decisions)
+    assert outline.seconds == pytest.approx(float(problem.clock[-1]) + (0.25 if last.endswith("store") else 0.0))
+
+
+def test_what_is_small_is_stored_beside_compute_too():
+    text = """
+    graph g(%x) -> () after(%first) {
+      %w = Placeholder() {"store_of": "v", "tier": "host"} : (resource[])
+      %spare = Placeholder() : (resource[])
+      %x = Placeholder() : (float32[8])
+      %a = Relu(%x) : (float32[8])
+      %first = Store!(%a, %w, %spare) {"tier": "host", "variable": "v"} : ()
+      %b = Relu(%a) : (float32[8])
+      %c = Relu(%b) : (float32[8])
+    }
+    """
+    graph = parser.parse(text)
+    problem = gaps.Gaps(graph, tuple(graph.position), testing.seconds_per_node(1.0, Link(1e9, 1e9, 2.0, overlaps=True)))
+    decisions, outline = timing.timed(problem, (), MIB)
+    assert decisions == (WriteBack("first"),)
+    assert (problem.outline(()).seconds, outline.seconds) == (pytest.approx(8.0), pytest.approx(6.0))
 
 
 def test_on_a_slow_link_the_step_takes_as_long_as_the_link():

@@ -21,7 +21,7 @@ from graphswap import ir, rewrites
 from graphswap.cost_model import CostModel
 from graphswap.devices import DEVICES
 from graphswap.options import format_bytes
-from graphswap.plan import Place, Plan, Prefetch, WriteBack
+from graphswap.plan import Place, Plan
 from graphswap.simulator import simulate
 from graphswap.strategies import Joint, gaps, joint
 from graphswap.strategies.budgets import least_peak
@@ -68,7 +68,6 @@ def measure(
         bound_bytes = least_peak(gaps.problem(graph, cost_model)).nbytes
         smallest = {"smallest_bytes": found.peak_bytes, "bound_bytes": bound_bytes}
         return {"budget_bytes": budget, "plain_seconds": plain.seconds, **smallest}
-    in_turn = tuple(decision for decision in plan.decisions if not isinstance(decision, Prefetch | WriteBack))
     certificate = plan.certificate or joint.certificate(graph, cost_model, budget, _SOLVING_SECONDS)
     return {
         "budget_bytes": budget,
@@ -79,7 +78,7 @@ def measure(
         "swaps": len(plan.swaps),
         "repeated_nodes": sum(len(decision.nodes) for decision in plan.recomputes),
         "planning_seconds": found.planning_seconds,
-        "in_turn_seconds": simulate(graph, plan.replace(decisions=in_turn), cost_model).seconds,
+        "in_turn_seconds": simulate(graph, plan.in_turn(), cost_model).seconds,
     }
 
 
