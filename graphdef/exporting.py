@@ -165,6 +165,8 @@ class _Exporter:
             self._add_gather(node)
         elif dict(node.attrs).get("is_inserted"):
             self._add_inserted(node)
+        elif ir.IS_ZEROS in dict(node.attrs):
+            self._add_zeros(node)
         elif node.op in (ir.BARRIER, ir.PLACE):
             self._add_for_xla(node)
         elif node.op == ir.ANCHOR:
@@ -259,6 +261,19 @@ class _Exporter:
         if node.device:
             operation._set_device(node.device)
         self._bind(node, operation)
+
+    def _add_zeros(self, node: ir.Node) -> None:
+        """Adds an op that makes zeros whenever it runs.
+
+        TensorFlow folds a Fill of constants when the function is first run. Then all that it folds is on the device
+        twice, and it crashes if there is no room (`GraphRunner::Run` in TensorFlow 2.21 copies into memory that it did
+        not get); and it stays there. An Empty is stateful, so it is left as it is.
+        """
+        (value,) = node.outputs
+        with self._placed(node):
+            tensor = tf.raw_ops.Empty(shape=value.shape, dtype=value.dtype, init=True)
+        self.tensors[node.name] = tensor
+        self.done[node.name] = [tensor.op]
 
     def _add_swap(self, node: ir.Node) -> None:
         attrs = dict(node.attrs)

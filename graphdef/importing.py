@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 from tensorflow.python.framework import importer
 from tensorflow.python.ops import handle_data_util
@@ -136,18 +137,34 @@ def _folded(nodes: Sequence[ir.Node], func_graph: FuncGraph) -> list[ir.Node]:
     folded = []
     for node in nodes:
         is_known_shape = node.op in SHAPES and has_static_inputs(func_graph.get_operation_by_name(node.name))
-        if node.op == "Const" or (
+        can_fold = node.op == "Const" or (
             node.inputs
             and not node.stateful
             and not node.control_inputs
             and (is_known_shape or constant.issuperset(map(ir.producer, node.inputs)))
             and all(value.dtype in ir.ITEM_BYTES and value.is_resolved for value in node.outputs)
             and sum(value.nbytes for value in node.outputs) <= _FOLDED_BYTES
-        ):
+        )
+        if can_fold and node.op in _ZEROS and _are_many_zeros(func_graph.get_operation_by_name(node.name)):
+            node = dataclasses.replace(node, attrs=tuple(sorted((*node.attrs, (ir.IS_ZEROS, True)))))
+        elif can_fold:
             constant.add(node.name)
             node = dataclasses.replace(node, op="Const", inputs=())
         folded.append(node)
     return folded
+
+
+_ZEROS = frozenset({"Fill", "ZerosLike"})
+_MANY_BYTES = 64 << 10
+
+
+def _are_many_zeros(operation: Any) -> bool:
+    """Whether what a Fill or ZerosLike makes is zeros, and more than a few. -0 is another number."""
+    (made,) = operation.outputs
+    if not made.shape.is_fully_defined() or made.shape.num_elements() * made.dtype.size <= _MANY_BYTES:
+        return False
+    value = np.zeros(()) if operation.type == "ZerosLike" else tf.get_static_value(operation.inputs[1])
+    return value is not None and value.tobytes() == bytes(value.nbytes)
 
 
 _FOLDED_BYTES = 10 << 20

@@ -95,6 +95,10 @@ IS_DEFERRED = "is_deferred"
 """Attribute of an argument that a function captures anew with each call, such as the key of a collective. They come
 last."""
 
+IS_ZEROS = "is_zeros"
+"""Attribute of a node whose output is many zeros, made anew in each step: TensorFlow would fold them into a constant
+that stays on the device."""
+
 IS_FOLDED = "is_folded"
 """Attribute of a node in the place of which TensorFlow's constant folding will compute something else."""
 

@@ -253,7 +253,8 @@ class Planner:
         if isinstance(strategy, Given):
             return strategy.judged(graph, cost_model, budget)
         plain = simulator.simulate(graph, Plan(), cost_model)
-        if budget and plain.peak_bytes * _WANDERING <= budget and not graph.blocks:
+        is_rewritten = bool(graph.blocks) or any(ir.IS_ZEROS in dict(node.attrs) for node in graph.nodes)
+        if budget and plain.peak_bytes * _WANDERING <= budget and not is_rewritten:
             notes = ("it fits the budget as it is",)
             return Planned(graph, cost_model, budget, Plan(decisions=_carried_out(graph)), plain, plain, notes)
         notes = []

@@ -357,6 +357,25 @@ def test_constants_that_only_the_executor_folds_are_folded():
     assert [node.op for node in graph.nodes] == ["Placeholder", "Const", "AddV2", "Identity"]
 
 
+def test_many_zeros_are_made_in_each_step():
+    variable = tf.Variable(tf.ones((256, 256)))
+
+    def step(x):
+        variable.assign(tf.zeros((256, 256)))
+        return x + tf.zeros((8, 8)) + tf.fill((8, 8), -0.0)
+
+    func_graph = traced(step, floats(8, 8))
+    graph = graphdef.import_function(func_graph)
+    (zeros,) = (node for node in graph.nodes if dict(node.attrs).get(ir.IS_ZEROS))
+    assert (zeros.op, zeros.outputs) == ("Fill", (ir.Value("float32", (256, 256)),))
+    built = graphdef.build_function(func_graph, graph, tiers.Tiers())
+    assert [operation.outputs[0].shape for operation in built.graph.get_operations() if operation.type == "Empty"] == [
+        (256, 256)
+    ]
+    graphdef.run_built(built, func_graph, [tf.ones((8, 8))])
+    assert not variable.numpy().any()
+
+
 def test_nothing_is_regrouped_where_constant_folding_is_off():
     before = tf.config.optimizer.get_experimental_options()
     tf.config.optimizer.set_experimental_options({"constant_folding": False})
