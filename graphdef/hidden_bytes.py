@@ -69,7 +69,7 @@ def with_hidden_bytes(graph: ir.Graph, func_graph: FuncGraph, folding: Folding |
             facts.append((ir.IS_FOLDED, True))
         if node.stateful and only_reads(func_graph, func_graph.get_operation_by_name(node.name)):
             facts.append(("only_reads", True))
-        nodes.append(dataclasses.replace(node, attrs=tuple(sorted(facts))) if facts else node)
+        nodes.append(dataclasses.replace(node, attrs=tuple(sorted((*node.attrs, *facts)))) if facts else node)
     return graph.replace(nodes=tuple(nodes))
 
 

@@ -461,7 +461,8 @@ def _spent(events: Sequence[Event], graph: ir.Graph) -> Mapping[str, float]:
     Raises:
         CantMeasure: If none of the events is one of the graph.
     """
-    folders = {node.name for node in graph.nodes if node.op in _FOLDERS or dict(node.attrs).get("is_inserted")}
+    inserted = {"is_inserted", ir.IS_ZEROS}
+    folders = {node.name for node in graph.nodes if node.op in _FOLDERS or not inserted.isdisjoint(dict(node.attrs))}
     owner_of = _owners(graph, folders)
     intervals = [(start, start + duration, owner_of(name)) for start, duration, name, _ in events]
     spent = _shares([interval for interval in intervals if interval[2]])
