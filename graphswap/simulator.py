@@ -3,9 +3,10 @@
 The model is in-order execution, which `rewrites.ordering` enforces: one compute lane, one lane per direction of
 every link, and one on which replicas exchange gradients, one collective at a time. Buffers are counted as TensorFlow's
 executor counts them: one reference per input that still waits to read; an elementwise op writes over an input that
-nobody else waits for; a buffer is free after its last reader, with two nodes side by side after both. A SwapOut's
-source is counted until the node that waits for it starts, a SwapIn's target from the node that starts it, what is
-exchanged until its AWAIT has run, so the peak holds however fast the links are.
+nobody else waits for; a buffer is free after its last reader, with two nodes side by side after both. What
+leaves beside compute, a SwapOut's source or what a STORE writes back, is counted until the node that waits for it
+starts, what arrives, a SwapIn's or FETCH's target, from the node that starts it, what is exchanged until its AWAIT has
+run, so the peak holds however fast the links are.
 
 Known weaknesses: ops outside the chain (none after `ordering`) and TensorFlow's own graph optimiser can
 change which elementwise op writes over which input. Two nodes side by side are given the sum of their seconds.

@@ -472,9 +472,8 @@ class Relaxation:
         for (node, bucket), run in self.runs.items():
             repeated[bucket].append((run, self._seconds(node)))
         total = sum(self._gigabytes(storage) for storage in (*self._of_storage, *self.kept)) + 1.0
-        total += self._stored + sum(
-            max(0.0, gigabytes) for due in self._due for _, gigabytes in due
-        )  # each time that one comes back
+        total += sum(max(0.0, gigabytes) for due in self._due for _, gigabytes in due)  # each time that one comes back
+        total += self._stored
         out_speed, in_speed = link.out_bytes_per_second * _UNIT, link.in_bytes_per_second * _UNIT
         absent = born = must = out = due = back = None
 
