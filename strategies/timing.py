@@ -394,4 +394,4 @@ def _seconds(copies: _Copies, after: Sequence[int]) -> float:
         else:
             done = gone[move.value] if kind == go else there[number]
             delay += max(0.0, done - now)
-    return max(float(ran[-1]) + delay, *outs.values(), *ins.values())
+    return max([float(ran[-1]) + delay, *outs.values(), *ins.values()])

@@ -162,6 +162,7 @@ def test_what_is_small_is_stored_beside_compute_too():
     problem = gaps.Gaps(graph, tuple(graph.position), testing.seconds_per_node(1.0, Link(1e9, 1e9, 2.0, overlaps=True)))
     decisions, outline = timing.timed(problem, (), MIB)
     assert decisions == (WriteBack("first"),)
+    assert timing.estimated(problem, (), problem.outline(()), MIB) == pytest.approx(6.0)
     assert (problem.outline(()).seconds, outline.seconds) == (pytest.approx(8.0), pytest.approx(6.0))
 
 
