@@ -148,6 +148,8 @@ def _copies(problem: gaps.Gaps, decisions: Sequence[Decision], tight: Outline, m
         busy = busy.copy()
         for move in fetches:
             busy[move.end] = max(0.0, busy[move.end] - move.in_seconds)
+        for store in _stored_at_leisure(problem):
+            busy[problem.graph.position[store.node]] = 0.0
         for move in stores:
             busy[move.start + 1] = max(0.0, busy[move.start + 1] - move.out_seconds)
     ran = np.concatenate([[0.0], np.cumsum(busy)])
