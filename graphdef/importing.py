@@ -156,6 +156,7 @@ def _folded(nodes: Sequence[ir.Node], func_graph: FuncGraph) -> list[ir.Node]:
 
 _ZEROS = frozenset({"Fill", "ZerosLike"})
 _MANY_BYTES = 64 << 10
+"""Fewer zeros stay a constant: an op costs more than the memory is worth."""
 
 
 def _are_many_zeros(operation: Any) -> bool:

@@ -87,6 +87,11 @@ class Copy(NamedTuple):
         return self.kind in ("swap_out", "store")
 
     @property
+    def fetched(self) -> str:
+        """The FETCH that it runs, or ""."""
+        return self.value if self.kind == "fetch" else ""
+
+    @property
     def lane(self) -> tuple[str, str]:
         """Copies of one lane run one after the other."""
         return self.tier, "out" if self.leaves else "in"
@@ -322,8 +327,8 @@ def _without_unread(plan: Plan, plain: Plain, entries: list[Entry]) -> list[Entr
     readers = collections.Counter(itertools.chain(plain.results, *(action.inputs for _, action in entries)))
     kept: list[Entry] = []
     for name, action in reversed(entries):
-        name_of = action.facts.name if isinstance(action, Action) else action.value if action.kind == "fetch" else ""
-        if name_of in repeated and not any(map(readers.get, action.outputs)):
+        runs = action.facts.name if isinstance(action, Action) else action.fetched
+        if runs in repeated and not any(map(readers.get, action.outputs)):
             readers.subtract(action.inputs)
             if isinstance(action, Action):
                 _hand_on_waits(action, kept)

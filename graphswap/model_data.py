@@ -154,11 +154,11 @@ def choose(
         list(itertools.accumulate((sum(map(found, group)) for group in left), initial=0.0))
         for found in (once, travelling)
     )
-    unmoved = gaps.problem(rewrites.place(graph, Plan(decisions=places(0))), cost_model)
-    as_it_is = simulator.simulate(unmoved.graph, Plan(), cost_model)
-    least_seconds = timing.timed(unmoved, (), math.inf)[1].seconds  # with what is away already copied beside compute
-    if as_it_is.peak_bytes <= memory_budget * _EASY:
+    unmoved = rewrites.place(graph, Plan(decisions=places(0)))
+    if simulator.simulate(unmoved, Plan(), cost_model).peak_bytes <= memory_budget * _EASY:
         return places(0)
+    # What is away already may be copied beside compute.
+    least_seconds = timing.timed(gaps.problem(unmoved, cost_model), (), math.inf)[1].seconds
     stop = time.monotonic() + planning_seconds
     best = reach = _PARTS
 

@@ -65,13 +65,13 @@ def swap(graph: ir.Graph, plan: Plan) -> ir.Graph:
 
 def anchors(graph: ir.Graph) -> dict[str, str]:
     """For every node the user's node that it belongs to: repeated nodes belong to the next one."""
-    anchors: dict[str, str] = {}
+    found: dict[str, str] = {}
     anchor = ""
     for node in reversed(graph.nodes):
         if not node.like:
             anchor = node.name
-        anchors[node.name] = anchor
-    return anchors
+        found[node.name] = anchor
+    return found
 
 
 def _swap_out(graph: ir.Graph, decision: Swap, source: str, after: str, taken: set[str]) -> ir.Node:

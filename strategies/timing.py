@@ -140,7 +140,8 @@ class _Copies:
 
 def _copies(problem: gaps.Gaps, decisions: Sequence[Decision], tight: Outline, memory_budget: float) -> _Copies | None:
     """What may run beside compute; None if nothing does."""
-    swaps, fetches, stores = _swaps(problem, decisions), _fetches(problem, decisions), _stores(problem)
+    swaps = _swaps(problem, decisions)
+    fetches, stores = (_fetches(problem, decisions), _stores(problem)) if problem.beside else ([], [])
     if not (swaps or problem.beside) or (swaps and problem.cost_model.link(problem.cost_model.far_tier).is_closed):
         return None
     busy = tight.busy
@@ -181,8 +182,6 @@ def _swaps(problem: gaps.Gaps, decisions: Sequence[Decision]) -> list[_Move]:
 
 def _fetches(problem: gaps.Gaps, decisions: Sequence[Decision]) -> list[_Move]:
     """All runs of what may be fetched beside compute, each from the last use of the run before."""
-    if not problem.beside:
-        return []
     graph, position, order = problem.graph, problem.graph.position, problem.order
     fetches = [name for name in problem.beside if graph.by_name[name].op == ir.FETCH]
     uses = {name: set(problem.storages[problem.storage_of[name]].uses) for name in fetches}
@@ -212,7 +211,7 @@ def _fetches(problem: gaps.Gaps, decisions: Sequence[Decision]) -> list[_Move]:
 
 
 def _stores(problem: gaps.Gaps) -> list[_Move]:
-    """What may be stored beside compute, but what is on the device anyway: that nobody waits for."""
+    """What may be stored beside compute, but for what is on the device anyway."""
     graph, free = problem.graph, {store.node for store in _stored_at_leisure(problem)}
     moves = []
     for name in sorted(problem.beside - free, key=graph.position.__getitem__):
@@ -237,7 +236,7 @@ def _stores(problem: gaps.Gaps) -> list[_Move]:
 
 
 def _stored_at_leisure(problem: gaps.Gaps) -> list[WriteBack]:
-    """Stores beside compute of what is small, or a result of the step."""
+    """Stores beside compute of what is on the device anyway, as it is small, or a result: nobody waits for them."""
     graph, results = problem.graph, {problem.root_of[reference] for reference in problem.graph.outputs}
     stores = [name for name in problem.beside if graph.by_name[name].op == ir.STORE]
     roots = {name: problem.root_of[graph.by_name[name].inputs[0]] for name in stores}
