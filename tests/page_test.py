@@ -93,6 +93,13 @@ def test_a_pair_is_a_bar_from_the_first_to_the_second():
     assert "side by side a – runs at the same time as b –" in words(text)
 
 
+def test_copies_of_variables_have_bars_and_say_what_happens():
+    text = page.html(pictures.picture(**pictures.simulated(pictures.FAR, pictures.COPIED)))
+    assert "fetch w 1.0MiB starts after a" in words(text)
+    assert "store gradient 1.0MiB there until the step's end" in words(text).replace("&#x27;", "'")
+    assert ["fetch", "store"] in [sorted(kinds) for kinds in columns(charts(text), "lane")]
+
+
 def test_a_plan_without_decisions_a_budget_or_a_curve():
     picture = pictures.picture(plan=Plan(), planned=pictures.picture().plain, memory_budget=None, curve=())
     said = words(page.html(picture))

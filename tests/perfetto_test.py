@@ -73,3 +73,10 @@ def test_blocks_of_gradients_have_a_lane():
     lanes = named(found, "thread_name")
     sums = [e["name"] for e in found if e["ph"] == "X" and lanes[e["pid"], e["tid"]] == "network" and e["pid"] == 2]
     assert sums == ["sum/block_0", "sum/block_1"]
+
+
+def test_copies_of_variables_have_lanes_of_their_tier():
+    found = events(**pictures.simulated(pictures.FAR, pictures.COPIED))
+    lanes = named(found, "thread_name")
+    copies = {(e["name"], lanes[2, e["tid"]]) for e in found if e["ph"] == "X" and e["cat"] in ("fetch", "store")}
+    assert copies == {("fetch", "variables from ps"), ("store", "variables to ps")}

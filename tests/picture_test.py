@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from graphswap import simulator
 from graphswap.picture import decided, moments
-from graphswap.plan import Plan, Recompute, Swap
+from graphswap.plan import Plan, Prefetch, Recompute, Swap, WriteBack
 
 
 def test_each_copy_and_each_repeated_node_finds_its_decision():
@@ -34,6 +34,16 @@ def test_a_value_that_leaves_twice_comes_back_for_each_swap():
     plan = Plan(decisions=(late, early)).check(graph)
     timeline = simulator.simulate(graph, plan, pictures.COSTS)
     assert [d for d in decided(graph, plan, timeline) if d] == [early, early, late]
+
+
+def test_copies_of_variables_find_their_decisions():
+    """The fetch's first run is left out, as all that read it read the second one."""
+    ahead, late = Prefetch("fetch", "x", "fetch"), Prefetch("fetch", "b", "y")
+    back = WriteBack("store", "loss")
+    plan = Plan(decisions=(Recompute(("fetch",), "y"), ahead, late, back)).check(pictures.FAR)
+    timeline = simulator.simulate(pictures.FAR, plan, pictures.COSTS)
+    found = zip(timeline.steps, decided(pictures.FAR, plan, timeline), strict=True)
+    assert [(step.kind, decision) for step, decision in found if decision] == [("fetch", late), ("store", back)]
 
 
 @hypothesis.given(st.randoms(use_true_random=False))

@@ -7,15 +7,34 @@ from typing import Any
 
 import testing
 
-from graphswap import ir, simulator
-from graphswap.cost_model import Link
+from graphswap import ir, parser, simulator
+from graphswap.cost_model import CostModel, DeviceSpec, Link, Profile
 from graphswap.picture import CurvePoint, Picture
-from graphswap.plan import Declined, Plan, Recompute, Swap
+from graphswap.plan import Declined, Plan, Prefetch, Recompute, Swap, WriteBack
 
 MIB = 1 << 20
-COSTS = testing.seconds_per_node(1e-3, Link(1e9, 1e9, 1e-4, overlaps=True))
+LINK = Link(1e9, 1e9, 1e-4, overlaps=True)
+COSTS = CostModel(DeviceSpec(launch_seconds=1e-3, links={"host": LINK, "disk": LINK, "ps": LINK}), Profile("", {}, {}))
 CURVE = (CurvePoint(5 * MIB, 0.014, None), CurvePoint(7 * MIB, 0.011, 0.012), CurvePoint(9 * MIB, 0.0105, 0.0105))
 MEASURED = ((0.0, 2 * MIB), (0.004, 5 * MIB), (0.010, 3 * MIB))
+
+
+FAR = parser.parse("""
+graph far(%x) -> (%loss) after(%store) {
+  %w = Placeholder() : (resource[])
+  %x = Placeholder() : (float32[512,512])
+  %a = MatMul(%x, %x) : (float32[512,512])
+  %b = MatMul(%a, %a) : (float32[512,512])
+  %fetch = Fetch(%w) {"tier": "ps"} : (float32[512,512])
+  %y = MatMul(%b, %fetch) : (float32[512,512])
+  %new = MatMul(%y, %fetch) : (float32[512,512])
+  %store = Store!(%new) {"tier": "ps", "value": "gradient"} : ()
+  %loss = MatMul(%y, %y) : (float32[512,512])
+}
+""")
+"""A worker's part of a step whose weight a parameter server has."""
+COPIED = Plan(decisions=(Prefetch("fetch", "a", "fetch"), WriteBack("store")))
+"""Its fetch and its store run beside compute."""
 
 
 def picture(**changes: Any) -> Picture:

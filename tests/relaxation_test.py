@@ -1,6 +1,5 @@
 """On a chain in which every node takes a second and every value a MiB, and copies take no time at all or very long."""
 
-import math
 import random
 
 import model_data_test
@@ -111,6 +110,31 @@ def test_a_copy_need_not_be_complete_when_its_gap_begins():
     assert bound.certificate(relaxed.program, solution.duals).seconds(budget) <= timed.seconds
 
 
+def outcomes(problem, rng, shares, decide):
+    """Peak and seconds of random evictions, as they are and with their copies timed."""
+    found = []
+    for share in shares:
+        evicted = {}
+        for gap in range(len(problem.gaps)):
+            way = rng.choice(["swap", gaps.SWAP_AGAIN, "recompute", "recompute", gaps.AGAIN])
+            if rng.random() < share and (way in gaps.SWAPS or problem.is_repeatable(gap)):
+                evicted[gap] = way
+        decisions = decide(evicted)
+        tight = problem.outline(decisions)
+        room = rng.choice([0.0, 0.5, 1.0]) * (problem.live.max() - tight.peak_bytes)
+        _, timed = timing.timed(problem, decisions, tight.peak_bytes + room)
+        found += [(outline.peak_bytes, outline.seconds) for outline in (tight, timed)]
+    return found
+
+
+def assert_none_below_the_bound(problem, found, budgets):
+    relaxed = relaxation.Relaxation(problem)
+    for budget in budgets:
+        fastest = min(seconds for peak, seconds in found if peak <= budget)
+        solution = solver.solve(relaxed.program, budget, relaxed.prices, 60.0)
+        assert bound.certificate(relaxed.program, solution.duals).seconds(budget) <= fastest + 1e-9
+
+
 # With the first four there are plans that write an output over what they make anew, or leave a first run out: below a
 # bound that takes every node to need its own output where it stands. In the fifth a node may write over a buffer that
 # it reads under two names.
@@ -120,23 +144,9 @@ def test_no_evictions_get_below_the_bound(seed):
     graph = testing.random_graph(rng, rng.randint(2, 16), 4096)
     link = Link(1e9, 1e9, 0.0, overlaps=rng.random() < 0.5)
     problem = gaps.problem(graph, CostModel(DeviceSpec(launch_seconds=1e-5, links={"host": link})))
-    relaxed = relaxation.Relaxation(problem)
-    outcomes = []
-    for share in (0.2, 0.5, 1.0, 1.0) * 4:
-        evicted = {}
-        for gap in range(len(problem.gaps)):
-            way = rng.choice(["swap", gaps.SWAP_AGAIN, "recompute", "recompute", gaps.AGAIN])
-            if rng.random() < share and (way in gaps.SWAPS or math.isfinite(problem.recompute_seconds(gap, {}, ()))):
-                evicted[gap] = way
-        decisions = problem.decide(evicted, (), rng.randrange(60))
-        tight = problem.outline(decisions)
-        room = rng.choice([0.0, 0.5, 1.0]) * (problem.live.max() - tight.peak_bytes)
-        _, timed = timing.timed(problem, decisions, tight.peak_bytes + room)
-        outcomes += [(outline.peak_bytes, outline.seconds) for outline in (tight, timed)]
-    for budget in sorted({peak for peak, _ in outcomes})[:4]:
-        fastest = min(seconds for peak, seconds in outcomes if peak <= budget)
-        solution = solver.solve(relaxed.program, budget, relaxed.prices, 60.0)
-        assert bound.certificate(relaxed.program, solution.duals).seconds(budget) <= fastest + 1e-9
+    shares = (0.2, 0.5, 1.0, 1.0) * 4
+    found = outcomes(problem, rng, shares, lambda evicted: problem.decide(evicted, (), rng.randrange(60)))
+    assert_none_below_the_bound(problem, found, sorted({peak for peak, _ in found})[:4])
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -149,23 +159,9 @@ def test_no_copies_of_variables_get_below_the_bound(seed):
     speed = 10 ** rng.uniform(8.0, 10.5)
     links = {tier: Link(speed, speed, 0.0, overlaps=rng.random() < 0.7) for tier in ("host", "disk")}
     problem = gaps.problem(graph, CostModel(DeviceSpec(launch_seconds=1e-5, links=links)))
-    relaxed = relaxation.Relaxation(problem)
-    outcomes = []
-    for share in (0.0, 0.2, 0.5, 1.0) * 3:
-        evicted = {}
-        for gap in range(len(problem.gaps)):
-            way = rng.choice(["swap", gaps.SWAP_AGAIN, "recompute", "recompute", gaps.AGAIN])
-            if rng.random() < share and (way in gaps.SWAPS or problem.is_repeatable(gap)):
-                evicted[gap] = way
-        decisions = fitting.at_worst_swapped(problem, evicted).decisions
-        tight = problem.outline(decisions)
-        room = rng.choice([0.0, 0.5, 1.0]) * (problem.live.max() - tight.peak_bytes)
-        _, timed = timing.timed(problem, decisions, tight.peak_bytes + room)
-        outcomes += [(outline.peak_bytes, outline.seconds) for outline in (tight, timed)]
-    for budget in sorted({peak for peak, _ in outcomes})[::4]:
-        fastest = min(seconds for peak, seconds in outcomes if peak <= budget)
-        solution = solver.solve(relaxed.program, budget, relaxed.prices, 60.0)
-        assert bound.certificate(relaxed.program, solution.duals).seconds(budget) <= fastest + 1e-9
+    shares = (0.0, 0.2, 0.5, 1.0) * 3
+    found = outcomes(problem, rng, shares, lambda evicted: fitting.at_worst_swapped(problem, evicted).decisions)
+    assert_none_below_the_bound(problem, found, sorted({peak for peak, _ in found})[::4])
 
 
 @pytest.mark.parametrize("speed", [1e6, 1e9, 1e12])
