@@ -32,6 +32,7 @@ from graphswap.graphdef.inlining import call_concrete as call_concrete
 from graphswap.graphdef.inlining import call_inline as call_inline
 from graphswap.graphdef.inlining import decidable_branches as decidable_branches
 from graphswap.graphdef.inlining import has_calls as has_calls
+from graphswap.graphdef.inlining import join_branches as join_branches
 from graphswap.graphdef.inlining import take_branches as take_branches
 from graphswap.graphdef.traced import OPAQUE as OPAQUE
 from graphswap.graphdef.traced import FuncGraph as FuncGraph

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
+import numpy as np
 import tensorflow as tf
 from tensorflow.python.ops import handle_data_util
 
+from graphswap import ir
 from graphswap.graphdef.traced import (
     CALLS,
     OPAQUE,
@@ -15,6 +17,7 @@ from graphswap.graphdef.traced import (
     body_names,
     body_of,
     edges_of,
+    has_static_inputs,
     only_reads,
     reference_to,
     remove_operations,
@@ -107,19 +110,81 @@ def take_branches(func_graph: FuncGraph, taken: Sequence[bool]) -> None:
         prefix = f"{operation.name}/"
         tensors, ends = _copy_operations(cast(FuncGraph, body), func_graph, operation.inputs[1:], controls, prefix)
         results = [tensors[reference_to(result)] for result in cast(FuncGraph, body).outputs]
-        for tensor, result in zip(operation.outputs, results, strict=True):
-            for reader in tensor.consumers():
-                for index, read in enumerate(reader.inputs):
-                    if read is tensor:
-                        reader._update_input(index, result)
-        stand_ins = dict(zip(map(reference_to, operation.outputs), results, strict=True))
-        func_graph.outputs = [stand_ins.get(reference_to(tensor), tensor) for tensor in func_graph.outputs]
-        for waiting in operation._control_outputs:
-            waits = [control for control in waiting.control_inputs if control is not operation]
-            waiting._remove_all_control_inputs()
-            waiting._add_control_inputs(list(dict.fromkeys([*waits, *ends])))
-        func_graph.control_outputs = list(dict.fromkeys([*func_graph.control_outputs, *ends]))
-        remove_operations(func_graph, {operation})
+        _replace(func_graph, operation, results, ends)
+
+
+def join_branches(func_graph: FuncGraph) -> None:
+    """Puts the operations of both branches in the place of conditionals that update variables, in place.
+
+    Such as an update that is left out where a gradient is not finite, of which a value of the step decides. Both
+    branches run, and a variable that is assigned keeps its old value where the other branch was to be taken ("if-
+    conversion": Allen, Kennedy, Porterfield, Warren, "Conversion of Control Dependence to Data Dependence", POPL'83).
+    So what branches read is planned like anything else. Only branches are joined that may run whatever is decided:
+    their ops can't fail, and change nothing but variables.
+
+    Known weakness: the branch that is not taken costs its time.
+    """
+    for operation in [found for found in func_graph.get_operations() if found.type == "If"]:
+        if not only_reads(func_graph, operation) and _can_join(func_graph, operation):
+            controls, condition, inputs = list(operation.control_inputs), operation.inputs[0], operation.inputs[1:]
+            results, ends = _copy_both(operation, func_graph, func_graph, condition, inputs, controls, operation.name)
+            _replace(func_graph, operation, results, ends)
+
+
+def _replace(func_graph: FuncGraph, operation: Any, results: Sequence[tf.Tensor], ends: Sequence[Any]) -> None:
+    """Takes an operation out; its readers get the results, and what waited for it waits for the ends."""
+    for tensor, result in zip(operation.outputs, results, strict=True):
+        for reader in tensor.consumers():
+            for index, read in enumerate(reader.inputs):
+                if read is tensor:
+                    reader._update_input(index, result)
+    stand_ins = dict(zip(map(reference_to, operation.outputs), results, strict=True))
+    func_graph.outputs = [stand_ins.get(reference_to(tensor), tensor) for tensor in func_graph.outputs]
+    for waiting in operation._control_outputs:
+        waits = [control for control in waiting.control_inputs if control is not operation]
+        waiting._remove_all_control_inputs()
+        waiting._add_control_inputs(list(dict.fromkeys([*waits, *ends])))
+    func_graph.control_outputs = list(dict.fromkeys([*func_graph.control_outputs, *ends]))
+    remove_operations(func_graph, {operation})
+
+
+def _can_join(func_graph: FuncGraph, operation: Any) -> bool:
+    """Whether both branches may run: none of their operations can fail, or change anything but variables."""
+    bodies = [body_of(func_graph, name) for name in body_names(operation)]
+    return (
+        operation.inputs[0].dtype == tf.bool
+        and operation.inputs[0].shape.rank == 0
+        and all(tensor.dtype.name in ir.ITEM_BYTES for tensor in operation.outputs)
+        and all(body is not None and _may_run(body) for body in bodies)
+        and all(
+            body is not None and result.shape.is_fully_defined() and result.shape == tensor.shape
+            for body in bodies
+            for result, tensor in zip(body.outputs if body else (), operation.outputs, strict=True)
+        )
+    )
+
+
+def _may_run(body: FuncGraph) -> bool:
+    for operation in body.get_operations():
+        callee = _callee(body, operation)
+        if operation.type in _CONDITIONALS:
+            may_run = _can_join(body, operation)
+        elif operation.type in _ASSIGNMENTS:
+            handle, value = operation.inputs
+            may_run = value.shape.is_fully_defined() and _variable_shape(handle) == value.shape
+        elif operation.type in _FLOAT_ONLY:
+            divisor = tf.get_static_value(operation.inputs[1])
+            may_run = operation.outputs[0].dtype.is_floating or (divisor is not None and bool(np.all(divisor > 0)))
+        else:
+            may_run = operation.type in _TOTAL if callee is None else _may_run(callee)
+        if not may_run or not has_static_inputs(operation):
+            return False
+    return True
+
+
+def _variable_shape(handle: tf.Tensor) -> tf.TensorShape | None:
+    data = handle_data_util.get_resource_handle_data(handle)
+    return tf.TensorShape(data.shape_and_type[0].shape) if data.is_set and data.shape_and_type else None
 
 
 def _decidable(func_graph: FuncGraph) -> list[Any]:
@@ -161,7 +226,12 @@ def _captured(outer: Any, concrete: Any) -> list[tf.Tensor]:
 
 
 def _copy_operations(
-    body: FuncGraph, outer: Any, arguments: Sequence[tf.Tensor], controls: Sequence[Any], prefix: str
+    body: FuncGraph,
+    outer: Any,
+    arguments: Sequence[tf.Tensor],
+    controls: Sequence[Any],
+    prefix: str,
+    condition: tf.Tensor | None = None,
 ) -> tuple[dict[str, tf.Tensor], list[Any]]:
     """Copies a function's body into `outer`.
 
@@ -171,6 +241,7 @@ def _copy_operations(
         arguments: What the function is called with.
         controls: What the call runs after.
         prefix: For the names of the copies.
+        condition: If given, the body is one that may run, and assigns variables only where this is true.
 
     Returns:
         The tensors of the copies by reference in `body`, and the operations whose end is the call's end.
@@ -191,9 +262,17 @@ def _copy_operations(
             waits += controls
         callee = _callee(body, operation)
         if callee is not None:
-            results, done[node.name] = _copy_operations(callee, outer, inputs, waits, f"{prefix}{node.name}/")
+            inner, done[node.name] = _copy_operations(callee, outer, inputs, waits, f"{prefix}{node.name}/", condition)
             for tensor, result in zip(operation.outputs, callee.outputs, strict=True):
-                tensors[reference_to(tensor)] = results[reference_to(result)]
+                tensors[reference_to(tensor)] = inner[reference_to(result)]
+            continue
+        if condition is not None and operation.type in _CONDITIONALS:
+            name, decides = f"{prefix}{node.name}", inputs[0]
+            results, done[node.name] = _copy_both(operation, body, outer, decides, inputs[1:], waits, name, condition)
+            tensors.update(zip(map(reference_to, operation.outputs), results, strict=True))
+            continue
+        if condition is not None and operation.type in _ASSIGNMENTS:
+            done[node.name] = [_assign_where(condition, operation, outer, inputs, waits, f"{prefix}{node.name}")]
             continue
         attrs = {name: value for name, value in operation.node_def.attr.items() if name != "_class"}
         with outer.as_default(), tf.control_dependencies(None), tf.control_dependencies(waits):
@@ -218,6 +297,51 @@ def _copy_operations(
     return tensors, ends or list(controls)
 
 
+def _copy_both(
+    operation: Any,
+    body: FuncGraph,
+    outer: Any,
+    decides: tf.Tensor,
+    inputs: Sequence[tf.Tensor],
+    controls: Sequence[Any],
+    prefix: str,
+    condition: tf.Tensor | None = None,
+) -> tuple[list[tf.Tensor], list[Any]]:
+    """Copies both branches of a conditional in `body`; they assign variables only where `condition` is true, too.
+
+    Returns:
+        Its results, and the operations whose end is its end.
+    """
+    with outer.as_default(), tf.control_dependencies(None):
+        branches = {"then_branch": decides, "else_branch": tf.logical_not(decides)}
+    made, ends = [], list(controls)
+    for name, is_taken in branches.items():
+        branch = cast(FuncGraph, body_of(body, operation.get_attr(name).name))
+        with outer.as_default(), tf.control_dependencies(None):
+            both = is_taken if condition is None else tf.logical_and(condition, is_taken)
+        # One after the other: what the second one assigns may be what the first one did.
+        tensors, ends = _copy_operations(branch, outer, inputs, ends, f"{prefix}/{name}/", both)
+        made.append([tensors[reference_to(result)] for result in branch.outputs])
+    with outer.as_default(), tf.control_dependencies(None):
+        return [tf.raw_ops.SelectV2(condition=decides, t=t, e=e) for t, e in zip(*made, strict=True)], ends
+
+
+def _assign_where(
+    condition: tf.Tensor, operation: Any, outer: Any, inputs: Sequence[tf.Tensor], waits: Sequence[Any], name: str
+) -> Any:
+    """Adds what an operation assigns to a variable, where the condition is true."""
+    handle, given = inputs
+    with outer.as_default(), tf.device(operation.device or None), tf.control_dependencies(None):
+        with tf.control_dependencies(waits):
+            old = tf.raw_ops.ReadVariableOp(resource=handle, dtype=given.dtype, name=f"{name}/old")
+        old.set_shape(given.shape)
+        combined = _ASSIGNMENTS[operation.type]
+        given = given if combined is None else combined(x=old, y=given, name=f"{name}/combined")
+        value = tf.raw_ops.SelectV2(condition=condition, t=given, e=old, name=f"{name}/value")
+        with tf.control_dependencies(waits):
+            return tf.raw_ops.AssignVariableOp(resource=handle, value=value, name=name)
+
+
 def _callee(func_graph: FuncGraph, operation: Any) -> FuncGraph | None:
     """The body that a call runs, if it can be dissolved: XLA-compiled functions can't."""
     if operation.type not in CALLS:
@@ -228,3 +352,22 @@ def _callee(func_graph: FuncGraph, operation: Any) -> FuncGraph | None:
 
 
 _KEPT_WHOLE = ("_XlaMustCompile", "_noinline")
+
+_ASSIGNMENTS = {
+    "AssignVariableOp": None,
+    "AssignAddVariableOp": tf.raw_ops.AddV2,
+    "AssignSubVariableOp": tf.raw_ops.Sub,
+}
+"""Ops that assign a variable, with what makes the new value of the old one and what is given."""
+_CONDITIONALS = frozenset({"If", "StatelessIf"})
+_FLOAT_ONLY = frozenset({"Div", "FloorDiv", "FloorMod", "Mod", "Pow", "RealDiv", "TruncateDiv", "TruncateMod"})
+"""Ops that fail where whole numbers are divided by zero, or raised to a negative power."""
+_TOTAL = frozenset(
+    "Abs Add AddN AddV2 All Any BatchMatMulV2 BroadcastTo Cast ConcatV2 Const DivNoNan Equal Erf Exp ExpandDims Expm1 "
+    "Fill Greater GreaterEqual Identity IdentityN Inv IsFinite IsInf IsNan L2Loss Less LessEqual Log Log1p LogicalAnd "
+    "LogicalNot LogicalOr MatMul Max Maximum Mean Min Minimum Mul MulNoNan Neg NoOp NotEqual OnesLike Pack Placeholder "
+    "Prod ReadVariableOp Reciprocal Relu Reshape Rsqrt Select SelectV2 Shape ShapeN Sigmoid Sign Size Softplus Sqrt "
+    "Square SquaredDifference Squeeze StopGradient StridedSlice Sub Sum Tanh Tile Transpose UnsortedSegmentSum "
+    "VariableShape Xdivy ZerosLike".split()
+)
+"""Ops that have a result for all that they may read, where the trace knows the shapes."""

@@ -30,8 +30,10 @@ FUNCTIONS: Mapping[str, np.ufunc] = {
     "Sqrt": np.sqrt,
 }
 """TensorFlow's ops that have a twin in numpy; an AddN only of two values."""
+SELECTS = ("Select", "SelectV2")
+"""Ops that have as their result one of two values, whole, as a scalar says."""
 DTYPES = ("float32", "float64")
-"""Types of all values of a program."""
+"""Types of all values of a program, but of what selects one of two: that is a bool."""
 
 _BLOCK_ELEMENTS = 1 << 17
 
@@ -40,7 +42,7 @@ class Instruction(NamedTuple):
     """One op of a program.
 
     Attributes:
-        op: Out of `FUNCTIONS`, or "Identity".
+        op: Out of `FUNCTIONS` or `SELECTS`, or "Identity".
         sources: Registers that it reads.
     """
 
@@ -52,8 +54,8 @@ class Instruction(NamedTuple):
 class Program:
     """What is computed of each element.
 
-    Registers are numbered: first what is given, all of one shape and type, or scalars of that type; then what each
-    instruction makes.
+    Registers are numbered: first what is given, all of one shape and type, or scalars, of that type or bools; then what
+    each instruction makes.
 
     Attributes:
         given: How many registers are given.
@@ -81,14 +83,14 @@ class Program:
         """Computes results.
 
         Args:
-            given: Flat arrays of one length and type, or arrays of no dimension; they are not written to.
+            given: Flat arrays of one length and type, at least one, or arrays of no dimension; they are not written to.
             results: Flat arrays of that length and type, each with room for a result; None where it is not wanted.
         """
-        length = max(array.size for array in given)
+        flat = next(array for array in given if array.ndim)
+        length, dtype = flat.size, flat.dtype
         steps, kept = self._steps(results)
-        scratch = [
-            np.empty(_BLOCK_ELEMENTS, given[0].dtype) for _ in range(max((step.slot for step in steps), default=-1) + 1)
-        ]
+        slots = max((step.slot for step in steps), default=-1) + 1
+        scratch = [np.empty(_BLOCK_ELEMENTS, dtype) for _ in range(slots)]
         with np.errstate(all="ignore"):
             for start in range(0, length, _BLOCK_ELEMENTS):
                 block = slice(start, min(start + _BLOCK_ELEMENTS, length))
@@ -140,8 +142,12 @@ class Program:
                     slots[number] = slot
                 else:
                     free.append(slot)
-            steps.append(_Step(FUNCTIONS[op], sources, slot, result))
+            steps.append(_Step(_select if op in SELECTS else FUNCTIONS[op], sources, slot, result))
         return steps, kept
+
+
+def _select(condition: np.ndarray, one: np.ndarray, other: np.ndarray, out: np.ndarray) -> None:
+    np.copyto(out, one if condition else other)
 
 
 class _Step(NamedTuple):
@@ -156,10 +162,15 @@ def computes(graph: ir.Graph, node: ir.Node) -> bool:
 
     Nor does one compute what TensorFlow would compute in another way.
     """
-    arity = 1 if node.op == _IDENTITY else FUNCTIONS[node.op].nin if node.op in FUNCTIONS else -1
+    arity = _ARITY.get(node.op, -1)
     if len(node.inputs) != arity or node.stateful or len(node.outputs) != 1 or dict(node.attrs).get(ir.IS_FOLDED):
         return False
     (made,) = node.outputs
-    given = map(graph.value, node.inputs)
+    given = list(map(graph.value, node.inputs))
+    if node.op in SELECTS and given.pop(0) != ir.Value("bool", ()):
+        return False
     is_array = made.is_resolved and bool(made.shape) and made.dtype in DTYPES
     return is_array and all(value == made or value == ir.Value(made.dtype, ()) for value in given)
+
+
+_ARITY = {**{op: function.nin for op, function in FUNCTIONS.items()}, **dict.fromkeys(SELECTS, 3), _IDENTITY: 1}

@@ -175,7 +175,7 @@ def update(
 
     Args:
         program: Given are the values, then the far ones.
-        values: Tensors of the far values' type, of their shape or scalars.
+        values: Tensors of the far values' type, of their shape or scalars, or scalars of type bool.
         handles: Of each far value, the two resources that `store` takes.
         stored: Which of the far values get the program's last results; None: these go nowhere.
         result_count: How many of the program's first results are wanted as tensors.

@@ -391,6 +391,8 @@ class Session:
             graphdef.take_branches(func_graph, self._taken)
         elif not self.jit_compile and (decide := graphdef.decidable_branches(func_graph)) is not None:
             raise _Branches(decide)
+        if not self.jit_compile:
+            graphdef.join_branches(func_graph)
         with progress.shown(func_graph.name) as show:
             clock = progress.Clock(show)
             shapes = self._largest.of(func_graph)

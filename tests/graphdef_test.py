@@ -643,3 +643,71 @@ def test_the_branch_that_is_taken_becomes_a_part_of_the_step(is_true):
     assert "If" not in kinds
     assert ("AssignSubVariableOp" in kinds) != is_true
     assert graphdef.decidable_branches(graph) is None
+
+
+def _update_where(is_finite, total, count, x):
+    """As of an optimizer that scales losses: leaves an update out, and counts in another way."""
+
+    def update():
+        total.assign_sub(tf.reduce_sum(x) * total)
+        tf.cond(tf.equal(count, 1), lambda: count.assign(0), lambda: count.assign_add(1))
+        return total + 1.0
+
+    def leave_out():
+        count.assign(5)
+        return total * 2.0
+
+    return tf.cond(is_finite, update, leave_out)
+
+
+def test_branches_that_update_variables_are_joined():
+    def run(mark):
+        total, count = tf.Variable([-0.0, 3.0]), tf.Variable(0)
+
+        def step(x):
+            graphdef.mark_current_graph(mark)
+            made = _update_where(tf.math.is_finite(tf.reduce_sum(x)), total, count, x)
+            return made, total.read_value(), count.read_value()
+
+        function = tf.function(step, autograph=False)
+        numbers = (0.5, np.inf, 0.25, 0.125, -0.0, np.nan)
+        outcomes = [[tensor.numpy().tobytes() for tensor in function(tf.constant([x, x]))] for x in numbers]
+        kinds = {operation.type for operation in function.get_concrete_function(floats(2)).graph.get_operations()}
+        return outcomes, not kinds.isdisjoint({"If", "StatelessIf"})
+
+    graphdef.off_traced()
+    graphdef.on_traced(lambda func_graph, mark: graphdef.join_branches(func_graph) if mark == "joined" else None)
+    try:
+        plain, joined = run("plain"), run("joined")
+    finally:
+        graphdef.off_traced()
+    assert joined[0] == plain[0]
+    assert (plain[1], joined[1]) == (True, False)
+
+
+@pytest.mark.parametrize(
+    "update",
+    [
+        pytest.param(lambda total, x: tf.debugging.assert_positive(x), id="may fail"),
+        pytest.param(lambda total, x: total.assign_add(tf.gather(x, [7])[0]), id="may be out of range"),
+        pytest.param(lambda total, x: total.assign(tf.cast(7 // tf.cast(x[0], tf.int32), tf.float32)), id="divides"),
+        pytest.param(lambda total, x: total.assign_add(tf.random.uniform([])), id="draws a number"),
+        pytest.param(lambda total, x: tf.print(x), id="prints"),
+        pytest.param(
+            lambda total, x: total.assign(tf.while_loop(lambda n: n < x[0], lambda n: n + 1.0, [0.0])[0]), id="loops"
+        ),
+    ],
+)
+def test_a_branch_that_must_not_run_stays(update):
+    total = tf.Variable(1.0)
+
+    def step(x):
+        def branch():
+            update(total, x)
+            total.assign_add(1.0)
+
+        tf.cond(x[0] > 0.0, branch, lambda: None)
+
+    graph = traced(step, floats(2))
+    graphdef.join_branches(graph)
+    assert "If" in {operation.type for operation in graph.get_operations()}

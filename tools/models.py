@@ -53,7 +53,12 @@ def mlp() -> Training:
 
 
 def wide_mlp(
-    depth: int = 24, width: int = 1024, batch: int = 256, policy: str = "float32", **optimizer: Any
+    depth: int = 24,
+    width: int = 1024,
+    batch: int = 256,
+    policy: str = "float32",
+    is_loss_scaled: bool = False,
+    **optimizer: Any,
 ) -> Training:
     """Square layers on parts of photographs: nearly all its memory is weights and optimizer state. Adam."""
     hidden = (layers.Dense(width, "relu", dtype=policy) for _ in range(depth))
@@ -61,7 +66,10 @@ def wide_mlp(
     side = int(width**0.5)
     noisy = _noisy_photographs(side, batch)
     flat = ((x[..., 0].reshape(len(x), -1), y[..., 0].reshape(len(y), -1)) for x, y in noisy)
-    return Training(model, keras.optimizers.Adam(1e-3, **optimizer), "mean_squared_error", flat)
+    adam: Any = keras.optimizers.Adam(1e-3, **optimizer)
+    if is_loss_scaled:
+        adam = keras.optimizers.LossScaleOptimizer(adam, dynamic_growth_steps=2)
+    return Training(model, adam, "mean_squared_error", flat)
 
 
 def resnet50(size: int = 96, batch: int = 32) -> Training:
@@ -159,6 +167,7 @@ LARGE_MODELS: Mapping[str, Callable[[], Training]] = {
     "mlp_24_clipped": functools.partial(wide_mlp, global_clipnorm=1.0),
     "mlp_24_bfloat16": functools.partial(wide_mlp, policy="mixed_bfloat16"),
     "mlp_24_accumulated": functools.partial(wide_mlp, gradient_accumulation_steps=4),
+    "mlp_24_scaled": functools.partial(wide_mlp, is_loss_scaled=True),
     "mlp_96": functools.partial(wide_mlp, depth=96, batch=64),
     "gpt_100m": functools.partial(gpt, blocks=14, width=768, heads=12, length=256, batch=8),
     "gpt_100m_64": functools.partial(gpt, blocks=14, width=768, heads=12, length=64, batch=2, rate=2e-5),
