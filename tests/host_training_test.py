@@ -7,6 +7,8 @@ import numpy as np
 
 STEPS = 5
 OPTIMIZERS = "SGD RMSprop Adam AdamW Adadelta Adagrad Adamax Adafactor Nadam Ftrl Lion Lamb Muon".split()
+TOO_LARGE = 3e38
+"""To scale a loss with: gradients are not finite in the first step, which then updates nothing but lowers the scale."""
 
 
 def dense(layers=4, width=512, batch=32):
@@ -59,7 +61,14 @@ MODELS = {"dense": dense, "embedded": embedded, "convolutional": convolutional}
 
 
 def train(
-    budget, optimizer="Adam", model_name="dense", policy="float32", options=None, folds_constants=False, **settings
+    budget,
+    optimizer="Adam",
+    model_name="dense",
+    policy="float32",
+    options=None,
+    folds_constants=False,
+    loss_scale=None,
+    **settings,
 ):
     """Losses and digests of the variables; with a budget, all variables are made outside of the device."""
     import contextlib
@@ -83,7 +92,11 @@ def train(
     with graphswap.host_variables() if budget else contextlib.nullcontext():
         model, x, y, loss = MODELS[model_name]()
     option = {"graphswap": graphswap.Options(budget, planning_seconds=2.0, **(options or {}))} if budget else {}
-    model.compile(getattr(keras.optimizers, optimizer)(**settings), loss, jit_compile=False, **option)
+    chosen = getattr(keras.optimizers, optimizer)(**settings)
+    if loss_scale is not None:
+        chosen = keras.optimizers.LossScaleOptimizer(chosen, initial_scale=loss_scale, dynamic_growth_steps=3)
+        y = 600 * y
+    model.compile(chosen, loss, jit_compile=False, **option)
     losses = [float(model.train_on_batch(x, y)) for _ in range(STEPS)]
     peak = tf.config.experimental.get_memory_info("CPU:0")["peak"]
     values = [np.array(variable.numpy()) for variable in (*model.variables, *model.optimizer.variables)]
@@ -106,6 +119,8 @@ RUNS = [
     ("averages", 9 << 20, {"use_ema": True, "ema_overwrite_frequency": 2}),
     ("accumulation", 15 << 20, {"gradient_accumulation_steps": 3}),
     ("mixed precision", 9 << 20, {"policy": "mixed_bfloat16"}),
+    ("loss scaling", 9 << 20, {"loss_scale": TOO_LARGE}),
+    ("scaled accumulation", 15 << 20, {"gradient_accumulation_steps": 2, "loss_scale": TOO_LARGE}),
     ("table", 5 << 20, {"model_name": "embedded"}),
     (
         "constants",
@@ -182,6 +197,18 @@ def test_gradients_are_accumulated_where_zeros_have_no_room_to_be_constants():
     ours = emulated.call(device_bytes, __file__, "accumulate", "auto")
     plain = emulated.call(1 << 30, __file__, "accumulate", None)
     assert ours["peak"] <= device_bytes < plain["peak"]
+    assert (ours["losses"], ours["variables"]) == (plain["losses"], plain["variables"])
+
+
+def test_a_model_larger_than_the_device_trains_with_loss_scaling():
+    device_bytes = 12 << 20
+    scaled = ("Adam", "dense", "float32", {}, False, TOO_LARGE)
+    ours = emulated.call(device_bytes, __file__, "train", "auto", *scaled)
+    plain = emulated.call(1 << 30, __file__, "train", None, *scaled)
+    assert ours["peak"] <= device_bytes < 16 << 20 < plain["peak"]
+    assert ours["updated_there"] and not ours["stored"]
+    assert len(set(plain["losses"])) > 2  # some steps update, others do not
+    assert plain["losses"][0] == plain["losses"][1]
     assert (ours["losses"], ours["variables"]) == (plain["losses"], plain["variables"])
 
 
