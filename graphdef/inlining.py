@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -122,13 +123,24 @@ def join_branches(func_graph: FuncGraph) -> None:
     So what branches read is planned like anything else. Only branches are joined that may run whatever is decided:
     their ops can't fail, and change nothing but variables.
 
+    If a branch sums over several workers, it is taken where all of them would take it, or else the other one. As it
+    is, a step in which they differ would wait for ever.
+
     Known weakness: the branch that is not taken costs its time.
     """
+    keys = itertools.count(_VOTE_KEYS)
     for operation in [found for found in func_graph.get_operations() if found.type == "If"]:
-        if not only_reads(func_graph, operation) and _can_join(func_graph, operation):
-            controls, condition, inputs = list(operation.control_inputs), operation.inputs[0], operation.inputs[1:]
-            results, ends = _copy_both(operation, func_graph, func_graph, condition, inputs, controls, operation.name)
-            _replace(func_graph, operation, results, ends)
+        if only_reads(func_graph, operation) or not _can_join(func_graph, operation):
+            continue
+        known = set(func_graph.get_operations())
+        with func_graph.as_default(), tf.control_dependencies(None):
+            condition = tf.identity(operation.inputs[0])
+        controls, inputs, name = list(operation.control_inputs), operation.inputs[1:], operation.name
+        results, ends = _copy_both(operation, func_graph, func_graph, condition, inputs, controls, name)
+        added = [one for one in func_graph.get_operations() if one not in known and one.type == ir.ALL_REDUCE]
+        if added:
+            condition.op._update_input(0, _agreed(func_graph, operation, added, next(keys)))
+        _replace(func_graph, operation, results, ends)
 
 
 def _replace(func_graph: FuncGraph, operation: Any, results: Sequence[tf.Tensor], ends: Sequence[Any]) -> None:
@@ -180,6 +192,26 @@ def _may_run(body: FuncGraph) -> bool:
         if not may_run or not has_static_inputs(operation):
             return False
     return True
+
+
+def _agreed(func_graph: FuncGraph, operation: Any, sums: Sequence[Any], instance_key: int) -> tf.Tensor:
+    """Adds whether all workers would take the branch of a conditional that sums over them; as its condition."""
+    like, condition = sums[0], operation.inputs[0]
+    sums_if_true = like.name.startswith(f"{operation.name}/then_branch/")
+    with func_graph.as_default(), tf.device(like.device), tf.control_dependencies(None):
+        least = tf.raw_ops.CollectiveReduceV2(
+            input=tf.cast(condition if sums_if_true else tf.logical_not(condition), tf.float32),
+            group_size=like.inputs[1],
+            group_key=like.inputs[2],
+            instance_key=instance_key,
+            ordering_token=[],
+            merge_op="Min",
+            final_op="Id",
+            communication_hint=like.get_attr("communication_hint"),
+            timeout_seconds=like.get_attr("timeout_seconds"),
+            name=f"{operation.name}/agreed",
+        )
+        return tf.equal(least, 1.0 if sums_if_true else 0.0)
 
 
 def _variable_shape(handle: tf.Tensor) -> tf.TensorShape | None:
@@ -323,7 +355,7 @@ def _copy_both(
         tensors, ends = _copy_operations(branch, outer, inputs, ends, f"{prefix}/{name}/", both)
         made.append([tensors[reference_to(result)] for result in branch.outputs])
     with outer.as_default(), tf.control_dependencies(None):
-        return [tf.raw_ops.SelectV2(condition=decides, t=t, e=e) for t, e in zip(*made, strict=True)], ends
+        return [tf.raw_ops.Select(condition=decides, x=t, y=e) for t, e in zip(*made, strict=True)], ends
 
 
 def _assign_where(
@@ -337,7 +369,7 @@ def _assign_where(
         old.set_shape(given.shape)
         combined = _ASSIGNMENTS[operation.type]
         given = given if combined is None else combined(x=old, y=given, name=f"{name}/combined")
-        value = tf.raw_ops.SelectV2(condition=condition, t=given, e=old, name=f"{name}/value")
+        value = tf.raw_ops.Select(condition=condition, x=given, y=old, name=f"{name}/value")
         with tf.control_dependencies(waits):
             return tf.raw_ops.AssignVariableOp(resource=handle, value=value, name=name)
 
@@ -360,14 +392,16 @@ _ASSIGNMENTS = {
 }
 """Ops that assign a variable, with what makes the new value of the old one and what is given."""
 _CONDITIONALS = frozenset({"If", "StatelessIf"})
+_VOTE_KEYS = 1 << 28
+"""Instance keys of what workers agree on begin here, the same in all traces. TensorFlow counts its own from 1."""
 _FLOAT_ONLY = frozenset({"Div", "FloorDiv", "FloorMod", "Mod", "Pow", "RealDiv", "TruncateDiv", "TruncateMod"})
 """Ops that fail where whole numbers are divided by zero, or raised to a negative power."""
 _TOTAL = frozenset(
-    "Abs Add AddN AddV2 All Any BatchMatMulV2 BroadcastTo Cast ConcatV2 Const DivNoNan Equal Erf Exp ExpandDims Expm1 "
-    "Fill Greater GreaterEqual Identity IdentityN Inv IsFinite IsInf IsNan L2Loss Less LessEqual Log Log1p LogicalAnd "
-    "LogicalNot LogicalOr MatMul Max Maximum Mean Min Minimum Mul MulNoNan Neg NoOp NotEqual OnesLike Pack Placeholder "
-    "Prod ReadVariableOp Reciprocal Relu Reshape Rsqrt Select SelectV2 Shape ShapeN Sigmoid Sign Size Softplus Sqrt "
-    "Square SquaredDifference Squeeze StopGradient StridedSlice Sub Sum Tanh Tile Transpose UnsortedSegmentSum "
-    "VariableShape Xdivy ZerosLike".split()
+    "Abs Add AddN AddV2 All Any BatchMatMulV2 BroadcastTo Cast CollectiveReduceV2 ConcatV2 Const DivNoNan Equal Erf "
+    "Exp ExpandDims Expm1 Fill Greater GreaterEqual Identity IdentityN Inv IsFinite IsInf IsNan L2Loss Less LessEqual "
+    "Log Log1p LogicalAnd LogicalNot LogicalOr MatMul Max Maximum Mean Min Minimum Mul MulNoNan Neg NoOp NotEqual "
+    "OnesLike Pack Placeholder Prod ReadVariableOp Reciprocal Relu Reshape Rsqrt Select SelectV2 Shape ShapeN Sigmoid "
+    "Sign Size Slice Softplus Split SplitV Sqrt Square SquaredDifference Squeeze StopGradient StridedSlice Sub Sum "
+    "Tanh Tile Transpose UnsortedSegmentSum VariableShape Xdivy ZerosLike".split()
 )
 """Ops that have a result for all that they may read, where the trace knows the shapes."""
