@@ -163,6 +163,8 @@ class _Exporter:
             self._add_shard(node)
         elif node.op == ir.ALL_GATHER:
             self._add_gather(node)
+        elif node.op == "SplitV" and self._splits_sum(node):
+            self._add_split(node)
         elif dict(node.attrs).get("is_inserted"):
             self._add_inserted(node)
         elif ir.IS_ZEROS in dict(node.attrs):
@@ -423,17 +425,28 @@ class _Exporter:
         read.set_shape(operation.outputs[0].shape)
         return read
 
+    def _splits_sum(self, node: ir.Node) -> bool:
+        """Whether the node splits a sum over all replicas, or a block of one."""
+        return bool(dict(node.attrs).get("is_inserted")) or self._original(node).inputs[0].op.type == ir.ALL_REDUCE
+
+    def _add_split(self, node: ir.Node) -> None:
+        """Adds what splits a sum over all replicas, in copies, as is planned.
+
+        Along the first axis TensorFlow may give views. A variable that takes over the buffer of what is written over
+        one would keep the memory of the whole sum.
+        """
+        sizes = [math.prod(size or 0 for size in value.shape or ()) for value in node.outputs]
+        with self._placed(node):
+            row = tf.reshape(self.tensor(node.inputs[0]), (1, -1))
+            lengths = tf.constant(sizes, tf.int32)
+            parts = tf.raw_ops.SplitV(value=row, size_splits=lengths, axis=1, num_split=len(sizes))
+            parts = [tf.reshape(part, (-1,)) for part in parts]
+        self.tensors.update(zip(node.refs(), parts, strict=True))
+        self.done[node.name] = [part.op for part in parts]
+
     def _add_inserted(self, node: ir.Node) -> None:
-        """Adds what stands in the place of an op on a variable itself, or joins and splits blocks of gradients."""
+        """Adds what stands in the place of an op on a variable itself, or joins blocks of gradients."""
         inputs = [self.tensor(reference) for reference in node.inputs]
-        if node.op == "SplitV":
-            with self.target.as_default(), tf.control_dependencies(None):
-                sizes: Any = dict(node.attrs)["sizes"]
-                lengths = tf.constant(sizes, tf.int32, name=f"{node.name}/sizes")
-            with self._placed(node):
-                parts = tf.raw_ops.SplitV(value=inputs[0], size_splits=lengths, axis=inputs[1], num_split=len(sizes))
-            self._bind(node, parts[0].op)
-            return
         with self._placed(node):
             if node.op == "ConcatV2":
                 tensor = tf.raw_ops.ConcatV2(values=inputs[:-1], axis=inputs[-1])

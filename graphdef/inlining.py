@@ -134,12 +134,12 @@ def join_branches(func_graph: FuncGraph) -> None:
             continue
         known = set(func_graph.get_operations())
         with func_graph.as_default(), tf.control_dependencies(None):
-            condition = tf.identity(operation.inputs[0])
-        controls, inputs, name = list(operation.control_inputs), operation.inputs[1:], operation.name
-        results, ends = _copy_both(operation, func_graph, func_graph, condition, inputs, controls, name)
+            decides = tf.identity(operation.inputs[0])
+        inputs, controls = [decides, *operation.inputs[1:]], list(operation.control_inputs)
+        results, ends = _copy_both(operation, func_graph, func_graph, inputs, controls, operation.name)
         added = [one for one in func_graph.get_operations() if one not in known and one.type == ir.ALL_REDUCE]
         if added:
-            condition.op._update_input(0, _agreed(func_graph, operation, added, next(keys)))
+            decides.op._update_input(0, _agreed(func_graph, operation, added[0], next(keys)))
         _replace(func_graph, operation, results, ends)
 
 
@@ -194,9 +194,9 @@ def _may_run(body: FuncGraph) -> bool:
     return True
 
 
-def _agreed(func_graph: FuncGraph, operation: Any, sums: Sequence[Any], instance_key: int) -> tf.Tensor:
-    """Adds whether all workers would take the branch of a conditional that sums over them; as its condition."""
-    like, condition = sums[0], operation.inputs[0]
+def _agreed(func_graph: FuncGraph, operation: Any, like: Any, instance_key: int) -> tf.Tensor:
+    """Adds whether all workers would take the branch of a conditional that has a sum over them; as its condition."""
+    condition = operation.inputs[0]
     sums_if_true = like.name.startswith(f"{operation.name}/then_branch/")
     with func_graph.as_default(), tf.device(like.device), tf.control_dependencies(None):
         least = tf.raw_ops.CollectiveReduceV2(
@@ -294,13 +294,14 @@ def _copy_operations(
             waits += controls
         callee = _callee(body, operation)
         if callee is not None:
-            inner, done[node.name] = _copy_operations(callee, outer, inputs, waits, f"{prefix}{node.name}/", condition)
+            name = f"{prefix}{node.name}/"
+            inner, done[node.name] = _copy_operations(callee, outer, inputs, waits, name, condition)
             for tensor, result in zip(operation.outputs, callee.outputs, strict=True):
                 tensors[reference_to(tensor)] = inner[reference_to(result)]
             continue
         if condition is not None and operation.type in _CONDITIONALS:
-            name, decides = f"{prefix}{node.name}", inputs[0]
-            results, done[node.name] = _copy_both(operation, body, outer, decides, inputs[1:], waits, name, condition)
+            name = f"{prefix}{node.name}"
+            results, done[node.name] = _copy_both(operation, body, outer, inputs, waits, name, condition)
             tensors.update(zip(map(reference_to, operation.outputs), results, strict=True))
             continue
         if condition is not None and operation.type in _ASSIGNMENTS:
@@ -333,10 +334,9 @@ def _copy_both(
     operation: Any,
     body: FuncGraph,
     outer: Any,
-    decides: tf.Tensor,
     inputs: Sequence[tf.Tensor],
     controls: Sequence[Any],
-    prefix: str,
+    name: str,
     condition: tf.Tensor | None = None,
 ) -> tuple[list[tf.Tensor], list[Any]]:
     """Copies both branches of a conditional in `body`; they assign variables only where `condition` is true, too.
@@ -344,31 +344,33 @@ def _copy_both(
     Returns:
         Its results, and the operations whose end is its end.
     """
+    decides, *given = inputs
     with outer.as_default(), tf.control_dependencies(None):
-        branches = {"then_branch": decides, "else_branch": tf.logical_not(decides)}
+        taken = {"then_branch": decides, "else_branch": tf.logical_not(decides)}
+        if condition is not None:
+            taken = {kind: tf.logical_and(condition, is_taken) for kind, is_taken in taken.items()}
     made, ends = [], list(controls)
-    for name, is_taken in branches.items():
-        branch = cast(FuncGraph, body_of(body, operation.get_attr(name).name))
-        with outer.as_default(), tf.control_dependencies(None):
-            both = is_taken if condition is None else tf.logical_and(condition, is_taken)
+    for kind, is_taken in taken.items():
+        branch = cast(FuncGraph, body_of(body, operation.get_attr(kind).name))
         # One after the other: what the second one assigns may be what the first one did.
-        tensors, ends = _copy_operations(branch, outer, inputs, ends, f"{prefix}/{name}/", both)
+        tensors, ends = _copy_operations(branch, outer, given, ends, f"{name}/{kind}/", is_taken)
         made.append([tensors[reference_to(result)] for result in branch.outputs])
     with outer.as_default(), tf.control_dependencies(None):
-        return [tf.raw_ops.Select(condition=decides, x=t, y=e) for t, e in zip(*made, strict=True)], ends
+        return [tf.raw_ops.Select(condition=decides, x=x, y=y) for x, y in zip(*made, strict=True)], ends
 
 
 def _assign_where(
     condition: tf.Tensor, operation: Any, outer: Any, inputs: Sequence[tf.Tensor], waits: Sequence[Any], name: str
 ) -> Any:
-    """Adds what an operation assigns to a variable, where the condition is true."""
+    """Adds what an operation assigns to a variable, but its old value where the condition is not true."""
     handle, given = inputs
     with outer.as_default(), tf.device(operation.device or None), tf.control_dependencies(None):
         with tf.control_dependencies(waits):
             old = tf.raw_ops.ReadVariableOp(resource=handle, dtype=given.dtype, name=f"{name}/old")
         old.set_shape(given.shape)
-        combined = _ASSIGNMENTS[operation.type]
-        given = given if combined is None else combined(x=old, y=given, name=f"{name}/combined")
+        combine = _ASSIGNMENTS[operation.type]
+        if combine is not None:
+            given = combine(x=old, y=given, name=f"{name}/combined")
         value = tf.raw_ops.Select(condition=condition, x=given, y=old, name=f"{name}/value")
         with tf.control_dependencies(waits):
             return tf.raw_ops.AssignVariableOp(resource=handle, value=value, name=name)

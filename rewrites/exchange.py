@@ -164,16 +164,8 @@ class _Exchanger:
             self.stand_in[references[decision.values[0]]] = wait
             return
         parts = ir.fresh_name(f"{name}/parts", self.taken)
-        sizes = tuple(map(self._length, decision.values))
-        outputs = tuple(map(self.source.value, decision.values))
-        node = self._add(
-            split,
-            name=parts,
-            inputs=(wait, split.inputs[2]),
-            control_inputs=(),
-            outputs=outputs,
-            attrs=(_INSERTED, ("sizes", sizes)),
-        )
+        inputs, outputs = (wait, split.inputs[2]), tuple(map(self.source.value, decision.values))
+        node = self._add(split, name=parts, inputs=inputs, control_inputs=(), outputs=outputs, attrs=(_INSERTED,))
         self.stand_in.update(zip((references[value] for value in decision.values), node.refs(), strict=True))
 
     def _earliest(self) -> Mapping[str, int]:

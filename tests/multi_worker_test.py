@@ -125,6 +125,36 @@ def divided(budget, is_sharded):
     return result
 
 
+def scaled(budget, is_sharded, differs):
+    """Trains a model that is all weights with loss scaling; where workers differ, one has infinite gradients."""
+    keras.utils.set_random_seed(3)
+    option = {}
+    if budget is not None:
+        option["graphswap"] = graphswap.Options(budget, planning_seconds=1.0, shard_optimizer=is_sharded)
+    with trainings.reproducible():
+        strategy = distribution()
+        with strategy.scope():
+            model = keras.Sequential(
+                [keras.Input((4,)), *(layers.Dense(256, "tanh") for _ in range(7)), layers.Dense(4)]
+            )
+            optimizer = keras.optimizers.LossScaleOptimizer(keras.optimizers.Adam(0.01), 1024.0)
+            model.compile(optimizer, "mse", **option)
+        x, _ = parts(64)
+        if differs and strategy.cluster_resolver.task_id:
+            x[0, 0] = np.inf
+        logs = [float(model.train_on_batch(x, x)) for _ in range(3)]
+    variables = (*model.variables, *model.optimizer.inner_optimizer.variables)
+    result = {"logs": [str(value) for value in logs], "held": profiler.memory_in_use()}
+    result["weights"] = [np.asarray(variable.numpy()).tobytes().hex() for variable in variables]
+    result["scale"] = float(model.optimizer.dynamic_scale.numpy())
+    result["updates"] = int(model.optimizer.inner_optimizer.iterations.numpy())
+    if budget is not None:
+        step = graphswap.report(model).steps[0]
+        result["peak"], result["report"] = step.measured_peak_bytes, str(step)
+    distribute.Workers(2).together("end", str)
+    return result
+
+
 def fit(budget):
     """Fits on arrays with a smaller last batch, and with validation."""
     log = []
@@ -209,6 +239,26 @@ def test_each_worker_keeps_half_of_the_optimizers_state():
         assert slots / 2 - 2 * 256 * 256 * 4 < whole[index]["held"] - halves[index]["held"] <= slots / 2
         expected = "12 variables divided among the workers: 1.5MiB kept here, 1.5MiB gathered per step"
         assert expected in halves[index]["report"] and "divided" not in whole[index]["report"]
+
+
+def test_losses_are_scaled():
+    budget = 15 * MIB // 2
+    plain = cluster.call(2, AMPLE, __file__, "scaled", None, False, False)
+    for is_sharded in (False, True):
+        ours = cluster.call(2, 12 * MIB, __file__, "scaled", budget, is_sharded, False)
+        for one, other in zip(ours, plain, strict=True):
+            assert (one["logs"], one["weights"]) == (other["logs"], other["weights"])
+            assert one["updates"] == other["updates"] == 3
+            assert one["peak"] <= budget
+            assert ("variables divided among the workers" in one["report"]) == is_sharded
+            # A variable keeps no more than its own memory; what lies between others may be given more.
+            assert one["held"] <= other["held"] * (0.8 if is_sharded else 1.1)
+
+
+def test_workers_agree_that_a_gradient_is_not_finite():
+    """Plain Keras sums gradients only on those workers whose own are finite, and waits for the others for ever."""
+    for one in cluster.call(2, AMPLE, __file__, "scaled", 64 * MIB, False, True):
+        assert (one["updates"], one["scale"]) == (0, 128.0)
 
 
 def test_fit_on_two_workers_is_that_of_one_process():
