@@ -14,6 +14,7 @@ from graphswap import ir
 from graphswap.graphdef.traced import (
     CALLS,
     OPAQUE,
+    REPLACED,
     FuncGraph,
     body_names,
     body_of,
@@ -132,14 +133,19 @@ def join_branches(func_graph: FuncGraph) -> None:
     for operation in [found for found in func_graph.get_operations() if found.type == "If"]:
         if only_reads(func_graph, operation) or not _can_join(func_graph, operation):
             continue
-        known = set(func_graph.get_operations())
+        known = func_graph.get_operations()
+        before = known[known.index(operation) - 1].name
         with func_graph.as_default(), tf.control_dependencies(None):
             decides = tf.identity(operation.inputs[0])
         inputs, controls = [decides, *operation.inputs[1:]], list(operation.control_inputs)
         results, ends = _copy_both(operation, func_graph, func_graph, inputs, controls, operation.name)
-        added = [one for one in func_graph.get_operations() if one not in known and one.type == ir.ALL_REDUCE]
-        if added:
-            decides.op._update_input(0, _agreed(func_graph, operation, added[0], next(keys)))
+        added = func_graph.get_operations()[len(known) :]
+        sums = [one for one in added if one.type == ir.ALL_REDUCE]
+        if len({one.device for one in sums}) == 1:  # of several devices the step itself decides for all
+            decides.op._update_input(0, _agreed(func_graph, operation, sums[0], next(keys)))
+            added = func_graph.get_operations()[len(known) :]
+        places = dict.fromkeys((one.name for one in added), before)
+        setattr(func_graph, REPLACED, {**getattr(func_graph, REPLACED, {}), **places})
         _replace(func_graph, operation, results, ends)
 
 

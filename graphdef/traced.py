@@ -69,7 +69,7 @@ def _is_on_server(device: str | None) -> bool:
 
 
 REPLACED = "_graphswap_replaced"
-"""An attribute of a FuncGraph: name of an operation -> that of the traced one in whose place it is."""
+"""An attribute of a FuncGraph: name of an operation -> that of the traced one in whose place, or after which, it is."""
 
 
 def live_nodes(nodes: Sequence[ir.Node], func_graph: FuncGraph, names: Mapping[str, str]) -> list[ir.Node]:

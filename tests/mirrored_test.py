@@ -100,11 +100,12 @@ def train(kind, has_budget, is_alone=False):
         return mirrored, trained(kind, tf.distribute.get_strategy(), False) if is_alone else None
 
 
-def perceptron(distribution, option):
+def perceptron(distribution, option, is_scaled=False):
     with distribution.scope():
         inner = [layers.Dense(64, "relu"), layers.LayerNormalization()]
         model = keras.Sequential([keras.Input((32,)), *inner, layers.Dense(64, "relu"), layers.Dense(32)])
-        model.compile("adam", "mse", **option)
+        adam = keras.optimizers.Adam()
+        model.compile(keras.optimizers.LossScaleOptimizer(adam) if is_scaled else adam, "mse", **option)
     return model
 
 
@@ -118,10 +119,13 @@ def ways():
     }
     notes = {}
     with trainings.reproducible(), trainings.analytic_costs():
-        for name, distribution in distributions.items():
+        runs = {name: (distribution, False) for name, distribution in distributions.items()}
+        # CentralStorageStrategy is no strategy that Keras can scale losses with.
+        runs |= {f"{name}, scaled": (distributions[name], True) for name in ("collectives", "one device")}
+        for name, (distribution, is_scaled) in runs.items():
 
-            def fit(log, distribution=distribution, **option):
-                model = perceptron(distribution, option)  # the last batch has 301 and 300 examples
+            def fit(log, distribution=distribution, is_scaled=is_scaled, **option):
+                model = perceptron(distribution, option, is_scaled)  # the last batch has 301 and 300 examples
                 model.fit(X, X, batch_size=1200, epochs=2, callbacks=[trainings.Recorder(log)], verbose=0)
                 return [model]
 

@@ -58,6 +58,13 @@ def descent():
     return keras.optimizers.SGD(0.01, momentum=0.9)
 
 
+def scaled_descent():
+    return keras.optimizers.LossScaleOptimizer(descent(), 1024.0)
+
+
+OPTIMIZERS = {"residual_network": descent, "gpt": descent, "perceptron": scaled_descent}
+
+
 def distribution():
     if not distribute.in_cluster():
         return tf.distribute.get_strategy()
@@ -87,7 +94,7 @@ def fit(names, is_planned):
         budget = BUDGETS[name] if plans else None
         log = []
         with trainings.reproducible():
-            model, x = compiled(name, budget, optimizer=descent, scope=scope)
+            model, x = compiled(name, budget, optimizer=OPTIMIZERS[name], scope=scope)
             history = model.fit(
                 *(x, Y),
                 batch_size=16,
