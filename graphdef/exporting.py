@@ -426,11 +426,14 @@ class _Exporter:
         return read
 
     def _splits_sum(self, node: ir.Node) -> bool:
-        """Whether the node splits a sum over all replicas, or a block of one."""
-        return bool(dict(node.attrs).get("is_inserted")) or self._original(node).inputs[0].op.type == ir.ALL_REDUCE
+        """Whether the node splits a sum of packed values over all replicas, or a block of one."""
+        if dict(node.attrs).get("is_inserted"):
+            return True
+        summed = self._original(node).inputs[0]
+        return summed.op.type == ir.ALL_REDUCE and summed.shape.rank == 1
 
     def _add_split(self, node: ir.Node) -> None:
-        """Adds what splits a sum over all replicas, in copies, as is planned.
+        """Adds what splits a sum of packed values over all replicas, in copies, as is planned.
 
         Along the first axis TensorFlow may give views. A variable that takes over the buffer of what is written over
         one would keep the memory of the whole sum.

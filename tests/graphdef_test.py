@@ -600,6 +600,22 @@ def test_sums_stay_sums_where_tensorflow_takes_memory_to_be_short():
     assert "AddN" not in ops_that_run(functools.partial(tf.function(total, autograph=False), x))
 
 
+@pytest.mark.parametrize(("shape", "sizes", "axis"), [((64,), [16, 48], 0), ((2, 4), [1, 3], 1), ((4, 16), [1, 3], 0)])
+def test_a_sum_over_workers_is_split(shape, sizes, axis):
+    def step(x):
+        total = tf.raw_ops.CollectiveReduceV2(
+            input=x, group_size=1, group_key=1, instance_key=shape[0], ordering_token=[], merge_op="Add", final_op="Id"
+        )
+        return tf.split(total, sizes, axis)
+
+    x = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
+    func_graph = traced(step, floats(*shape))
+    built = graphdef.build_function(func_graph, graphdef.import_function(func_graph), tiers.Tiers())
+    parts = graphdef.run_built(built, func_graph, [tf.constant(x)])
+    for part, expected in zip(parts, np.split(x, [sizes[0]], axis), strict=True):
+        np.testing.assert_array_equal(part, expected)
+
+
 # --- branches ---------------------------------------------------------------------------------------------------
 
 
